@@ -1,0 +1,1 @@
+//! Duplicate detection: request logs, shards, passes, verdicts. Knows nothing of the store.

@@ -1,0 +1,192 @@
+//! Names for the things that the engine counts and addresses.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// Keyed SHA-1 of a block (see [`crate::fingerprint`]).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Fingerprint(pub [u8; Fingerprint::LEN]);
+
+impl Fingerprint {
+    /// Bytes of a fingerprint.
+    pub const LEN: usize = 20;
+}
+
+impl fmt::Debug for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// One claim of the right to number containers; never reused (see `store::journal`).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct Incarnation(pub u32);
+
+/// Names a container for ever, whatever object holds it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ContainerId {
+    /// Who numbered it.
+    pub incarnation: Incarnation,
+    /// Its number among those of the incarnation, from 1.
+    pub counter: u32,
+}
+
+impl fmt::Display for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:08x}-{:08x}", self.incarnation.0, self.counter)
+    }
+}
+
+impl fmt::Debug for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A slot of a container.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Slot(pub u16);
+
+/// A block's place, for ever.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Address {
+    /// The container.
+    pub container: ContainerId,
+    /// The block's slot in it.
+    pub slot: Slot,
+}
+
+impl Address {
+    /// Bytes of an address on disk: incarnation, counter, slot, little endian.
+    pub const LEN: usize = 10;
+
+    /// The on-disk form.
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        bytes[..4].copy_from_slice(&self.container.incarnation.0.to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.container.counter.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.slot.0.to_le_bytes());
+        bytes
+    }
+
+    /// Reads the on-disk form.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; Self::LEN]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j] = bytes;
+        Address {
+            container: ContainerId {
+                incarnation: Incarnation(u32::from_le_bytes([a, b, c, d])),
+                counter: u32::from_le_bytes([e, f, g, h]),
+            },
+            slot: Slot(u16::from_le_bytes([i, j])),
+        }
+    }
+
+    /// The address `n` slots further in the same container, if there can be one.
+    #[must_use]
+    pub fn plus(self, n: u16) -> Option<Self> {
+        Some(Address { slot: Slot(self.slot.0.checked_add(n)?), ..self })
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.container, self.slot.0)
+    }
+}
+
+impl fmt::Debug for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A virtual machine: its UUID.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct VmId(pub Uuid);
+
+impl fmt::Display for VmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A disk within its VM: its UUID, which its bitmaps carry in their names.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct DiskId(pub Uuid);
+
+impl fmt::Display for DiskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The store: random, chosen at `init`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub struct StoreId(pub Uuid);
+
+impl fmt::Display for StoreId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Six characters that name a snapshot among those of its VM.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SnapshotId([u8; SnapshotId::LEN]);
+
+impl SnapshotId {
+    /// Characters of an id.
+    pub const LEN: usize = 6;
+    /// Without the letters that are taken for one another: i, l, o, u.
+    const ALPHABET: &'static [u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
+
+    /// An id from 30 random bits.
+    #[must_use]
+    pub fn from_random(bits: u32) -> Self {
+        let mut id = [0; Self::LEN];
+        for (i, character) in id.iter_mut().enumerate() {
+            *character = Self::ALPHABET[(bits >> (5 * i)) as usize & 31];
+        }
+        SnapshotId(id)
+    }
+
+    /// The characters.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).unwrap_or("??????")
+    }
+}
+
+impl FromStr for SnapshotId {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let id: [u8; Self::LEN] = text.as_bytes().try_into().map_err(|_| ())?;
+        if id.iter().all(|c| Self::ALPHABET.contains(c)) { Ok(SnapshotId(id)) } else { Err(()) }
+    }
+}
+
+impl fmt::Display for SnapshotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for SnapshotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A session of this engine process; never reused within it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SessionId(pub u32);
+
+/// The number of a request within its session; ascends in disk order within a window.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Sequence(pub u64);

@@ -1,0 +1,1 @@
+//! Work on the store as a whole: restore, verify, rebuild.

@@ -1,0 +1,10 @@
+//! The per-host engine of Fleece: it knows blocks and nothing of QEMU.
+
+pub mod detect;
+pub mod error;
+pub mod fingerprint;
+pub mod ids;
+pub mod jobs;
+pub mod rpc;
+pub mod session;
+pub mod store;

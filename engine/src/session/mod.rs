@@ -1,0 +1,1 @@
+//! One backup of one VM, from the first batch of fingerprints to the commit.

@@ -1,0 +1,1 @@
+//! What is durable: objects, containers, recipes, manifests, journals, keys. Knows nothing of detection.

@@ -1,0 +1,5 @@
+//! The plugin: everything of Fleece that touches a VM or a disk image.
+
+pub mod error;
+pub mod nbd;
+pub mod qmp;

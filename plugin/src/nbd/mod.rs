@@ -1,0 +1,1 @@
+//! NBD: the wire, our client, our server.

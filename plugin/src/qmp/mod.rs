@@ -1,0 +1,1 @@
+//! QEMU through QMP: sessions, bitmaps, views, the guest agent, the guard.

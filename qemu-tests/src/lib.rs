@@ -1,0 +1,1 @@
+//! Real-QEMU tests of Fleece.

@@ -1,0 +1,208 @@
+@0xd2c1a5b0f3e84c17;
+# What the plugin (`fleece`) and the admin's tool (`fleecectl`) say to the
+# engine of their host. Numbers are little endian, offsets and lengths are
+# bytes unless a name says blocks. UUIDs are 16 bytes. A failed call carries
+# "fleece:<kind>: <message>" as its reason; the kinds are those of the exit code table.
+
+const protocolVersion :UInt16 = 1;
+# Raised when a change is not compatible; `hello` refuses another one by name.
+
+interface Engine {
+  hello @0 (program :Text, version :Text, protocol :UInt16) -> (info :EngineInfo);
+
+  settle @1 (vm :Data, snapshots :List(Text)) -> (fates :List(Fate), latest :Snapshot);
+  # What became of the snapshots that dirty bitmaps of this VM name. One that is
+  # neither committed nor ended is ended here for good (a tombstone), so that its
+  # bitmap can be merged back. `latest` is null when the VM has no snapshot.
+  # Fails with busy while a session of this VM lives.
+
+  openBackup @2 (request :BackupRequest) -> (plan :BackupPlan, session :BackupSession);
+  # Waits for a reader's place (memory), before the point in time is taken.
+
+  snapshots @3 (vm :Text) -> (snapshots :List(Snapshot));
+  # Of one VM (name or UUID), oldest first, or of all for "".
+
+  openDisk @4 (vm :Text, snapshot :Text, disk :Text) -> (snapshot :Snapshot, disk :Disk, image :DiskImage);
+  # snapshot: id, "latest", a date (2026-11-20) or "". disk: name, UUID, or "" where there is one only.
+
+  vmConfig @5 (vm :Text, snapshot :Text) -> (config :Data);
+
+  status @6 () -> (status :Status);
+  sessions @7 () -> (sessions :List(SessionStatus));
+
+  verify @8 (vm :Text, snapshot :Text, events :EventSink) -> (clean :Bool);
+  # Everything, or what one VM or snapshot needs ("" = all).
+  rebuildIndex @9 (events :EventSink) -> (entries :UInt64);
+}
+
+enum Fate { committed @0; ended @1; }
+
+struct EngineInfo {
+  version @0 :Text;
+  storeId @1 :Data;
+  blockSize @2 :UInt32;
+  segmentSize @3 :UInt32;
+  fingerprintState @4 :List(UInt32);
+  # The five words of SHA-1's state after the 64 secret bytes. The message's
+  # length in its padding is 64 + blockSize.
+  host @5 :Text;
+  encrypted @6 :Bool;
+}
+
+struct Disk {
+  uuid @0 :Data;
+  name @1 :Text;
+  size @2 :UInt64;
+}
+
+struct Snapshot {
+  id @0 :Text;
+  vm @1 :Data;
+  vmName @2 :Text;
+  timeMs @3 :Int64;      # the point in time, Unix milliseconds
+  parent @4 :Text;       # "" for none
+  disks @5 :List(Disk);
+  counts @6 :Counts;
+  host @7 :Text;
+  durationMs @8 :UInt64;
+  damaged @9 :Bool;
+}
+
+struct Counts {
+  # Bytes of disk, each byte read in one of them; stored is after compression.
+  read @0 :UInt64;
+  zero @1 :UInt64;
+  unchanged @2 :UInt64;   # settled by the parent snapshot
+  duplicate @3 :UInt64;
+  new @4 :UInt64;
+  stored @5 :UInt64;
+  undetected @6 :UInt64;  # stored again because another writer was silent
+}
+
+struct BackupRequest {
+  vm @0 :Data;
+  vmName @1 :Text;
+  adopt @2 :Bool;         # this VM takes over the snapshots of `vm`, whatever its name was
+  disks @3 :List(DiskRequest);
+  config @4 :Data;        # the VM's configuration, kept in the manifest (at most 256 KiB)
+  hypervisor @5 :Text;
+}
+
+struct DiskRequest {
+  uuid @0 :Data;
+  name @1 :Text;
+  size @2 :UInt64;
+  parent @3 :Text;        # the snapshot that its valid dirty bitmap names, or "" for a full read
+}
+
+struct BackupPlan {
+  snapshot @0 :Text;
+  disks @1 :List(DiskPlan);
+  inFlight @2 :UInt32;    # bytes of reads that this session may have in flight
+  cache @3 :UInt32;       # bytes of read blocks it may keep instead of reading them again
+}
+
+struct DiskPlan {
+  incremental @0 :Bool;
+  reason @1 :Text;        # why not, where a parent was asked for and refused
+  forced @2 :List(Range); # damaged in the parent: to be read though the bitmap is clean
+}
+
+struct Range { offset @0 :UInt64; length @1 :UInt64; }
+
+interface BackupSession {
+  # Disks in the order of the request, each ascending; a position is never sent twice.
+  # Dropping this capability without commit ends the session.
+
+  submit @0 (disk :UInt16, extents :List(Extent), fingerprints :Data) -> stream;
+  # fingerprints: 20 bytes for each block of the extents of kind data, in order.
+  # A disk read in full must be covered without a gap; of an incremental one
+  # only what is dirty is sent, everything else is as in the parent.
+
+  endWindow @1 () -> ();
+  # The scan of this window is complete (BlocksPerWindow data blocks at most).
+  # Returns when the next window may begin.
+
+  endScan @2 () -> ();
+  # No further window comes. An open one is ended with it.
+
+  grants @3 () -> (extents :List(Grant), done :Bool);
+  # The next blocks to write, in order, at most GrantsPerCall extents; waits for
+  # them. `done`: everything is settled, commit may follow. Blocks of later
+  # grants can come from any earlier position (another session's that it gave up).
+
+  write @4 (disk :UInt16, firstBlock :UInt64, data :Data) -> stream;
+  # Granted blocks, in the order of the grants, at most MaxWrite bytes; whole
+  # blocks, a disk's last one padded with zeros.
+
+  commit @5 (pointInTimeMs :Int64, bitmaps :List(Text)) -> (snapshot :Snapshot);
+  abort @6 (reason :Text) -> ();
+  progress @7 () -> (counts :Counts, stage :Text);
+}
+
+const blocksPerWindow :UInt32 = 4194304;
+const grantsPerCall :UInt32 = 4096;
+const maxWrite :UInt32 = 524288;
+const blocksPerSubmit :UInt32 = 8192;
+
+struct Extent {
+  firstBlock @0 :UInt64;
+  blocks @1 :UInt32;
+  zero @2 :Bool;
+}
+
+struct Grant {
+  firstBlock @0 :UInt64;
+  blocks @1 :UInt32;
+  disk @2 :UInt16;
+}
+
+interface DiskImage {
+  read @0 (offset :UInt64, length :UInt32) -> (data :Data);
+  # At most MaxWrite bytes, zeros included; for serving at random.
+  extents @1 (offset :UInt64, length :UInt64) -> (extents :List(ImageExtent));
+  # At most 4096, from offset on, adjacent ones of a kind merged.
+  stream @2 (sink :BlockSink, ordered :Bool, damagedZero :Bool) -> (written :UInt64, holes :List(Range));
+  # All that is not zero; by container, out of disk order, unless `ordered`.
+  # holes: ranges left out because they are damaged (only with damagedZero).
+}
+
+struct ImageExtent { offset @0 :UInt64; length @1 :UInt64; zero @2 :Bool; }
+
+interface BlockSink {
+  write @0 (offset :UInt64, data :Data) -> stream;
+}
+
+interface EventSink {
+  event @0 (json :Text) -> stream;
+}
+
+struct Status {
+  logicalBytes @0 :UInt64;   # sizes of all disks of all snapshots
+  uniqueBlocks @1 :UInt64;   # distinct fingerprints
+  uniqueBytes @2 :UInt64;
+  storedBytes @3 :UInt64;    # the store's objects, all of them
+  snapshots @4 :UInt64;
+  vms @5 :UInt64;
+  indexBytes @6 :UInt64;
+  host @7 :Text;
+  store @8 :Text;
+  storeId @9 :Data;
+  encrypted @10 :Bool;
+  memoryBudget @11 :UInt64;
+  peakAnonymous @12 :UInt64; # RssAnon seen, bytes
+  sessions @13 :List(SessionStatus);
+  undetectedBlocks @14 :UInt64;
+  damagedBlocks @15 :UInt64;
+  version @16 :Text;
+}
+
+struct SessionStatus {
+  vm @0 :Data;
+  vmName @1 :Text;
+  snapshot @2 :Text;
+  stage @3 :Text;
+  counts @4 :Counts;
+  ageMs @5 :UInt64;
+  requested @6 :UInt64;      # blocks whose fingerprint was asked
+}
