@@ -7,4 +7,5 @@ pub mod ids;
 pub mod jobs;
 pub mod rpc;
 pub mod session;
+pub mod sort;
 pub mod store;
