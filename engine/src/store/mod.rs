@@ -1,1 +1,3 @@
 //! What is durable: objects, containers, recipes, manifests, journals, keys. Knows nothing of detection.
+
+pub mod recipe;
