@@ -3,3 +3,4 @@
 pub mod error;
 pub mod nbd;
 pub mod qmp;
+pub mod vms;
