@@ -1,0 +1,46 @@
+# shellcheck shell=bash
+# What the scripts of ci/ share: where things are, how to say something, how to become root.
+# Sourced, never run.
+
+root=$(git -C "$(dirname "${BASH_SOURCE[0]}")" rev-parse --show-toplevel)
+cache="$root/.cache"
+export PATH="$HOME/.cargo/bin:$PATH"
+
+say() { printf '%s\n' "$*" >&2; }
+step() { printf '\n== %s ==\n' "$*" >&2; }
+die() {
+    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+    exit 1
+}
+
+# Runs a command as root: directly, or through sudo where there is one.
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        die "'$*' needs root, and there is no sudo: run ci/setup once as root"
+    fi
+}
+
+# sha256 over the words and files given, for keys of cached things: key WORD… -- FILE…
+key() {
+    local words=()
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do
+        words+=("$1")
+        shift
+    done
+    [ $# -eq 0 ] || shift
+    { printf '%s\n' "${words[@]}"; cat "$@" </dev/null; } | sha256sum | cut -c1-16
+}
+
+# fresh DIR KEY: is DIR there, complete and made from KEY?
+fresh() { [ "$(cat "$1/.key" 2>/dev/null)" = "$2" ]; }
+
+# The environment in which tests and the demo run a QEMU of ours: with_qemu 7.2|10 COMMAND…
+with_qemu() {
+    local version=$1
+    shift
+    env FLEECE_TEST_QEMU="$version" FLEECE_TEST_CACHE="$cache" "$@"
+}
