@@ -12,6 +12,7 @@
 //! stop | count                    ends the writer | how many records it wrote; its error, if any
 //! mount DEV | umount              ext4 at /mnt
 //! file NAME LENGTH SEED           a file at /mnt, no fsync
+//! shell COMMAND                   for looking into a guest that misbehaves
 //! agent | sync | ping | poweroff
 
 #[path = "../src/content.rs"]
@@ -114,6 +115,11 @@ fn obey(line: &str, writer: &mut Writer) -> Answer {
         }
         "agent" => agent(),
         "sync" => busybox(&["sync"]),
+        "shell" => {
+            let output = Command::new("/bin/sh").args(["-c", line.split_at(5).1]).output()?;
+            let text = [output.stdout, output.stderr].concat();
+            Ok(String::from_utf8_lossy(&text).replace('\n', " | "))
+        }
         "poweroff" => busybox(&["poweroff", "-f"]),
         _ => Err("unknown command".into()),
     }
@@ -197,10 +203,14 @@ fn count(writer: &Writer) -> Answer {
     }
 }
 
-/// Starts the guest agent on the first virtio-serial port.
+/// Starts the guest agent on the only virtio-serial port.
 fn agent() -> Answer {
+    let port = std::fs::read_dir("/dev")?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .find(|name| name.starts_with("vport"))
+        .ok_or("no virtio-serial port")?;
     Command::new("/bin/qemu-ga")
-        .args(["-m", "virtio-serial", "-p", "/dev/vport0p1", "-t", "/run", "-f", "/run/qga.pid"])
+        .args(["-m", "virtio-serial", "-p", &format!("/dev/{port}"), "-t", "/run", "-f", "/run/qga.pid"])
         .spawn()?;
     Ok(String::new())
 }

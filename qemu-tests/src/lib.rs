@@ -1,1 +1,26 @@
-//! Real-QEMU tests of Fleece.
+//! The harness of the real-QEMU tests: guests, engines, stores, images and the comparison of
+//! bytes. A scenario in `tests/` reads like the sentence in its name; what it needs is here.
+//!
+//! Nothing here knows Fleece's insides: only its three programs and what they print.
+
+pub mod content;
+pub mod fixture;
+pub mod guest;
+pub mod image;
+pub mod process;
+pub mod qmp;
+pub mod scenario;
+pub mod tools;
+pub mod wait;
+
+pub use fixture::Fixture;
+pub use guest::{Disk, Guest, Machine};
+pub use process::{Finished, Running};
+pub use scenario::{Taken, take};
+pub use wait::wait_until;
+
+/// What every scenario returns.
+pub type Result<T = ()> = anyhow::Result<T>;
+
+/// Units that make sizes readable.
+pub const MIB: u64 = 1 << 20;

@@ -1,0 +1,259 @@
+//! A store, its engine, and the programs that speak to them, in a folder that goes with the test.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+
+use anyhow::{Context, ensure};
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::guest::Machine;
+use crate::process::{Finished, Running};
+use crate::wait::{LONG, SOON, wait_until};
+use crate::{Result, tools};
+
+/// A store with its engine. Whatever the scenario, it ends with `fleecectl verify`: when the
+/// fixture is dropped and the test has not failed already, a damaged store fails it.
+pub struct Fixture {
+    folder: TempDir,
+    engine: Option<Running>,
+    budget: &'static str,
+    verify_at_end: bool,
+}
+
+impl Fixture {
+    /// A fresh store and a running engine.
+    ///
+    /// # Errors
+    /// When either fails.
+    pub fn new() -> Result<Self> {
+        let mut fixture = Self::without_engine()?;
+        fixture.start_engine()?;
+        Ok(fixture)
+    }
+
+    /// A fresh store, no engine yet.
+    ///
+    /// # Errors
+    /// When `fleecectl init` fails.
+    pub fn without_engine() -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("fleece").tempdir()?;
+        fs::create_dir(folder.path().join("scratch"))?;
+        let fixture = Fixture { folder, engine: None, budget: "32M", verify_at_end: true };
+        fixture.fleecectl(&["init", "--store", &fixture.text("store"), "--config", &fixture.text("engine.toml")])?;
+        Ok(fixture)
+    }
+
+    /// For a scenario that damages the store on purpose: no verify at the end.
+    pub fn leave_damaged(&mut self) {
+        self.verify_at_end = false;
+    }
+
+    /// The folder of everything.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A path in the folder.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder().join(name)
+    }
+
+    /// A path in the folder, as an argument.
+    #[must_use]
+    pub fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    /// The engine's socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.path("engine.sock")
+    }
+
+    /// Starts the engine and waits until it answers.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_engine(&mut self) -> Result {
+        let mut command = tools::fleece("fleece-engine")?;
+        command.args(["--config", &self.text("engine.toml"), "--socket", &self.text("engine.sock")]);
+        command.args(["--state-dir", &self.text("state"), "--memory-budget", self.budget]);
+        let mut engine = Running::start("fleece-engine", &mut command)?;
+        let socket = self.socket();
+        wait_until(SOON, "the engine's socket", || {
+            ensure!(engine.ended()?.is_none(), "the engine ended: {}", engine.printed());
+            Ok(UnixStream::connect(&socket).is_ok())
+        })?;
+        self.engine = Some(engine);
+        Ok(())
+    }
+
+    /// The engine's process.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn engine(&mut self) -> Result<&mut Running> {
+        self.engine.as_mut().context("no engine runs")
+    }
+
+    /// SIGKILLs the engine.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn kill_engine(&mut self) -> Result {
+        self.engine.take().context("no engine runs")?.kill()
+    }
+
+    /// Ends the engine with SIGTERM; it must end cleanly.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn stop_engine(&mut self) -> Result {
+        let engine = self.engine.take().context("no engine runs")?;
+        engine.signal(Signal::TERM)?;
+        engine.finish(SOON)?.code(0)?;
+        Ok(())
+    }
+
+    /// A command of `fleece` towards this engine.
+    ///
+    /// # Errors
+    /// When it has not been built.
+    pub fn fleece_command(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = tools::fleece("fleece")?;
+        command.env("FLEECE_ENGINE", self.socket()).args(arguments);
+        Ok(command)
+    }
+
+    /// Runs `fleece` to its end, whatever its exit code.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn try_fleece(&self, arguments: &[&str]) -> Result<Finished> {
+        let name = format!("fleece {}", arguments.join(" "));
+        Running::start(&name, &mut self.fleece_command(arguments)?)?.finish(LONG)
+    }
+
+    /// Runs `fleece`, which must succeed.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn fleece(&self, arguments: &[&str]) -> Result<Finished> {
+        self.try_fleece(arguments)?.code(0)
+    }
+
+    /// Runs `fleecectl` to its end, whatever its exit code.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn try_fleecectl(&self, arguments: &[&str]) -> Result<Finished> {
+        let mut command = tools::fleece("fleecectl")?;
+        command.env("FLEECE_ENGINE", self.socket()).args(arguments);
+        Running::start(&format!("fleecectl {}", arguments.join(" ")), &mut command)?.finish(LONG)
+    }
+
+    /// Runs `fleecectl`, which must succeed.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn fleecectl(&self, arguments: &[&str]) -> Result<Finished> {
+        self.try_fleecectl(arguments)?.code(0)
+    }
+
+    /// Starts a live backup of a machine.
+    ///
+    /// # Errors
+    /// When it cannot start.
+    pub fn backup(&self, machine: &Machine, more: &[&str]) -> Result<Running> {
+        let (qmp, scratch) = (machine.socket().display().to_string(), self.text("scratch"));
+        let mut arguments = vec!["backup", &machine.name, "--qmp", &qmp, "--scratch-dir", &scratch];
+        arguments.extend(more);
+        Running::start(&format!("fleece {}", arguments.join(" ")), &mut self.fleece_command(&arguments)?)
+    }
+
+    /// Backs up a shut-off machine from its images; gives the snapshot's id and what was printed.
+    ///
+    /// # Errors
+    /// When the backup fails.
+    pub fn backup_images(&self, name: &str, images: &[(&str, &Path)]) -> Result<(String, Finished)> {
+        let images: Vec<String> =
+            images.iter().map(|(disk, path)| format!("--image={disk}={}", path.display())).collect();
+        let mut arguments = vec!["backup", name];
+        arguments.extend(images.iter().map(String::as_str));
+        let finished = self.fleece(&arguments)?;
+        Ok((snapshot_id(&finished.printed())?, finished))
+    }
+
+    /// Restores one disk of a snapshot (`VM@ID`) to a raw file and gives its path.
+    ///
+    /// # Errors
+    /// When the restore fails.
+    pub fn restore(&self, snapshot: &str, disk: &str) -> Result<PathBuf> {
+        let target = self.path(&format!("restored-{}-{disk}.raw", snapshot.replace('/', "_")));
+        let to = target.display().to_string();
+        self.fleece(&["restore", snapshot, "--disk", disk, "--to", &to, "-O", "raw", "--force"])?;
+        Ok(target)
+    }
+
+    /// `fleecectl status --json`.
+    ///
+    /// # Errors
+    /// When it fails or is not JSON.
+    pub fn status(&self) -> Result<Value> {
+        self.fleecectl(&["status", "--json"])?.json()?.pop().context("status printed nothing")
+    }
+
+    /// A figure of `fleecectl status --json`.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn figure(&self, name: &str) -> Result<u64> {
+        let status = self.status()?;
+        status[name].as_u64().with_context(|| format!("no {name} in {status}"))
+    }
+
+    /// The store must be whole.
+    ///
+    /// # Errors
+    /// What `fleecectl verify` found.
+    pub fn verify(&self) -> Result<Finished> {
+        self.fleecectl(&["verify"])
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            if let Some(engine) = &self.engine {
+                eprintln!("--- fleece-engine printed:\n{}", engine.printed());
+            }
+            return;
+        }
+        if !self.verify_at_end {
+            return;
+        }
+        let clean = if self.engine.is_some() { Ok(()) } else { self.start_engine() };
+        if let Err(error) = clean.and_then(|()| self.verify().map(drop)) {
+            panic!("the store is not whole at the end of the scenario: {error:#}");
+        }
+    }
+}
+
+/// The id in the line `committed NAME@ID …`.
+///
+/// # Errors
+/// When there is no such line.
+pub fn snapshot_id(printed: &str) -> Result<String> {
+    let line = printed.lines().find(|line| line.contains("committed ")).with_context(|| {
+        format!("no line 'committed NAME@ID' in:\n{printed}")
+    })?;
+    let after = line.split('@').nth(1).with_context(|| format!("no id in '{line}'"))?;
+    Ok(after.chars().take_while(char::is_ascii_alphanumeric).collect())
+}
