@@ -44,7 +44,13 @@ impl Fixture {
         let folder = tempfile::Builder::new().prefix("fleece").tempdir()?;
         fs::create_dir(folder.path().join("scratch"))?;
         let fixture = Fixture { folder, engine: None, budget: "32M", verify_at_end: true };
-        fixture.fleecectl(&["init", "--store", &fixture.text("store"), "--config", &fixture.text("engine.toml")])?;
+        fixture.fleecectl(&[
+            "init",
+            "--store",
+            &fixture.text("store"),
+            "--config",
+            &fixture.text("engine.toml"),
+        ])?;
         Ok(fixture)
     }
 
@@ -83,7 +89,12 @@ impl Fixture {
     /// When it does not come up.
     pub fn start_engine(&mut self) -> Result {
         let mut command = tools::fleece("fleece-engine")?;
-        command.args(["--config", &self.text("engine.toml"), "--socket", &self.text("engine.sock")]);
+        command.args([
+            "--config",
+            &self.text("engine.toml"),
+            "--socket",
+            &self.text("engine.sock"),
+        ]);
         command.args(["--state-dir", &self.text("state"), "--memory-budget", self.budget]);
         let mut engine = Running::start("fleece-engine", &mut command)?;
         let socket = self.socket();
@@ -175,16 +186,25 @@ impl Fixture {
         let (qmp, scratch) = (machine.socket().display().to_string(), self.text("scratch"));
         let mut arguments = vec!["backup", &machine.name, "--qmp", &qmp, "--scratch-dir", &scratch];
         arguments.extend(more);
-        Running::start(&format!("fleece {}", arguments.join(" ")), &mut self.fleece_command(&arguments)?)
+        Running::start(
+            &format!("fleece {}", arguments.join(" ")),
+            &mut self.fleece_command(&arguments)?,
+        )
     }
 
     /// Backs up a shut-off machine from its images; gives the snapshot's id and what was printed.
     ///
     /// # Errors
     /// When the backup fails.
-    pub fn backup_images(&self, name: &str, images: &[(&str, &Path)]) -> Result<(String, Finished)> {
-        let images: Vec<String> =
-            images.iter().map(|(disk, path)| format!("--image={disk}={}", path.display())).collect();
+    pub fn backup_images(
+        &self,
+        name: &str,
+        images: &[(&str, &Path)],
+    ) -> Result<(String, Finished)> {
+        let images: Vec<String> = images
+            .iter()
+            .map(|(disk, path)| format!("--image={disk}={}", path.display()))
+            .collect();
         let mut arguments = vec!["backup", name];
         arguments.extend(images.iter().map(String::as_str));
         let finished = self.fleece(&arguments)?;
@@ -251,9 +271,10 @@ impl Drop for Fixture {
 /// # Errors
 /// When there is no such line.
 pub fn snapshot_id(printed: &str) -> Result<String> {
-    let line = printed.lines().find(|line| line.contains("committed ")).with_context(|| {
-        format!("no line 'committed NAME@ID' in:\n{printed}")
-    })?;
+    let line = printed
+        .lines()
+        .find(|line| line.contains("committed "))
+        .with_context(|| format!("no line 'committed NAME@ID' in:\n{printed}"))?;
     let after = line.split('@').nth(1).with_context(|| format!("no id in '{line}'"))?;
     Ok(after.chars().take_while(char::is_ascii_alphanumeric).collect())
 }

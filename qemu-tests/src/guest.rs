@@ -60,7 +60,13 @@ impl Machine {
     pub fn new(folder: &Path, name: &str) -> Result<Self> {
         let folder = folder.join(name);
         fs::create_dir_all(&folder)?;
-        Ok(Machine { name: name.into(), uuid: Uuid::new_v4(), folder, disks: Vec::new(), agent: false })
+        Ok(Machine {
+            name: name.into(),
+            uuid: Uuid::new_v4(),
+            folder,
+            disks: Vec::new(),
+            agent: false,
+        })
     }
 
     /// Adds an empty disk.
@@ -111,7 +117,10 @@ impl Machine {
     /// The nodes that are the guest's own.
     #[must_use]
     pub fn nodes(&self) -> Vec<String> {
-        self.disks.iter().flat_map(|disk| [format!("{}-node", disk.name), format!("{}-file", disk.name)]).collect()
+        self.disks
+            .iter()
+            .flat_map(|disk| [format!("{}-node", disk.name), format!("{}-file", disk.name)])
+            .collect()
     }
 
     /// Starts it and waits until the program inside is ready.
@@ -125,15 +134,23 @@ impl Machine {
         for folder in ["share/qemu", "share/seabios", "lib/ipxe/qemu"] {
             command.arg("-L").arg(share.join(folder));
         }
-        command.args("-machine pc -accel tcg -m 128 -nodefaults -no-user-config -display none".split(' '));
+        command.args(
+            "-machine pc -accel tcg -m 128 -nodefaults -no-user-config -display none".split(' '),
+        );
         command.args(["-name", &self.name, "-uuid", &self.uuid.to_string(), "-no-reboot"]);
         command.arg("-kernel").arg(guest.join("vmlinuz"));
-        command.arg("-initrd").arg(guest.join(if self.agent { "initramfs-agent" } else { "initramfs" }));
+        command.arg("-initrd").arg(guest.join(if self.agent {
+            "initramfs-agent"
+        } else {
+            "initramfs"
+        }));
         command.args(["-append", "console=ttyS1 quiet panic=-1"]);
         for name in ["console", "qmp", "monitor"] {
             let path = self.folder.join(name);
             let _ = fs::remove_file(&path);
-            command.arg("-chardev").arg(format!("socket,id={name},path={},server=on,wait=off", path.display()));
+            command
+                .arg("-chardev")
+                .arg(format!("socket,id={name},path={},server=on,wait=off", path.display()));
         }
         command.args(["-serial", "chardev:console", "-mon", "chardev=qmp,mode=control"]);
         command.args(["-mon", "chardev=monitor,mode=control"]);
@@ -144,7 +161,9 @@ impl Machine {
         if self.agent {
             let path = self.folder.join("agent");
             let _ = fs::remove_file(&path);
-            command.arg("-chardev").arg(format!("socket,id=qga0,path={},server=on,wait=off", path.display()));
+            command
+                .arg("-chardev")
+                .arg(format!("socket,id=qga0,path={},server=on,wait=off", path.display()));
             command.args(["-device", "virtio-serial-pci"]);
             command.args(["-device", "virtserialport,chardev=qga0,name=org.qemu.guest_agent.0"]);
         }
@@ -153,8 +172,10 @@ impl Machine {
 
     fn connect(&self, qemu: Running) -> Result<Guest> {
         let path = self.folder.join("console");
-        let console = wait_for(SOON, &format!("{}'s console", self.name), || Ok(UnixStream::connect(&path).ok()))
-            .with_context(|| qemu.printed())?;
+        let console = wait_for(SOON, &format!("{}'s console", self.name), || {
+            Ok(UnixStream::connect(&path).ok())
+        })
+        .with_context(|| qemu.printed())?;
         console.set_read_timeout(Some(SOON))?;
         let qmp = Qmp::connect(&self.folder.join("monitor"))?;
         let mut guest = Guest { qemu, qmp, console: BufReader::new(console) };
@@ -227,7 +248,9 @@ impl Guest {
     /// When it does not in time, or met an error.
     pub fn keeps_writing(&mut self) -> Result {
         let before = self.written()?;
-        wait_for(SOON, "the guest's writer getting on", || Ok((self.written()? > before + 3).then_some(())))
+        wait_for(SOON, "the guest's writer getting on", || {
+            Ok((self.written()? > before + 3).then_some(()))
+        })
     }
 
     /// Stops the guest's processors.
@@ -260,7 +283,8 @@ impl Guest {
 
     fn line(&mut self) -> Result<String> {
         let mut line = String::new();
-        let length = self.console.read_line(&mut line).context("reading from the guest's console")?;
+        let length =
+            self.console.read_line(&mut line).context("reading from the guest's console")?;
         ensure!(length > 0, "QEMU closed the console: {}", self.qemu.printed());
         Ok(line.trim().into())
     }

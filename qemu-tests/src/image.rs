@@ -18,7 +18,12 @@ use crate::{MIB, Result, tools};
 /// # Errors
 /// qemu-img's.
 pub fn create(path: &Path, format: &str, size: u64) -> Result {
-    tools::run(tools::qemu("qemu-img")?.args(["create", "-q", "-f", format]).arg(path).arg(size.to_string()))?;
+    tools::run(
+        tools::qemu("qemu-img")?
+            .args(["create", "-q", "-f", format])
+            .arg(path)
+            .arg(size.to_string()),
+    )?;
     Ok(())
 }
 
@@ -88,7 +93,9 @@ pub fn same(truth: &Path, other: &Path) -> Result {
         a.read_exact_at(&mut left[..length], at)?;
         b.read_exact_at(&mut right[..length], at)?;
         if left[..length] != right[..length] {
-            for (index, (x, y)) in left[..length].chunks(BLOCK).zip(right[..length].chunks(BLOCK)).enumerate() {
+            for (index, (x, y)) in
+                left[..length].chunks(BLOCK).zip(right[..length].chunks(BLOCK)).enumerate()
+            {
                 if x != y {
                     wrong.push(at + (index * BLOCK) as u64);
                 }

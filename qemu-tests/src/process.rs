@@ -95,7 +95,10 @@ impl Running {
                 return Ok(Some(()));
             }
             match ended {
-                Some(_) if self.readers.iter().all(JoinHandle::is_finished) && !self.printed().contains(wanted) => {
+                Some(_)
+                    if self.readers.iter().all(JoinHandle::is_finished)
+                        && !self.printed().contains(wanted) =>
+                {
                     bail!("{name} ended without printing '{wanted}'")
                 }
                 _ => Ok(None),
@@ -122,9 +125,15 @@ impl Running {
         let status = waited.with_context(|| format!("{name} printed:\n{}", self.printed()))?;
         for reader in std::mem::take(&mut self.readers) {
             // A grandchild may hold the pipe open: what it prints later is not waited for.
-            let _ = wait_until(Duration::from_secs(2), "the pipe's end", || Ok(reader.is_finished()));
+            let _ =
+                wait_until(Duration::from_secs(2), "the pipe's end", || Ok(reader.is_finished()));
         }
-        Ok(Finished { name, code: status.code().unwrap_or(-1), out: text(&self.out), err: text(&self.err) })
+        Ok(Finished {
+            name,
+            code: status.code().unwrap_or(-1),
+            out: text(&self.out),
+            err: text(&self.err),
+        })
     }
 
     /// SIGKILL, and waits for the end.
@@ -143,7 +152,8 @@ impl Running {
     /// When it is gone.
     pub fn anonymous(&self) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
-        let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
+        let line =
+            status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
         let kib: u64 = line.split_whitespace().nth(1).context("no figure")?.parse()?;
         Ok(kib * 1024)
     }
@@ -166,7 +176,13 @@ impl Finished {
     /// Another exit code, with what was printed.
     pub fn code(self, wanted: i32) -> Result<Self> {
         if self.code != wanted {
-            bail!("{} ended with {} and not {wanted}:\n{}\n{}", self.name, self.code, self.out, self.err);
+            bail!(
+                "{} ended with {} and not {wanted}:\n{}\n{}",
+                self.name,
+                self.code,
+                self.out,
+                self.err
+            );
         }
         Ok(self)
     }

@@ -23,7 +23,9 @@ impl Qmp {
     /// # Errors
     /// When nothing listens or greets in time.
     pub fn connect(socket: &Path) -> Result<Self> {
-        let stream = wait_for(SOON, &format!("QMP on {}", socket.display()), || Ok(UnixStream::connect(socket).ok()))?;
+        let stream = wait_for(SOON, &format!("QMP on {}", socket.display()), || {
+            Ok(UnixStream::connect(socket).ok())
+        })?;
         stream.set_read_timeout(Some(SOON))?;
         let mut qmp = Qmp { reader: BufReader::new(stream), events: Vec::new() };
         let greeting = qmp.read()?;
@@ -104,7 +106,11 @@ impl Qmp {
                 let name = bitmap["name"].as_str().unwrap_or_default();
                 if name.starts_with("fleece") {
                     let recording = bitmap["recording"].as_bool().unwrap_or_default();
-                    found.push((node["node-name"].as_str().unwrap_or_default().into(), name.into(), recording));
+                    found.push((
+                        node["node-name"].as_str().unwrap_or_default().into(),
+                        name.into(),
+                        recording,
+                    ));
                 }
             }
         }
@@ -117,13 +123,20 @@ impl Qmp {
     /// The connection's.
     pub fn leftovers(&mut self, own_nodes: &[String]) -> Result<Vec<String>> {
         let mut found = Vec::new();
-        for export in self.execute("query-block-exports", &json!({}))?.as_array().into_iter().flatten() {
+        for export in
+            self.execute("query-block-exports", &json!({}))?.as_array().into_iter().flatten()
+        {
             found.push(format!("export {}", export["id"]));
         }
         for job in self.execute("query-jobs", &json!({}))?.as_array().into_iter().flatten() {
             found.push(format!("job {}", job["id"]));
         }
-        for node in self.execute("query-named-block-nodes", &json!({ "flat": true }))?.as_array().into_iter().flatten() {
+        for node in self
+            .execute("query-named-block-nodes", &json!({ "flat": true }))?
+            .as_array()
+            .into_iter()
+            .flatten()
+        {
             let name = node["node-name"].as_str().unwrap_or_default();
             if !own_nodes.iter().any(|own| own == name) && !name.starts_with('#') {
                 found.push(format!("node {name}"));

@@ -52,7 +52,13 @@ pub fn truths(fixture: &Fixture, machine: &Machine, round: &str) -> Result<Vec<(
 ///
 /// # Errors
 /// When the backup fails before that.
-pub fn begin(fixture: &Fixture, machine: &Machine, guest: &mut Guest, round: &str, more: &[&str]) -> Result<Reading> {
+pub fn begin(
+    fixture: &Fixture,
+    machine: &Machine,
+    guest: &mut Guest,
+    round: &str,
+    more: &[&str],
+) -> Result<Reading> {
     guest.pause()?;
     let truths = truths(fixture, machine, round)?;
     let mut running = fixture.backup(machine, more)?;
@@ -89,7 +95,8 @@ impl Taken {
     pub fn restores_exactly(&self, fixture: &Fixture) -> Result {
         for (disk, truth) in &self.truths {
             let restored = fixture.restore(&self.snapshot, disk)?;
-            image::same(truth, &restored).with_context(|| format!("{} of {}", disk, self.snapshot))?;
+            image::same(truth, &restored)
+                .with_context(|| format!("{} of {}", disk, self.snapshot))?;
             std::fs::remove_file(restored)?;
         }
         Ok(())
@@ -100,7 +107,11 @@ impl Taken {
     /// # Errors
     /// When nothing of the kind was printed.
     pub fn mentions(&self, wanted: &str) -> Result {
-        anyhow::ensure!(self.printed.printed().contains(wanted), "no '{wanted}' in:\n{}", self.printed.printed());
+        anyhow::ensure!(
+            self.printed.printed().contains(wanted),
+            "no '{wanted}' in:\n{}",
+            self.printed.printed()
+        );
         Ok(())
     }
 }

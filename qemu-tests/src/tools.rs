@@ -46,9 +46,15 @@ pub fn qemu(program: &str) -> Result<Command> {
 /// When it has not been built.
 pub fn fleece(program: &str) -> Result<Command> {
     let path = programs()?.join(program);
-    ensure!(path.exists(), "{} is missing: run `cargo build -p fleece -p fleece-engine`", path.display());
+    ensure!(
+        path.exists(),
+        "{} is missing: run `cargo build -p fleece -p fleece-engine`",
+        path.display()
+    );
     let mut command = Command::new(path);
-    command.env("PATH", search_path()?).env("QEMU_MODULE_DIR", qemu_folder().join("usr/lib/x86_64-linux-gnu/qemu"));
+    command
+        .env("PATH", search_path()?)
+        .env("QEMU_MODULE_DIR", qemu_folder().join("usr/lib/x86_64-linux-gnu/qemu"));
     Ok(command)
 }
 
@@ -58,7 +64,8 @@ fn programs() -> Result<PathBuf> {
         return Ok(folder.into());
     }
     let this = env::current_exe()?;
-    let folder = this.ancestors().nth(2).context("a test's executable lies in target/debug/deps")?;
+    let folder =
+        this.ancestors().nth(2).context("a test's executable lies in target/debug/deps")?;
     Ok(folder.into())
 }
 
@@ -75,7 +82,11 @@ fn search_path() -> Result<OsString> {
 pub fn run(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("cannot start {command:?}"))?;
     if !output.status.success() {
-        bail!("{command:?} failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "{command:?} failed ({}): {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -21,7 +21,11 @@ pub const LONG: Duration = Duration::from_secs(180);
 ///
 /// # Errors
 /// The condition's own, or that `limit` has passed, naming `what`.
-pub fn wait_for<T>(limit: Duration, what: &str, mut condition: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub fn wait_for<T>(
+    limit: Duration,
+    what: &str,
+    mut condition: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
     let start = Instant::now();
     loop {
         if let Some(value) = condition()? {
@@ -38,7 +42,11 @@ pub fn wait_for<T>(limit: Duration, what: &str, mut condition: impl FnMut() -> R
 ///
 /// # Errors
 /// As [`wait_for`].
-pub fn wait_until(limit: Duration, what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result {
+pub fn wait_until(
+    limit: Duration,
+    what: &str,
+    mut condition: impl FnMut() -> Result<bool>,
+) -> Result {
     wait_for(limit, what, || Ok(condition()?.then_some(())))
 }
 

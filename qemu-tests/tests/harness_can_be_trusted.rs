@@ -10,7 +10,9 @@ use qemu_tests::{MIB, Machine, Result, image};
 #[test]
 fn a_guest_writes_what_it_is_told_and_the_truth_shows_it() -> Result {
     let folder = tempfile::tempdir()?;
-    let machine = Machine::new(folder.path(), "plain")?.with_disk("qcow2", 32 * MIB)?.with_disk("raw", 16 * MIB)?;
+    let machine = Machine::new(folder.path(), "plain")?
+        .with_disk("qcow2", 32 * MIB)?
+        .with_disk("raw", 16 * MIB)?;
     let mut guest = machine.start()?;
     for disk in ["vda", "vdb"] {
         guest.obey(&format!("write {disk} 0 {MIB} 7"))?;
@@ -40,7 +42,9 @@ fn a_guest_writes_what_it_is_told_and_the_truth_shows_it() -> Result {
 #[test]
 fn a_writer_leaves_intact_records_in_order_on_both_disks() -> Result {
     let folder = tempfile::tempdir()?;
-    let machine = Machine::new(folder.path(), "writer")?.with_disk("qcow2", 32 * MIB)?.with_disk("qcow2", 32 * MIB)?;
+    let machine = Machine::new(folder.path(), "writer")?
+        .with_disk("qcow2", 32 * MIB)?
+        .with_disk("qcow2", 32 * MIB)?;
     let mut guest = machine.start()?;
     guest.obey(&format!("start 3 {MIB} {} 0 vda vdb", 16 * MIB))?;
     guest.keeps_writing()?;
@@ -65,7 +69,8 @@ fn an_agent_answers() -> Result {
     let mut guest = machine.start()?;
     qemu_tests::wait_until(qemu_tests::wait::SOON, "the agent opening its port", || {
         let chardevs = guest.qmp.execute("query-chardev", &serde_json::json!({}))?;
-        let agent = chardevs.as_array().into_iter().flatten().find(|one| one["label"] == "qga0").cloned();
+        let agent =
+            chardevs.as_array().into_iter().flatten().find(|one| one["label"] == "qga0").cloned();
         Ok(agent.is_some_and(|one| one["frontend-open"] == true))
     })
 }
