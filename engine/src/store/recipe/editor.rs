@@ -1,7 +1,7 @@
 //! Makes a disk's tree from its parent's tree and what changed.
 
 use super::node::{Children, Node, NodeRef, SegmentRun, decode, encode_index, encode_segment, tag};
-use super::{FAN_OUT, FAN_OUT_BITS, NodeStore, Placement, Shape};
+use super::{FAN_OUT, FAN_OUT_BITS, NodeSource, NodeStore, Placement, Shape};
 use crate::error::{Error, Kind, Result};
 
 /// Edits in ascending order; holds one open node per level and one open segment.
@@ -242,7 +242,7 @@ fn child_of(segment: u64, level: u8) -> usize {
 }
 
 /// Reads, checks and decodes a node.
-pub(super) fn read<S: NodeStore + ?Sized>(
+pub(super) fn read<S: NodeSource + ?Sized>(
     nodes: &S,
     node: &NodeRef,
     shape: &Shape,

@@ -27,10 +27,20 @@ pub const FAN_OUT: usize = 128;
 /// Bits of a segment number that one level of index nodes resolves.
 const FAN_OUT_BITS: u32 = FAN_OUT.trailing_zeros();
 
-/// Where nodes are kept.
-pub trait NodeStore {
+/// Where nodes are read.
+pub trait NodeSource {
     /// The bytes of a node, not yet checked against the reference's tag.
     fn get(&self, node: &NodeRef) -> Result<Vec<u8>>;
+}
+
+impl<S: NodeSource + ?Sized> NodeSource for &S {
+    fn get(&self, node: &NodeRef) -> Result<Vec<u8>> {
+        (**self).get(node)
+    }
+}
+
+/// Where nodes are written.
+pub trait NodeStore: NodeSource {
     /// Keeps a node; it must be readable only after the store's own sealing.
     fn put(&mut self, level: u8, bytes: &[u8]) -> Result<Address>;
 }

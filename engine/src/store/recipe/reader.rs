@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::editor::{misplaced, read};
 use super::node::{Node, NodeRef};
-use super::{FAN_OUT, NodeStore, Placement, Run, Shape};
+use super::{FAN_OUT, NodeSource, Placement, Run, Shape};
 use crate::error::{Error, Kind, Result};
 
 /// Decoded nodes that a reader keeps: the way down of a few places read at a time. A full
@@ -15,8 +15,8 @@ use crate::error::{Error, Kind, Result};
 const CACHED_NODES: usize = 32;
 
 /// Reads one tree.
-pub struct RecipeReader<'a, S: NodeStore + ?Sized> {
-    nodes: &'a S,
+pub struct RecipeReader<S: NodeSource> {
+    nodes: S,
     root: Option<NodeRef>,
     shape: Shape,
     cache: RefCell<VecDeque<(NodeRef, Arc<Node>)>>,
@@ -38,9 +38,9 @@ pub struct Lost {
     pub error: Error,
 }
 
-impl<'a, S: NodeStore + ?Sized> RecipeReader<'a, S> {
+impl<S: NodeSource> RecipeReader<S> {
     /// Of the tree below `root`, of a disk of this shape.
-    pub fn new(nodes: &'a S, root: Option<NodeRef>, shape: Shape) -> Result<Self> {
+    pub fn new(nodes: S, root: Option<NodeRef>, shape: Shape) -> Result<Self> {
         if let Some(root) = root.filter(|root| root.level != shape.height()) {
             let height = shape.height();
             let message = format!("the recipe {root} should have {height} levels for its disk");
@@ -57,7 +57,7 @@ impl<'a, S: NodeStore + ?Sized> RecipeReader<'a, S> {
 
     /// The runs that cover `blocks` (cut at the disk's end) without a gap, ascending and as
     /// long as they can be.
-    pub fn runs(&self, blocks: Range<u64>) -> Runs<'_, 'a, S> {
+    pub fn runs(&self, blocks: Range<u64>) -> Runs<'_, S> {
         let end = blocks.end.min(self.shape.blocks);
         Runs {
             reader: self,
@@ -71,7 +71,7 @@ impl<'a, S: NodeStore + ?Sized> RecipeReader<'a, S> {
     }
 
     /// The runs of the whole disk.
-    pub fn all_runs(&self) -> Runs<'_, 'a, S> {
+    pub fn all_runs(&self) -> Runs<'_, S> {
         self.runs(0..self.shape.blocks)
     }
 
@@ -149,7 +149,7 @@ impl<'a, S: NodeStore + ?Sized> RecipeReader<'a, S> {
             cache.push_front(hit);
             return Ok(found);
         }
-        let read = Arc::new(read(self.nodes, node, &self.shape)?);
+        let read = Arc::new(read(&self.nodes, node, &self.shape)?);
         cache.truncate(CACHED_NODES - 1);
         cache.push_front((*node, read.clone()));
         Ok(read)
@@ -168,8 +168,8 @@ fn segment_runs(node: &Node, first_block: u64) -> Vec<Run> {
 }
 
 /// A stream of runs; see [`RecipeReader::runs`].
-pub struct Runs<'r, 'a, S: NodeStore + ?Sized> {
-    reader: &'r RecipeReader<'a, S>,
+pub struct Runs<'r, S: NodeSource> {
+    reader: &'r RecipeReader<S>,
     /// The next block to look at.
     at: u64,
     end: u64,
@@ -190,7 +190,7 @@ struct Step {
     level: u8,
 }
 
-impl<S: NodeStore + ?Sized> Runs<'_, '_, S> {
+impl<S: NodeSource> Runs<'_, S> {
     /// Takes what is below unreadable nodes for zeros and lists it in [`Runs::take_lost`].
     #[must_use]
     pub fn tolerant(mut self) -> Self {

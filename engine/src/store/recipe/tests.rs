@@ -16,12 +16,14 @@ struct Memory {
     bytes: u64,
 }
 
-impl NodeStore for Memory {
+impl NodeSource for Memory {
     fn get(&self, node: &NodeRef) -> Result<Vec<u8>> {
         let missing = || crate::error::Error::new(crate::error::Kind::Damaged, "missing");
         self.nodes.get(&node.address).cloned().ok_or_else(missing)
     }
+}
 
+impl NodeStore for Memory {
     fn put(&mut self, _level: u8, bytes: &[u8]) -> Result<Address> {
         let n = self.nodes.len() as u32;
         let container = ContainerId { incarnation: Incarnation(7), counter: 1 + n / 1000 };
@@ -53,7 +55,7 @@ fn expected(model: &Model, range: std::ops::Range<u64>) -> Vec<Run> {
     runs
 }
 
-fn read_all<S: NodeStore>(mut runs: Runs<'_, '_, S>) -> Vec<Run> {
+fn read_all<S: NodeSource>(mut runs: Runs<'_, S>) -> Vec<Run> {
     let mut all = Vec::new();
     while let Some(run) = runs.next().unwrap() {
         all.push(run);
