@@ -1,1 +1,14 @@
 //! NBD: the wire, our client, our server.
+
+mod buffer;
+mod client;
+mod connection;
+mod error;
+mod handshake;
+mod pending;
+pub mod server;
+pub mod wire;
+
+pub use buffer::Buffer;
+pub use client::{Address, ConnectOptions, Export, MAX_READ, NbdTarget, list_exports};
+pub use error::{NbdError, NbdErrorKind};

@@ -1,0 +1,1 @@
+//! Disk images of VMs that are shut off.
