@@ -5,6 +5,7 @@ pub mod error;
 pub mod fingerprint;
 pub mod ids;
 pub mod jobs;
+pub mod pool;
 pub mod rpc;
 pub mod session;
 pub mod sort;

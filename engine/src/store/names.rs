@@ -1,0 +1,121 @@
+//! The key space: the name of every object of the store is built here and nowhere else.
+
+use crate::ids::{ContainerId, Incarnation, SnapshotId, VmId};
+
+/// The store's header object; created last by `init`, read first by everyone.
+pub const STORE: &str = "store";
+/// The store's key under a passphrase, where one was given.
+pub const WRAPPED_KEY: &str = "key.wrapped";
+/// Containers, a folder per incarnation.
+pub const CONTAINERS: &str = "containers";
+/// What was sealed, a folder per incarnation.
+pub const JOURNAL: &str = "journal";
+/// Claims of the right to number containers.
+pub const INCARNATIONS: &str = "incarnations";
+/// Commit keys, a folder per VM.
+pub const MANIFESTS: &str = "manifests";
+/// The second copy of every manifest.
+pub const MANIFEST_COPIES: &str = "manifests-copy";
+/// Sessions that began, a folder per VM.
+pub const SESSIONS: &str = "sessions";
+/// Slots known to be damaged.
+pub const DAMAGE: &str = "damage";
+
+/// The object whose last container is `last`, in a generation (0 as first written).
+#[must_use]
+pub fn container(last: ContainerId, generation: u32) -> String {
+    format!("{CONTAINERS}/{:08x}/{:08x}-{generation:04x}", last.incarnation.0, last.counter)
+}
+
+/// The folder of an incarnation's containers.
+#[must_use]
+pub fn containers_of(incarnation: Incarnation) -> String {
+    format!("{CONTAINERS}/{:08x}", incarnation.0)
+}
+
+/// The last container and the generation that a container object's key names.
+#[must_use]
+pub fn parse_container(key: &str) -> Option<(ContainerId, u32)> {
+    let mut parts = key.strip_prefix(CONTAINERS)?.strip_prefix('/')?.split('/');
+    let incarnation = hex(parts.next()?)?;
+    let (counter, generation) = parts.next()?.split_once('-')?;
+    let id = ContainerId { incarnation: Incarnation(incarnation), counter: hex(counter)? };
+    (parts.next().is_none() && generation.len() >= 4)
+        .then(|| u32::from_str_radix(generation, 16).ok())
+        .flatten()
+        .map(|generation| (id, generation))
+}
+
+/// The `n`th entry of an incarnation's journal, from 1.
+#[must_use]
+pub fn journal(incarnation: Incarnation, n: u32) -> String {
+    format!("{JOURNAL}/{:08x}/{n:08x}", incarnation.0)
+}
+
+/// The claim of an incarnation.
+#[must_use]
+pub fn incarnation(incarnation: Incarnation) -> String {
+    format!("{INCARNATIONS}/{:08x}", incarnation.0)
+}
+
+/// The incarnation that a claim's key names.
+#[must_use]
+pub fn parse_incarnation(key: &str) -> Option<Incarnation> {
+    key.strip_prefix(INCARNATIONS)?.strip_prefix('/').and_then(hex).map(Incarnation)
+}
+
+/// The commit key of a snapshot.
+#[must_use]
+pub fn manifest(vm: VmId, seq: u64, snapshot: SnapshotId) -> String {
+    format!("{MANIFESTS}/{vm}/{seq:08x}-{snapshot}")
+}
+
+/// The second copy of a manifest.
+#[must_use]
+pub fn manifest_copy(vm: VmId, seq: u64, snapshot: SnapshotId) -> String {
+    format!("{MANIFEST_COPIES}/{vm}/{seq:08x}-{snapshot}")
+}
+
+/// The session object of a snapshot.
+#[must_use]
+pub fn session(vm: VmId, seq: u64, snapshot: SnapshotId) -> String {
+    format!("{SESSIONS}/{vm}/{seq:08x}-{snapshot}")
+}
+
+/// The VM, the sequence and the snapshot that a key of the three kinds above names.
+#[must_use]
+pub fn parse_snapshot(key: &str) -> Option<(VmId, u64, SnapshotId)> {
+    let mut parts = key.split('/').skip(1);
+    let vm = VmId(parts.next()?.parse().ok()?);
+    let (seq, snapshot) = parts.next()?.split_once('-')?;
+    let seq = u64::from_str_radix(seq, 16).ok()?;
+    parts.next().is_none().then_some((vm, seq, snapshot.parse().ok()?))
+}
+
+/// A damage record: those of a container stand together, `n` makes each one's key new.
+#[must_use]
+pub fn damage(container: ContainerId, n: u32) -> String {
+    format!("{DAMAGE}/{container}/{n:08x}")
+}
+
+fn hex(text: &str) -> Option<u32> {
+    (text.len() == 8).then(|| u32::from_str_radix(text, 16).ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_and_ids_round_trip() {
+        let id = ContainerId { incarnation: Incarnation(7), counter: 0xabc };
+        assert_eq!(container(id, 2), "containers/00000007/00000abc-0002");
+        assert_eq!(parse_container(&container(id, 0x1_0000)), Some((id, 0x1_0000)));
+        assert_eq!(parse_container("containers/00000007/00000abc"), None);
+        assert_eq!(parse_container("containers/7/00000abc-0000"), None);
+        assert_eq!(parse_incarnation(&incarnation(Incarnation(9))), Some(Incarnation(9)));
+        let (vm, snapshot) = (VmId(uuid::Uuid::from_u128(5)), SnapshotId::from_random(77));
+        assert_eq!(parse_snapshot(&manifest(vm, 3, snapshot)), Some((vm, 3, snapshot)));
+        assert_eq!(parse_snapshot("manifests/nonsense"), None);
+    }
+}
