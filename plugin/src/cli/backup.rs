@@ -1,0 +1,112 @@
+//! `fleece backup`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use uuid::Uuid;
+
+use super::Session;
+use crate::error::Result;
+use crate::units::{parse_duration, parse_size};
+
+/// Back up VMs: live ones through QEMU, shut-off ones from their images.
+///
+/// Several VMs are backed up one after the other; the worst exit code counts.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// VMs, by name.
+    #[arg(required = true, value_name = "VM")]
+    vms: Vec<String>,
+
+    /// Monitor (QMP) socket of the VM, where it is not described in the VMs' folder.
+    #[arg(long, value_name = "SOCK", conflicts_with = "images")]
+    qmp: Option<PathBuf>,
+
+    /// Image of a disk of a shut-off VM; once for each disk.
+    #[arg(long = "image", value_name = "DISK=FILE", conflicts_with = "freeze")]
+    images: Vec<ImageArg>,
+
+    /// Only these disks.
+    #[arg(long = "disk", value_name = "DISK", conflicts_with = "exclude")]
+    disks: Vec<String>,
+
+    /// All disks but these.
+    #[arg(long = "exclude-disk", value_name = "DISK")]
+    exclude: Vec<String>,
+
+    /// Freeze the guest's file systems around the point in time: `try` goes on without an
+    /// agent, `require` does not.
+    #[arg(long, value_name = "MODE", value_enum, num_args = 0..=1, require_equals = true, default_missing_value = "try")]
+    freeze: Option<Freeze>,
+
+    /// Folder for the data that the guest overwrites meanwhile.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/fleece/scratch")]
+    scratch_dir: PathBuf,
+
+    /// Most of it; past it the backup ends and the guest goes on.
+    #[arg(long, value_name = "SIZE", default_value = "20G", value_parser = parse_size)]
+    scratch_max: u64,
+
+    /// Most bytes per second to read from the VM's disks.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    read_limit: Option<u64>,
+
+    /// Read everything, whatever the dirty bitmaps say.
+    #[arg(long)]
+    full: bool,
+
+    /// Longest time to hold a view of the disks; past it the backup ends.
+    #[arg(long, value_name = "TIME", default_value = "2h", value_parser = parse_duration)]
+    max_hold: Duration,
+
+    /// Age of the last full read at which the next one is due, bitmap or not.
+    #[arg(long, value_name = "TIME", default_value = "90d", value_parser = parse_duration)]
+    max_age_full: Duration,
+
+    /// Show what would be read, and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Call the VM by this name in the store.
+    #[arg(long = "as", value_name = "NAME", conflicts_with = "adopt")]
+    rename: Option<String>,
+
+    /// Continue the snapshots of the VM with this UUID.
+    #[arg(long, value_name = "UUID")]
+    adopt: Option<Uuid>,
+}
+
+/// `DISK=FILE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ImageArg {
+    /// The disk's label.
+    pub(super) disk: String,
+    /// Its image.
+    pub(super) file: PathBuf,
+}
+
+impl FromStr for ImageArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text.split_once('=') {
+            Some((disk, file)) if !disk.is_empty() && !file.is_empty() => {
+                Ok(ImageArg { disk: disk.to_owned(), file: file.into() })
+            }
+            _ => Err(format!("{text:?} is not DISK=FILE, for example vda=/images/web1.qcow2")),
+        }
+    }
+}
+
+/// Whether the guest agent has to help.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(super) enum Freeze {
+    Try,
+    Require,
+}
+
+pub(super) async fn run(_session: &Session, _args: Args) -> Result<()> {
+    Err(crate::error::Error::new(crate::error::Kind::Failed, "not yet"))
+}

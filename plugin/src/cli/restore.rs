@@ -1,0 +1,168 @@
+//! `fleece restore`.
+
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+
+use super::{Session, SnapshotName, interrupted};
+use crate::engine::{Engine, Snapshot};
+use crate::error::{Context, Error, Kind, Result};
+use crate::restore::{Format, Options, Place, restore, safe_name};
+
+/// Restore a disk of a snapshot, or all of them.
+#[derive(clap::Args)]
+#[command(group = clap::ArgGroup::new("target").required(true))]
+pub(super) struct Args {
+    /// VM (its latest snapshot), or VM@ID, VM@latest, VM@2026-11-20.
+    #[arg(value_name = "VM[@ID]")]
+    name: SnapshotName,
+
+    /// File or block device to restore one disk to, or - for standard output.
+    #[arg(long, value_name = "FILE|DEV|-", group = "target")]
+    to: Option<PathBuf>,
+
+    /// Folder to restore all disks to, each as a file with its name.
+    #[arg(long, value_name = "DIR", group = "target")]
+    to_dir: Option<PathBuf>,
+
+    /// Disk, by name or UUID; needed with --to where there are several.
+    #[arg(long, value_name = "DISK")]
+    disk: Option<String>,
+
+    /// Format of the restored disk; raw, or what the file's name says.
+    #[arg(short = 'O', long, value_enum)]
+    output_format: Option<Format>,
+
+    /// Overwrite an existing file, or a block device.
+    #[arg(long)]
+    force: bool,
+
+    /// What to do with damaged data: restore zeros there and list the holes in FILE.holes.
+    #[arg(long, value_enum, value_name = "zero")]
+    damaged: Option<Damaged>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Damaged {
+    Zero,
+}
+
+impl Args {
+    /// Whether standard output will carry the disk.
+    pub(super) fn to_stdout(&self) -> bool {
+        self.to.as_deref() == Some(Path::new("-"))
+    }
+
+    fn options(&self) -> Options {
+        let by_name = |path: &PathBuf| path.extension().is_some_and(|end| end == "qcow2");
+        let guessed = match self.to.as_ref().is_some_and(by_name) {
+            true => Format::Qcow2,
+            false => Format::Raw,
+        };
+        Options {
+            format: self.output_format.unwrap_or(guessed),
+            force: self.force,
+            damaged_zero: self.damaged == Some(Damaged::Zero),
+        }
+    }
+}
+
+pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
+    let options = args.options();
+    let work = async {
+        match (&args.to, &args.to_dir) {
+            (Some(to), _) => one(session, &args, to, options).await,
+            (_, Some(folder)) => all(session, &args, folder, options).await,
+            (None, None) => Err(Error::new(Kind::Usage, "--to or --to-dir is missing")),
+        }
+    };
+    if args.to_stdout() {
+        // A write to a pipe that nobody reads blocks us; the default action of a
+        // signal ends us even then, and there is nothing to tidy up.
+        return work.await;
+    }
+    tokio::select! {
+        result = work => result,
+        error = interrupted() => Err(error),
+    }
+}
+
+async fn one(session: &Session, args: &Args, to: &Path, options: Options) -> Result<()> {
+    let place = Place::check(to, options)?;
+    let engine = session.engine().await?;
+    let name = &args.name;
+    let disk = args.disk.as_deref().unwrap_or("");
+    let open = engine.open_disk(&name.vm, &name.snapshot, disk).await?;
+    restore(&session.report, &open, &place, options).await
+}
+
+async fn all(session: &Session, args: &Args, folder: &Path, options: Options) -> Result<()> {
+    let engine = session.engine().await?;
+    let name = &args.name;
+    let snapshot = resolve(&engine, name).await?;
+    std::fs::create_dir_all(folder).map_err(|error| {
+        Error::caused(Kind::Target, format!("cannot create {}", folder.display()), error)
+    })?;
+    let mut places = Vec::new();
+    for disk in &snapshot.disks {
+        let wanted =
+            |disk_name: &String| *disk_name == disk.name || *disk_name == disk.uuid.to_string();
+        if args.disk.as_ref().is_none_or(wanted) {
+            let file = format!("{}.{}", safe_name(disk), options.format.extension());
+            places.push((disk.uuid, Place::check(&folder.join(file), options)?));
+        }
+    }
+    if places.is_empty() {
+        let (disk, id) = (args.disk.as_deref().unwrap_or(""), &snapshot.id);
+        return Err(Error::new(Kind::NotFound, format!("{}@{id} has no disk {disk:?}", name.vm)));
+    }
+    for (uuid, place) in places {
+        let open =
+            engine.open_disk(&snapshot.vm.to_string(), &snapshot.id.0, &uuid.to_string()).await?;
+        restore(&session.report, &open, &place, options).await?;
+    }
+    write_config(&engine, &snapshot, folder, options).await
+}
+
+/// Keeps the VM's configuration beside its disks.
+async fn write_config(
+    engine: &Engine,
+    snapshot: &Snapshot,
+    folder: &Path,
+    options: Options,
+) -> Result<()> {
+    let config = engine.vm_config(&snapshot.vm.to_string(), &snapshot.id.0).await?;
+    if config.is_empty() {
+        return Ok(());
+    }
+    let file = folder.join("vm-config");
+    if file.exists() && !options.force {
+        let what = format!("{} exists; add --force to overwrite it", file.display());
+        return Err(Error::new(Kind::Target, what));
+    }
+    std::fs::write(&file, config).context(|| format!("cannot write {}", file.display()))
+}
+
+/// The snapshot that a name means, with its disks.
+async fn resolve(engine: &Engine, name: &SnapshotName) -> Result<Snapshot> {
+    let mut snapshots = engine.snapshots(&name.vm).await?;
+    let wanted = name.snapshot.as_str();
+    let found = match wanted {
+        "" | "latest" => snapshots.pop(),
+        _ => {
+            let day = |snapshot: &Snapshot| {
+                crate::units::local_time(snapshot.time_ms).starts_with(wanted)
+            };
+            let dated = wanted.len() == "2026-11-20".len();
+            snapshots
+                .into_iter()
+                .rfind(|snapshot| snapshot.id.0 == wanted || dated && day(snapshot))
+        }
+    };
+    let shown = if wanted.is_empty() { "latest" } else { wanted };
+    found.ok_or_else(|| {
+        let what =
+            format!("there is no snapshot {}@{shown}; see fleece snapshots {}", name.vm, name.vm);
+        Error::new(Kind::NotFound, what)
+    })
+}

@@ -1,0 +1,262 @@
+//! The engine of this host, as the rest of the plugin sees it.
+//!
+//! Only this folder names Cap'n Proto. Its objects are not `Send`: everything
+//! here lives on the plugin's one `LocalSet` thread.
+
+mod convert;
+mod image;
+mod session;
+mod types;
+
+use std::path::Path;
+use std::time::Duration;
+
+use capnp::message::ReaderOptions;
+use capnp_rpc::{RpcSystem, rpc_twoparty_capnp::Side, twoparty::VatNetwork};
+use fleece_schema::engine_capnp as wire;
+use futures::io::{BufReader, BufWriter};
+use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
+use uuid::Uuid;
+
+pub use image::{BlockTarget, DiskImage, Image};
+pub use session::{BackupSession, Session};
+pub use types::*;
+
+use crate::error::{Error, Kind, Result};
+use convert::{Wire, engine_error};
+
+/// Where the engine listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/fleece/engine.sock";
+
+/// Blocks of data in one window of a backup.
+pub const BLOCKS_PER_WINDOW: u64 = wire::BLOCKS_PER_WINDOW as u64;
+
+/// Blocks of data, and extents, in one call of `submit`.
+pub const BLOCKS_PER_SUBMIT: usize = wire::BLOCKS_PER_SUBMIT as usize;
+
+/// Bytes of data in one call.
+pub const MAX_WRITE: u32 = wire::MAX_WRITE;
+
+/// Words (8 bytes) that one message may make us look at, and so allocate: the longest
+/// answers are lists of snapshots, a few hundred bytes each.
+const MESSAGE_WORDS: usize = 1 << 20;
+
+/// Bytes of streaming calls on their way: two of the largest writes keep the engine busy.
+const STREAM_WINDOW: usize = 2 * MAX_WRITE as usize;
+
+/// Buffer of either direction of the socket; large data bypasses it.
+const SOCKET_BUFFER: usize = 16 << 10;
+
+/// A live engine says hello at once.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A connection to the engine that said hello.
+pub struct Engine {
+    client: wire::engine::Client,
+    info: EngineInfo,
+}
+
+/// A stored disk and the way to read it.
+pub struct OpenDisk {
+    /// The snapshot that it belongs to.
+    pub snapshot: Snapshot,
+    /// Which of its disks.
+    pub disk: Disk,
+    /// Its bytes.
+    pub image: Image,
+}
+
+impl Engine {
+    /// Connects and says hello; must run inside a `LocalSet`.
+    ///
+    /// # Errors
+    /// [`Kind::NoEngine`] where nobody listens, [`Kind::Failed`] where another version does.
+    pub async fn connect(socket: &Path) -> Result<Engine> {
+        let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| {
+            let kind = match error.kind() {
+                std::io::ErrorKind::PermissionDenied => Kind::NotPermitted,
+                _ => Kind::NoEngine,
+            };
+            let hint = match kind {
+                Kind::NotPermitted => "run fleece as root or as a member of the socket's group",
+                _ => "start fleece-engine, or name its socket with --engine or FLEECE_ENGINE",
+            };
+            Error::caused(kind, format!("no engine at {} ({hint})", socket.display()), error)
+        })?;
+        let (reader, writer) = stream.into_split();
+        let reader = BufReader::with_capacity(SOCKET_BUFFER, reader.compat());
+        let writer = BufWriter::with_capacity(SOCKET_BUFFER, writer.compat_write());
+        let mut options = ReaderOptions::new();
+        options.traversal_limit_in_words(Some(MESSAGE_WORDS));
+        let mut network = VatNetwork::new(reader, writer, Side::Client, options);
+        network.set_window_size(STREAM_WINDOW);
+        let mut rpc = RpcSystem::new(Box::new(network), None);
+        let client: wire::engine::Client = rpc.bootstrap(Side::Server);
+        tokio::task::spawn_local(rpc);
+        let info = tokio::time::timeout(HELLO_TIMEOUT, hello(&client)).await.map_err(|_| {
+            let socket = socket.display();
+            Error::new(Kind::NoEngine, format!("{socket} accepts but says nothing: not an engine?"))
+        })??;
+        Ok(Engine { client, info })
+    }
+
+    /// What it said about itself.
+    #[must_use]
+    pub fn info(&self) -> &EngineInfo {
+        &self.info
+    }
+
+    /// What became of the snapshots that dirty bitmaps of this VM name, and its newest snapshot.
+    ///
+    /// One that is neither committed nor ended is ended here, for good.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] while a backup of this VM runs.
+    pub async fn settle(
+        &self,
+        vm: Uuid,
+        snapshots: &[SnapshotId],
+    ) -> Result<(Vec<Fate>, Option<Snapshot>)> {
+        let doing = "cannot settle earlier backups";
+        let mut request = self.client.settle_request();
+        request.get().set_vm(vm.as_bytes());
+        let mut list = request.get().init_snapshots(count(snapshots.len()));
+        for (i, id) in snapshots.iter().enumerate() {
+            list.set(count(i), id.0.as_str());
+        }
+        let decode = async {
+            let response = request.send().promise.await?;
+            let response = response.get()?;
+            let fates = response.get_fates()?.iter().map(|fate| {
+                match fate.map_err(capnp::Error::from)? {
+                    wire::Fate::Committed => Ok(Fate::Committed),
+                    wire::Fate::Ended => Ok(Fate::Ended),
+                }
+            });
+            let fates = fates.collect::<Wire<Vec<_>>>()?;
+            let latest = match response.has_latest() {
+                true => Some(convert::snapshot(response.get_latest()?)?),
+                false => None,
+            };
+            Ok((fates, latest))
+        };
+        let (fates, latest) = decode.await.map_err(|error| engine_error(&error, doing))?;
+        if fates.len() != snapshots.len() {
+            return Err(Error::new(Kind::Failed, format!("{doing}: the engine left some out")));
+        }
+        Ok((fates, latest))
+    }
+
+    /// Waits for a reader's place and begins a session.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] while another backup of this VM runs; [`Kind::Usage`] where the name
+    /// belongs to another VM.
+    pub async fn open_backup(&self, wanted: &BackupRequest) -> Result<(BackupPlan, Session)> {
+        let mut request = self.client.open_backup_request();
+        session::fill(request.get().init_request(), wanted);
+        let decode = async {
+            let response = request.send().promise.await?;
+            let response = response.get()?;
+            let plan = response.get_plan()?;
+            let plan = BackupPlan {
+                snapshot: SnapshotId(plan.get_snapshot()?.to_str()?.to_owned()),
+                disks: plan.get_disks()?.iter().map(convert::disk_plan).collect::<Wire<_>>()?,
+                in_flight: plan.get_in_flight(),
+                cache: plan.get_cache(),
+            };
+            if plan.disks.len() != wanted.disks.len() {
+                return Err(capnp::Error::failed("the plan has another number of disks".into()));
+            }
+            Ok((plan, Session::new(response.get_session()?)))
+        };
+        decode.await.map_err(|error| {
+            engine_error(&error, &format!("cannot begin a backup of {}", wanted.vm_name))
+        })
+    }
+
+    /// The snapshots of one VM (name or UUID), oldest first, or of all for "".
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] where there is no such VM.
+    pub async fn snapshots(&self, vm: &str) -> Result<Vec<Snapshot>> {
+        let mut request = self.client.snapshots_request();
+        request.get().set_vm(vm);
+        let decode = async {
+            let response = request.send().promise.await?;
+            response.get()?.get_snapshots()?.iter().map(convert::snapshot).collect::<Wire<_>>()
+        };
+        decode.await.map_err(|error| engine_error(&error, "cannot list snapshots"))
+    }
+
+    /// Opens a stored disk. `snapshot`: id, "latest", a date or ""; `disk`: name, UUID,
+    /// or "" where there is one only.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] where there is none, [`Kind::Usage`] where there are several.
+    pub async fn open_disk(&self, vm: &str, snapshot: &str, disk: &str) -> Result<OpenDisk> {
+        let mut request = self.client.open_disk_request();
+        let mut wanted = request.get();
+        wanted.set_vm(vm);
+        wanted.set_snapshot(snapshot);
+        wanted.set_disk(disk);
+        let decode = async {
+            let response = request.send().promise.await?;
+            let response = response.get()?;
+            Ok(OpenDisk {
+                snapshot: convert::snapshot(response.get_snapshot()?)?,
+                disk: convert::disk(response.get_disk()?)?,
+                image: Image::new(response.get_image()?),
+            })
+        };
+        decode.await.map_err(|error| engine_error(&error, &format!("cannot open {vm}")))
+    }
+
+    /// The configuration that the VM had at a snapshot.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] where there is no such snapshot.
+    pub async fn vm_config(&self, vm: &str, snapshot: &str) -> Result<Vec<u8>> {
+        let mut request = self.client.vm_config_request();
+        request.get().set_vm(vm);
+        request.get().set_snapshot(snapshot);
+        let decode = async {
+            let response = request.send().promise.await?;
+            Ok(response.get()?.get_config()?.to_vec())
+        };
+        decode
+            .await
+            .map_err(|error| engine_error(&error, &format!("cannot read {vm}'s configuration")))
+    }
+
+    /// What the engine and its store hold.
+    ///
+    /// # Errors
+    /// Where the engine cannot tell.
+    pub async fn status(&self) -> Result<Status> {
+        let request = self.client.status_request();
+        let decode = async {
+            let response = request.send().promise.await?;
+            convert::status(response.get()?.get_status()?)
+        };
+        decode.await.map_err(|error| engine_error(&error, "cannot read the status"))
+    }
+}
+
+async fn hello(client: &wire::engine::Client) -> Result<EngineInfo> {
+    let mut request = client.hello_request();
+    let mut ours = request.get();
+    ours.set_program("fleece");
+    ours.set_version(env!("CARGO_PKG_VERSION"));
+    ours.set_protocol(wire::PROTOCOL_VERSION);
+    let decode = async {
+        let response = request.send().promise.await?;
+        convert::info(response.get()?.get_info()?)
+    };
+    decode.await.map_err(|error| engine_error(&error, "the engine refuses to talk to us"))
+}
+
+/// A length for the wire; our lists are far below its limit.
+fn count(length: usize) -> u32 {
+    u32::try_from(length).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,166 @@
+//! One backup of one VM, as the engine keeps it.
+
+use fleece_schema::engine_capnp as wire;
+
+use super::convert::{self, engine_error};
+use super::count;
+use super::types::{BackupRequest, BlockExtent, Counts, DiskIndex, Grant, Snapshot};
+use crate::error::{Error, Kind, Result};
+
+/// What scan and write need of a session; a model stands in for the engine in tests.
+#[allow(async_fn_in_trait)]
+pub trait BackupSession {
+    /// The next blocks of a disk, ascending. `fingerprints`: 20 bytes for each block of
+    /// data in `extents`. Waits while the engine has enough to do.
+    async fn submit(
+        &self,
+        disk: DiskIndex,
+        extents: &[BlockExtent],
+        fingerprints: &[u8],
+    ) -> Result<()>;
+
+    /// Ends the scan of a window; returns when the next one may begin.
+    async fn end_window(&self) -> Result<()>;
+
+    /// Says that no window follows.
+    async fn end_scan(&self) -> Result<()>;
+
+    /// The next blocks to write, in order, and whether everything is settled.
+    async fn grants(&self) -> Result<(Vec<Grant>, bool)>;
+
+    /// Granted blocks in the order of the grants; whole blocks, at most [`super::MAX_WRITE`]
+    /// bytes. Waits while the engine has enough to do.
+    async fn write(&self, disk: DiskIndex, first_block: u64, data: &[u8]) -> Result<()>;
+}
+
+/// A session of the real engine. Dropping it ends the session without a snapshot.
+pub struct Session {
+    client: wire::backup_session::Client,
+}
+
+impl Session {
+    pub(super) fn new(client: wire::backup_session::Client) -> Session {
+        Session { client }
+    }
+
+    /// Publishes the snapshot: from here on it can be restored.
+    ///
+    /// # Errors
+    /// Where it was not published.
+    pub async fn commit(&self, point_in_time_ms: i64, bitmaps: &[String]) -> Result<Snapshot> {
+        let mut request = self.client.commit_request();
+        request.get().set_point_in_time_ms(point_in_time_ms);
+        let mut list = request.get().init_bitmaps(count(bitmaps.len()));
+        for (i, name) in bitmaps.iter().enumerate() {
+            list.set(count(i), name.as_str());
+        }
+        let decode = async {
+            let response = request.send().promise.await?;
+            convert::snapshot(response.get()?.get_snapshot()?)
+        };
+        decode.await.map_err(|error| engine_error(&error, "cannot commit"))
+    }
+
+    /// Ends the session without a snapshot.
+    ///
+    /// # Errors
+    /// Where the engine could not be told; the end of the connection tells it too.
+    pub async fn abort(&self, reason: &str) -> Result<()> {
+        let mut request = self.client.abort_request();
+        request.get().set_reason(reason);
+        done(request.send().promise.await, "cannot end the session")
+    }
+
+    /// What the session counted so far, and its stage.
+    ///
+    /// # Errors
+    /// Where the session has ended.
+    pub async fn progress(&self) -> Result<(Counts, String)> {
+        let request = self.client.progress_request();
+        let decode = async {
+            let response = request.send().promise.await?;
+            let response = response.get()?;
+            let stage = response.get_stage()?.to_str()?.to_owned();
+            Ok((convert::counts(response.get_counts()?), stage))
+        };
+        decode.await.map_err(|error| engine_error(&error, "cannot read the progress"))
+    }
+}
+
+fn done<T>(answer: std::result::Result<T, capnp::Error>, doing: &str) -> Result<()> {
+    answer.map(drop).map_err(|error| engine_error(&error, doing))
+}
+
+impl BackupSession for Session {
+    async fn submit(
+        &self,
+        disk: DiskIndex,
+        extents: &[BlockExtent],
+        fingerprints: &[u8],
+    ) -> Result<()> {
+        let mut request = self.client.submit_request();
+        let mut params = request.get();
+        params.set_disk(disk.0);
+        params.set_fingerprints(fingerprints);
+        let mut list = params.init_extents(count(extents.len()));
+        for (i, extent) in extents.iter().enumerate() {
+            let mut item = list.reborrow().get(count(i));
+            item.set_first_block(extent.first);
+            item.set_blocks(extent.blocks);
+            item.set_zero(extent.zero);
+        }
+        done(request.send().await, "cannot hand over what was read")
+    }
+
+    async fn end_window(&self) -> Result<()> {
+        done(self.client.end_window_request().send().promise.await, "cannot end a part of the scan")
+    }
+
+    async fn end_scan(&self) -> Result<()> {
+        done(self.client.end_scan_request().send().promise.await, "cannot end the scan")
+    }
+
+    async fn grants(&self) -> Result<(Vec<Grant>, bool)> {
+        let request = self.client.grants_request();
+        let decode = async {
+            let response = request.send().promise.await?;
+            let response = response.get()?;
+            let grants = response.get_extents()?.iter().map(|grant| Grant {
+                disk: DiskIndex(grant.get_disk()),
+                first: grant.get_first_block(),
+                blocks: grant.get_blocks(),
+            });
+            Ok((grants.collect(), response.get_done()))
+        };
+        decode.await.map_err(|error| engine_error(&error, "cannot learn what is new"))
+    }
+
+    async fn write(&self, disk: DiskIndex, first_block: u64, data: &[u8]) -> Result<()> {
+        if data.len() > super::MAX_WRITE as usize {
+            return Err(Error::new(Kind::Failed, format!("a write of {} bytes", data.len())));
+        }
+        let mut request = self.client.write_request();
+        let mut params = request.get();
+        params.set_disk(disk.0);
+        params.set_first_block(first_block);
+        params.set_data(data);
+        done(request.send().await, "cannot hand over new blocks")
+    }
+}
+
+/// Writes what we want into the request.
+pub(super) fn fill(mut request: wire::backup_request::Builder<'_>, wanted: &BackupRequest) {
+    request.set_vm(wanted.vm.as_bytes());
+    request.set_vm_name(wanted.vm_name.as_str());
+    request.set_adopt(wanted.adopt);
+    request.set_config(&wanted.config);
+    request.set_hypervisor(wanted.hypervisor.as_str());
+    let mut disks = request.init_disks(count(wanted.disks.len()));
+    for (i, disk) in wanted.disks.iter().enumerate() {
+        let mut item = disks.reborrow().get(count(i));
+        item.set_uuid(disk.uuid.as_bytes());
+        item.set_name(disk.name.as_str());
+        item.set_size(disk.size);
+        item.set_parent(disk.parent.as_ref().map_or("", |id| id.0.as_str()));
+    }
+}
