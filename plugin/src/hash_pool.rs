@@ -120,7 +120,11 @@ fn hash(
 }
 
 /// A disk's last block may be short: it counts as padded with zeros.
-fn fingerprint(fingerprinter: &Fingerprinter, block_size: usize, block: &[u8]) -> [u8; FINGERPRINT_LEN] {
+fn fingerprint(
+    fingerprinter: &Fingerprinter,
+    block_size: usize,
+    block: &[u8],
+) -> [u8; FINGERPRINT_LEN] {
     if block.len() == block_size {
         return fingerprinter.of(block);
     }
@@ -160,7 +164,8 @@ mod tests {
             runtime.block_on(pool.hash(Buffer::from_vec(data.clone()), 1000)).unwrap();
         assert!(*back == *data);
         let run = |first, blocks, zero| BlockExtent { first, blocks, zero };
-        let expected = [run(1000, 1, true), run(1001, 2, false), run(1003, 2, true), run(1005, 1, false)];
+        let expected =
+            [run(1000, 1, true), run(1001, 2, false), run(1003, 2, true), run(1005, 1, false)];
         assert_eq!(hashed.extents, expected);
         let mut padded = data[5 * 4096..].to_vec();
         padded.resize(4096, 0);

@@ -10,9 +10,7 @@ use std::rc::Rc;
 use tokio::task::JoinHandle;
 
 use crate::cache::Cache;
-use crate::engine::{
-    BLOCKS_PER_SUBMIT, BLOCKS_PER_WINDOW, BackupSession, BlockExtent, DiskIndex,
-};
+use crate::engine::{BLOCKS_PER_SUBMIT, BLOCKS_PER_WINDOW, BackupSession, BlockExtent, DiskIndex};
 use crate::error::{Context, Error, Kind, Result};
 use crate::extents::{Action, PlanInput, Work};
 use crate::fingerprint::FINGERPRINT_LEN;

@@ -45,9 +45,9 @@ where
         if queue.len() >= shared.depth {
             send_first(shared, session, &mut queue).await?;
         }
-        let source = sources
-            .get(usize::from(piece.disk.0))
-            .ok_or_else(|| Error::new(Kind::Failed, "the engine wants blocks of no disk of ours"))?;
+        let source = sources.get(usize::from(piece.disk.0)).ok_or_else(|| {
+            Error::new(Kind::Failed, "the engine wants blocks of no disk of ours")
+        })?;
         queue.push_back(fetch(shared, source, piece));
     }
     while !queue.is_empty() {
@@ -133,7 +133,8 @@ impl<'a> Pieces<'a> {
     fn next(&mut self, shared: &Shared) -> Option<Grant> {
         if self.blocks == 0 {
             let grant = self.grants.next()?;
-            (self.disk, self.first, self.blocks) = (grant.disk, grant.first, u64::from(grant.blocks));
+            (self.disk, self.first, self.blocks) =
+                (grant.disk, grant.first, u64::from(grant.blocks));
         }
         while let Some(more) = self
             .grants
