@@ -1,6 +1,11 @@
 //! What is durable: objects, containers, recipes, manifests, journals, keys. Knows nothing of detection.
 
+pub mod catalog;
+pub mod commit;
+#[cfg(test)]
+mod commit_tests;
 pub mod container;
+pub mod damage;
 pub mod format;
 pub mod journal;
 pub mod keys;
@@ -8,6 +13,7 @@ pub mod manifest;
 pub mod names;
 pub mod objects;
 pub mod recipe;
+pub mod sessions;
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};

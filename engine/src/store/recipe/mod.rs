@@ -10,12 +10,14 @@
 mod editor;
 mod node;
 mod reader;
+mod stored;
 #[cfg(test)]
 mod tests;
 
 pub use editor::RecipeEditor;
-pub use node::{NodeRef, decode_node_for_fuzzing};
+pub use node::{NodeRef, decode_node_for_fuzzing, fingerprint};
 pub use reader::{Lost, RecipeReader, Runs, Visit};
+pub use stored::StoredNodes;
 
 use crate::error::Result;
 use crate::ids::Address;

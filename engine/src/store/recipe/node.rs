@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 use super::{FAN_OUT, Shape};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{Address, ContainerId, Incarnation, Slot};
+use crate::ids::{Address, ContainerId, Fingerprint, Incarnation, Slot};
 
 const SEGMENT_MAGIC: u8 = b'S';
 const INDEX_MAGIC: u8 = b'I';
@@ -62,6 +62,15 @@ pub(super) fn tag(bytes: &[u8]) -> [u8; TAG_LEN] {
     let mut tag = [0; TAG_LEN];
     tag.copy_from_slice(&Sha256::digest(bytes)[..TAG_LEN]);
     tag
+}
+
+/// What a node stands under in its container's directory: the first 20 bytes of its
+/// SHA-256, of which the tag is a part.
+#[must_use]
+pub fn fingerprint(bytes: &[u8]) -> Fingerprint {
+    let mut fingerprint = [0; Fingerprint::LEN];
+    fingerprint.copy_from_slice(&Sha256::digest(bytes)[..Fingerprint::LEN]);
+    Fingerprint(fingerprint)
 }
 
 /// `level:incarnation-counter/slot:tag`, all hexadecimal but the slot: the form in manifests.

@@ -1,0 +1,314 @@
+//! Restore: everything of a disk that is not zero, as fast as the store gives it.
+//!
+//! The plan goes by container: all runs of the disk are sorted by address, so every frame
+//! is fetched once and neighbours are read together; what comes out is out of disk order.
+//! One batch of frames is fetched and decoded while the one before is written.
+
+mod batch;
+mod image;
+mod pieces;
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crossbeam_channel::bounded;
+
+pub use self::image::{DiskImage, ImageExtent};
+
+use self::batch::{Batch, Fetcher, Source, is_damage};
+use self::pieces::Pieces;
+use crate::error::{Context, Error, Kind, Result};
+use crate::pool::Pool;
+use crate::store::Store;
+use crate::store::container::{Directories, FRAME_BYTES};
+use crate::store::damage::{DamageMap, Found};
+use crate::store::manifest::Disk;
+use crate::store::recipe::{Lost, NodeSource, RecipeReader};
+
+/// The longest piece that is handed out: what one message of the protocol carries.
+pub const MAX_WRITE: usize = 512 << 10;
+/// Frames kept from batches before, in bytes, when pieces come by container: a piece may
+/// end in the frame where the next begins.
+const KEEP_BY_CONTAINER: usize = 256 << 10;
+/// The same in disk order, where a frame is often needed again soon.
+const KEEP_BY_DISK: usize = 2560 << 10;
+/// Stack of the fetching thread.
+const STACK: usize = 512 << 10;
+
+/// Takes bytes of the disk at an offset.
+pub type Sink<'s> = dyn FnMut(u64, &[u8]) -> Result<()> + 's;
+
+/// How a disk is handed out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Options {
+    /// In disk order, for targets that cannot seek; slower.
+    pub ordered: bool,
+    /// Leaves damaged blocks out and lists them, instead of failing at the first.
+    pub damaged_zero: bool,
+}
+
+/// What a restore needs of the store. A cheap handle.
+#[derive(Clone)]
+pub struct Restorer {
+    /// Where frames come from.
+    pub directories: Directories,
+    /// Where they are decoded.
+    pub pool: Pool,
+    /// Slots that are known to be damaged, whatever their bytes look like.
+    pub damage: Arc<DamageMap>,
+    /// For the sort by container.
+    pub scratch: PathBuf,
+    /// The store's.
+    pub block_size: u32,
+}
+
+/// What became of a restore.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Bytes handed out; the rest is zeros.
+    pub written: u64,
+    /// Ranges (offset, length) that are damaged, ascending; empty unless they are tolerated.
+    pub holes: Vec<(u64, u64)>,
+    /// Damage that was met, for [`DamageMap::record`].
+    pub found: Vec<Found>,
+}
+
+impl Restorer {
+    /// Over a store, with the damage that it records now; `scratch` is for the sort.
+    ///
+    /// # Errors
+    /// When the damage marks cannot be read.
+    pub fn new(store: &Store, scratch: &Path) -> Result<Self> {
+        Ok(Restorer {
+            directories: store.directories().clone(),
+            pool: store.pool().clone(),
+            damage: Arc::new(DamageMap::load(store.objects(), store.sealer())?),
+            scratch: scratch.into(),
+            block_size: store.block_size(),
+        })
+    }
+
+    /// Hands out everything of a disk that is not zero, in pieces of at most [`MAX_WRITE`]
+    /// bytes, each byte once; the disk's last block is cut at its size.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] at the first damaged block, unless these are tolerated; whatever
+    /// `sink` fails with.
+    pub fn restore(&self, disk: &Disk, options: Options, sink: &mut Sink<'_>) -> Result<Outcome> {
+        let recipe = self.recipe(disk)?;
+        let mut writer = Writer::new(self, disk, options, sink);
+        if options.ordered {
+            // The reader's cache is not shared between threads: the fetching one owns it.
+            self.pump(&mut writer, KEEP_BY_DISK, move |fetch| {
+                fetch(Pieces::by_disk(&recipe, self.cell(), options.damaged_zero))
+            })?;
+        } else {
+            let mut lost = Vec::new();
+            let tolerated = options.damaged_zero.then_some(&mut lost);
+            let pieces = Pieces::by_container(&recipe, self.cell(), &self.scratch, tolerated)?;
+            writer.lose(&lost)?;
+            let Pieces::ByContainer(sorted) = pieces else { return Ok(Outcome::default()) };
+            self.pump(&mut writer, KEEP_BY_CONTAINER, move |fetch| {
+                fetch(Pieces::ByContainer(sorted))
+            })?;
+        }
+        writer.finish()
+    }
+
+    /// Reads the recipe of a disk.
+    fn recipe(&self, disk: &Disk) -> Result<RecipeReader<Directories>> {
+        RecipeReader::new(self.directories.clone(), disk.root, disk.shape(self.block_size))
+            .context(|| format!("cannot read the disk {}", disk.name))
+    }
+
+    /// Slots of a frame: the unit that pieces are cut to.
+    fn cell(&self) -> u16 {
+        (FRAME_BYTES / self.block_size as usize).max(1) as u16
+    }
+
+    /// Fetches in a thread of its own, writes in this one, a batch apart.
+    fn pump(
+        &self,
+        writer: &mut Writer<'_, '_>,
+        keep: usize,
+        with_pieces: impl FnOnce(&mut dyn FnMut(Pieces<'_, Directories>) -> Result<()>) -> Result<()>
+        + Send,
+    ) -> Result<()> {
+        let (send, batches) = bounded::<Batch>(0);
+        std::thread::scope(|scope| {
+            let fetching = move || {
+                with_pieces(&mut |pieces| {
+                    let mut fetcher = self.fetcher(pieces, keep);
+                    while let Some(batch) = fetcher.next()? {
+                        if send.send(batch).is_err() {
+                            break; // The writer failed, and says so.
+                        }
+                    }
+                    Ok(())
+                })
+            };
+            let thread = std::thread::Builder::new()
+                .name("restore".into())
+                .stack_size(STACK)
+                .spawn_scoped(scope, fetching)
+                .map_err(|error| Error::caused(Kind::Failed, "cannot start a thread", error))?;
+            let written = batches.iter().try_for_each(|batch| writer.write(&batch));
+            drop(batches);
+            let fetched = thread
+                .join()
+                .unwrap_or_else(|_| Err(Error::new(Kind::Failed, "a restore panicked (a bug)")));
+            written.and(fetched)
+        })
+    }
+
+    fn fetcher<'r, S: NodeSource>(&self, pieces: Pieces<'r, S>, keep: usize) -> Fetcher<'r, S> {
+        Fetcher {
+            pieces,
+            directories: self.directories.clone(),
+            damage: self.damage.clone(),
+            pool: self.pool.clone(),
+            block_size: self.block_size,
+            rest: None,
+            recent: VecDeque::new(),
+            keep,
+        }
+    }
+}
+
+/// Merges pieces into long writes.
+struct Writer<'s, 'k> {
+    sink: &'s mut Sink<'k>,
+    name: String,
+    size: u64,
+    block_size: u64,
+    damaged_zero: bool,
+    /// What waits to be handed out, and where it belongs.
+    buffer: Vec<u8>,
+    offset: u64,
+    outcome: Outcome,
+}
+
+impl<'s, 'k> Writer<'s, 'k> {
+    fn new(restorer: &Restorer, disk: &Disk, options: Options, sink: &'s mut Sink<'k>) -> Self {
+        Writer {
+            sink,
+            name: disk.name.clone(),
+            size: disk.size,
+            block_size: u64::from(restorer.block_size),
+            damaged_zero: options.damaged_zero,
+            buffer: Vec::with_capacity(MAX_WRITE),
+            offset: 0,
+            outcome: Outcome::default(),
+        }
+    }
+
+    fn write(&mut self, batch: &Batch) -> Result<()> {
+        self.lose(&batch.lost)?;
+        for frame in &batch.frames {
+            if let Err(error) = &frame.bytes {
+                self.found(Found {
+                    container: frame.at.container,
+                    slots: (frame.at.first.0, frame.at.span),
+                    how: error.to_string(),
+                });
+            }
+        }
+        for piece in &batch.pieces {
+            let count = u64::from(piece.count);
+            match &piece.source {
+                Source::Lost(error) => self.hole(piece.first_block, count, error)?,
+                Source::Frame { frame, from } => match &batch.frames[*frame].bytes {
+                    Err(error) => self.hole(piece.first_block, count, error)?,
+                    Ok(bytes) => {
+                        let length = (count * self.block_size) as usize;
+                        self.put(piece.first_block, &bytes[*from..*from + length])?;
+                    }
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, first_block: u64, mut bytes: &[u8]) -> Result<()> {
+        let offset = first_block * self.block_size;
+        let inside = self.size.saturating_sub(offset).min(bytes.len() as u64) as usize;
+        bytes = &bytes[..inside];
+        if offset != self.offset + self.buffer.len() as u64 {
+            self.flush()?;
+            self.offset = offset;
+        }
+        while !bytes.is_empty() {
+            let room = MAX_WRITE - self.buffer.len();
+            let (now, later) = bytes.split_at(room.min(bytes.len()));
+            self.buffer.extend_from_slice(now);
+            bytes = later;
+            if self.buffer.len() == MAX_WRITE {
+                self.flush()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        if !self.buffer.is_empty() {
+            (self.sink)(self.offset, &self.buffer)?;
+            self.outcome.written += self.buffer.len() as u64;
+            self.offset += self.buffer.len() as u64;
+            self.buffer.clear();
+        }
+        Ok(())
+    }
+
+    fn lose(&mut self, lost: &[Lost]) -> Result<()> {
+        lost.iter().try_for_each(|lost| {
+            if is_damage(&lost.error) {
+                self.found(Found {
+                    container: lost.node.address.container,
+                    slots: (lost.node.address.slot.0, 1),
+                    how: lost.error.to_string(),
+                });
+            }
+            self.hole(lost.first_block, lost.count, &lost.error)
+        })
+    }
+
+    fn found(&mut self, found: Found) {
+        let known =
+            |other: &Found| (other.container, other.slots) == (found.container, found.slots);
+        if !self.outcome.found.iter().rev().take(64).any(known) {
+            self.outcome.found.push(found);
+        }
+    }
+
+    fn hole(&mut self, first_block: u64, count: u64, error: &Error) -> Result<()> {
+        let offset = first_block * self.block_size;
+        let length = (count * self.block_size).min(self.size.saturating_sub(offset));
+        if !self.damaged_zero || !is_damage(error) {
+            let kind = if is_damage(error) { Kind::Damaged } else { error.kind() };
+            let what = format!("the disk {} cannot be read at {offset}: {error}", self.name);
+            return Err(Error::new(kind, what));
+        }
+        match self.outcome.holes.last_mut() {
+            Some(last) if last.0 + last.1 == offset => last.1 += length,
+            _ => self.outcome.holes.push((offset, length)),
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Outcome> {
+        self.flush()?;
+        self.outcome.holes.sort_unstable();
+        let mut merged: Vec<(u64, u64)> = Vec::new();
+        for (offset, length) in std::mem::take(&mut self.outcome.holes) {
+            match merged.last_mut() {
+                Some(last) if last.0 + last.1 >= offset => {
+                    last.1 = last.1.max(offset + length - last.0);
+                }
+                _ => merged.push((offset, length)),
+            }
+        }
+        self.outcome.holes = merged;
+        Ok(self.outcome)
+    }
+}
