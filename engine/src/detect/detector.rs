@@ -1,11 +1,22 @@
 //! The detector: what the detector thread owns and calls.
 
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use super::current::range_of;
+use super::index::Index;
+use super::lookup::Lookup;
+use super::merge::Merge;
+use super::pass::{Failure, Join, Living, PassReport};
+use super::pending::PendingRun;
+use super::rebuild::{Rebuild, Rebuilt};
+use super::request_log::{Request, RequestLogs, SORTED};
+use super::verdict::{SpooledVerdicts, VerdictSpool};
 use super::{DetectOptions, JournalPosition, Partition, Verdict, Watermark};
-use crate::error::Result;
+use crate::error::{Context, Error, Kind, Result};
 use crate::ids::{Address, Fingerprint, Sequence, SessionId};
+use crate::sort::{Sorted, Sorter};
 
 /// What was found when the index was opened.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -16,39 +27,34 @@ pub struct OpenReport {
     pub set_aside: Option<String>,
 }
 
-/// What a pass did.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct PassReport {
-    /// Requests answered.
-    pub requests: u64,
-    /// Requests of ended sessions, skipped.
-    pub skipped: u64,
-    /// Answers `Stored`.
-    pub stored: u64,
-    /// Answers `Grant`.
-    pub grants: u64,
-    /// Answers `SameAs`.
-    pub same: u64,
-    /// Grants of the partition that are open now.
-    pub pending: u64,
-}
-
 /// Detection on one host: request logs, index and pending grants of all its partitions.
 pub struct Detector {
     options: DetectOptions,
+    index: Index,
+    logs: RequestLogs,
+    pending: Vec<PendingRun>,
+    /// Ended sessions, with the partitions whose log or pending run may still name them.
+    withdrawn: BTreeMap<SessionId, BTreeSet<Partition>>,
+    scratch: PathBuf,
 }
-
-/// A new index made of entries in any order, aside from the present one.
-pub struct Rebuild {}
 
 impl Detector {
     /// Opens the index in `dir` or begins one. A missing, damaged, foreign or outdated index is no
     /// error: it is set aside, and the caller learns the journals again from the watermark on.
-    pub fn open(_dir: &Path, options: DetectOptions) -> Result<(Self, OpenReport)> {
-        Ok((Detector { options }, OpenReport::default()))
+    pub fn open(dir: &Path, options: DetectOptions) -> Result<(Self, OpenReport)> {
+        let (index, set_aside) = Index::open(dir, options.clone())?;
+        let scratch = index.scratch()?;
+        let report = OpenReport { watermark: index.current.watermark.clone(), set_aside };
+        let pending = (0..options.partitions()).map(|p| PendingRun::new(&scratch, p)).collect();
+        let logs = RequestLogs::new(&scratch, options.partitions());
+        Ok((
+            Detector { options, index, logs, pending, withdrawn: BTreeMap::new(), scratch },
+            report,
+        ))
     }
 
-    /// Logs questions of `session`. Asking again under the same sequence is harmless.
+    /// Logs questions of `session`. Asking again under the same sequence is harmless. After an
+    /// error some of them are logged; submit all of them again.
     pub fn submit(
         &mut self,
         session: SessionId,
@@ -61,57 +67,172 @@ impl Detector {
     /// They are answered by a pass like any other; where `from` holds nothing they are plain.
     pub fn take_over(
         &mut self,
-        _from: SessionId,
-        _to: SessionId,
-        _requests: &[(Fingerprint, Sequence)],
+        from: SessionId,
+        to: SessionId,
+        requests: &[(Fingerprint, Sequence)],
     ) -> Result<()> {
+        for &(fingerprint, sequence) in requests {
+            let request = Request { fingerprint, session: to, sequence, from };
+            self.logs.push(self.options.partition_of(&fingerprint), request)?;
+        }
         Ok(())
     }
 
     /// A session's end, whatever the end: its grants die, its logged requests are skipped.
-    pub fn withdraw(&mut self, _session: SessionId) {}
+    pub fn withdraw(&mut self, session: SessionId) {
+        let traces: BTreeSet<Partition> = self
+            .partitions()
+            .filter(|partition| {
+                let pending = self.pending.get(usize::from(partition.0)).map_or(0, PendingRun::len);
+                pending > 0 || self.logs.waiting(*partition) > 0
+            })
+            .collect();
+        if !traces.is_empty() {
+            self.withdrawn.insert(session, traces);
+        }
+    }
 
     /// Takes in the blocks of a sealed container; sorts `entries` in place. `position` is the
     /// journal entry that has them (also with no entries, so that the journal has no gap).
+    /// The grants of these blocks end with it.
     pub fn learn(
         &mut self,
-        _entries: &mut [(Fingerprint, Address)],
-        _position: JournalPosition,
+        entries: &mut [(Fingerprint, Address)],
+        position: JournalPosition,
     ) -> Result<()> {
-        Ok(())
+        self.index.learn(entries, position)
     }
 
     /// The partition whose log should be passed now: big enough, old enough, or any log at all if
     /// sessions wait for nothing else (`waiting`).
-    pub fn due(&mut self, _now: Instant, _waiting: bool) -> Option<Partition> {
-        None
+    pub fn due(&mut self, now: Instant, waiting: bool) -> Option<Partition> {
+        self.logs.due(now, waiting, self.options.pass_requests, self.options.pass_age)
+    }
+
+    /// Requests that wait in the log of `partition`.
+    #[must_use]
+    pub fn waiting(&self, partition: Partition) -> u64 {
+        self.logs.waiting(partition)
     }
 
     /// Answers all requests in the log of `partition`. `live` tells which sessions are not ended.
-    /// After an error the requests are still logged, and the pass can be repeated.
+    ///
+    /// After an error the requests are still logged, and the pass can be repeated: what was answered
+    /// is answered again, the last answer counts. [`Kind::Damaged`]: a file was damaged and is out of the way. If
+    /// [`Detector::watermark`] is empty now, that was the index: learn the journals first.
     pub fn pass(
         &mut self,
-        _partition: Partition,
-        _live: &dyn Fn(SessionId) -> bool,
-        _answers: &mut dyn FnMut(SessionId, Sequence, Verdict) -> Result<()>,
+        partition: Partition,
+        live: &dyn Fn(SessionId) -> bool,
+        answers: &mut dyn FnMut(SessionId, Sequence, Verdict) -> Result<()>,
     ) -> Result<PassReport> {
-        Ok(PassReport::default())
+        self.logs.close(partition)?;
+        if self.logs.waiting(partition) == 0 {
+            return Ok(PassReport::default());
+        }
+        let requests = match self.sort(partition) {
+            Err(error) if error.kind() == Kind::Damaged => {
+                // Their sessions ask again when no answer comes.
+                self.logs.remove_closed(partition)?;
+                return Err(error);
+            }
+            sorted => sorted?,
+        };
+        let (verdicts, report) = match self.join(partition, requests, live) {
+            Ok(done) => done,
+            Err(failure) => return Err(self.repair(partition, failure)),
+        };
+        verdicts.send(answers)?;
+        verdicts.remove();
+        self.logs.remove_closed(partition)?;
+        self.withdrawn.retain(|_, traces| {
+            traces.remove(&partition);
+            !traces.is_empty()
+        });
+        Ok(report)
+    }
+
+    fn sort(&self, partition: Partition) -> Result<Sorted<SORTED>> {
+        // The last quarter of the pass's memory is for reading the inputs of the merge.
+        let mut sorter = Sorter::new(&self.scratch, self.options.pass_memory / 4 * 3);
+        self.logs.read(partition, &mut |request| sorter.push(request))?;
+        sorter.finish()
+    }
+
+    /// Answers sorted requests into a spool and replaces the pending run.
+    fn join(
+        &mut self,
+        partition: Partition,
+        requests: Sorted<SORTED>,
+        live: &dyn Fn(SessionId) -> bool,
+    ) -> std::result::Result<(SpooledVerdicts, PassReport), Failure> {
+        let range = range_of(partition, self.options.partition_bits);
+        let runs = self.index.open_runs(partition, |_| true).map_err(Failure::Index)?;
+        let fresh = self.index.fresh(&range);
+        let lookup = Lookup::new(fresh, &runs, requests.len(), range).map_err(Failure::Index)?;
+        let Some(pending) = self.pending.get_mut(usize::from(partition.0)) else {
+            let message = format!("no partition {}", partition.0);
+            return Err(Failure::Other(Error::new(Kind::Usage, message)));
+        };
+        let withdrawn = |session| self.withdrawn.contains_key(&session);
+        let spool = self.scratch.join(format!("verdicts-{:03}", partition.0));
+        let mut join = Join {
+            requests,
+            lookup,
+            pending: pending.read().map_err(Failure::Pending)?,
+            next_pending: pending.rewrite().map_err(Failure::Other)?,
+            verdicts: VerdictSpool::create(spool).map_err(Failure::Other)?,
+            living: Living::new(live, &withdrawn),
+            report: PassReport::default(),
+        };
+        join.run()?;
+        let Join { next_pending, verdicts, report, .. } = join;
+        let verdicts = verdicts.finish().map_err(Failure::Other)?;
+        pending.replace(next_pending).map_err(Failure::Other)?;
+        Ok((verdicts, report))
+    }
+
+    /// Takes a damaged file out of the way, so that the pass can be repeated.
+    fn repair(&mut self, partition: Partition, failure: Failure) -> Error {
+        match failure {
+            Failure::Index(error) => self.set_damaged_aside(error),
+            Failure::Pending(error) => {
+                if error.kind() == Kind::Damaged
+                    && let Some(pending) = self.pending.get_mut(usize::from(partition.0))
+                {
+                    pending.forget();
+                }
+                error
+            }
+            Failure::Other(error) => error,
+        }
+    }
+
+    fn set_damaged_aside(&mut self, error: Error) -> Error {
+        if error.kind() != Kind::Damaged {
+            return error;
+        }
+        match self.index.give_up() {
+            Ok(()) => error,
+            Err(worse) => worse,
+        }
     }
 
     /// One bounded step of merging, for the time between passes. False: nothing to do.
+    /// [`Kind::Damaged`] as in [`Detector::pass`].
     pub fn maintain(&mut self) -> Result<bool> {
-        Ok(false)
+        self.index.maintain().map_err(|error| self.set_damaged_aside(error))
     }
 
     /// Makes all that was learned durable, so that a restart has nothing to refill.
     pub fn flush(&mut self) -> Result<()> {
-        Ok(())
+        self.index.freeze()
     }
 
     /// Distinguishes this opening of the index from every other one.
     #[must_use]
     pub fn instance(&self) -> u64 {
-        0
+        self.index.current.instance
     }
 
     /// The partitions of this index.
@@ -128,60 +249,86 @@ impl Detector {
     /// Entries of the index. A fingerprint learned twice counts twice until the two are merged.
     #[must_use]
     pub fn entries(&self) -> u64 {
-        0
+        self.index.entries()
     }
 
-    /// Fingerprints that were found stored under two addresses while merging.
+    /// Times that a fingerprint was found under a second address, since the opening.
     #[must_use]
     pub fn duplicates(&self) -> u64 {
-        0
+        self.index.duplicates
     }
 
     /// Bytes of the index's files.
     #[must_use]
     pub fn index_bytes(&self) -> u64 {
-        0
+        self.index.bytes()
     }
 
     /// What is durable in the index.
     #[must_use]
     pub fn watermark(&self) -> Watermark {
-        Watermark::default()
+        self.index.current.watermark.clone()
     }
 
     /// All entries of `partition`, ascending, the newest address of each.
+    /// [`Kind::Damaged`] as in [`Detector::pass`].
     pub fn export(
         &mut self,
-        _partition: Partition,
-        _each: &mut dyn FnMut(Fingerprint, Address) -> Result<()>,
+        partition: Partition,
+        each: &mut dyn FnMut(Fingerprint, Address) -> Result<()>,
     ) -> Result<()> {
+        let range = range_of(partition, self.options.partition_bits);
+        let runs = match self.index.open_runs(partition, |_| true) {
+            Ok(runs) => runs,
+            Err(error) => return Err(self.set_damaged_aside(error)),
+        };
+        let first = std::ops::Bound::Included(range.0);
+        let mut merge = Merge::new(self.index.fresh(&range), &runs, first, range.1)?;
+        while let Some((fingerprint, address)) = merge.next()? {
+            each(fingerprint, address)?;
+        }
         Ok(())
     }
 
-    /// Looks ascending `fingerprints` up; calls `each` for every one in order.
+    /// Looks ascending `fingerprints` up, whatever their partitions; calls `each` for every one.
+    /// [`Kind::Damaged`] as in [`Detector::pass`].
     pub fn lookup(
         &mut self,
-        _fingerprints: &[Fingerprint],
-        _each: &mut dyn FnMut(Fingerprint, Option<Address>) -> Result<()>,
+        fingerprints: &[Fingerprint],
+        each: &mut dyn FnMut(Fingerprint, Option<Address>) -> Result<()>,
     ) -> Result<()> {
+        if !fingerprints.is_sorted() {
+            return Err(Error::new(Kind::Usage, "fingerprints to look up must ascend"));
+        }
+        let options = self.options.clone();
+        for part in fingerprints.chunk_by(|a, b| options.partition_of(a) == options.partition_of(b))
+        {
+            let Some(first) = part.first() else { continue };
+            let partition = options.partition_of(first);
+            let range = range_of(partition, options.partition_bits);
+            let runs = match self.index.open_runs(partition, |_| true) {
+                Ok(runs) => runs,
+                Err(error) => return Err(self.set_damaged_aside(error)),
+            };
+            let fresh = self.index.fresh(&range);
+            let mut lookup = Lookup::new(fresh, &runs, part.len() as u64, range)?;
+            for fingerprint in part {
+                each(*fingerprint, lookup.get(fingerprint)?)?;
+            }
+        }
         Ok(())
     }
 
-    /// Begins a new index beside the present one; until [`Detector::install`] no merge runs.
-    pub fn rebuild(&mut self) -> Result<Rebuild> {
-        Ok(Rebuild {})
+    /// Begins a new index beside the present one; until it is installed or dropped no merge runs.
+    pub fn rebuild(&mut self) -> Rebuild {
+        let begun = self.index.begin_rebuild();
+        Rebuild::new(&self.index.dir, &self.scratch, self.options.clone(), begun)
     }
 
     /// Puts the new index in place of the present one, but for what was learned since
-    /// [`Detector::rebuild`]. `watermark` is what was fed to it.
-    pub fn install(&mut self, _rebuild: Rebuild, _watermark: &Watermark) -> Result<()> {
-        Ok(())
-    }
-}
-
-impl Rebuild {
-    /// Adds entries in any order; of equal fingerprints the one fed last wins.
-    pub fn feed(&mut self, _entries: &[(Fingerprint, Address)]) -> Result<()> {
-        Ok(())
+    /// [`Detector::rebuild`].
+    pub fn install(&mut self, rebuilt: Rebuilt) -> Result<()> {
+        let Rebuilt { bases, watermark, .. } = rebuilt;
+        self.index.install(&bases, &watermark).context(|| "cannot install the rebuilt index".into())
     }
 }

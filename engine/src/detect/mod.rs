@@ -6,12 +6,32 @@
 //! request gets a [`Verdict`]. What sealed containers hold is learned into the index, which is a
 //! hint and nothing more: all of it can be refilled from the store's journals.
 
+mod compaction;
+mod current;
 mod detector;
+mod format;
+mod header;
+mod index;
+mod lookup;
+mod memtable;
+mod merge;
 mod options;
+mod pass;
+mod pending;
+mod rebuild;
+mod records;
+mod request_log;
+mod shard;
 mod verdict;
 mod watermark;
 
-pub use detector::{Detector, OpenReport, PassReport, Rebuild};
+pub use detector::{Detector, OpenReport};
 pub use options::{DetectOptions, Partition};
+pub use pass::PassReport;
+pub use rebuild::{Rebuild, Rebuilt};
 pub use verdict::Verdict;
 pub use watermark::{JournalPosition, Watermark};
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests;

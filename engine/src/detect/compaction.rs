@@ -1,0 +1,156 @@
+//! Merges: young runs into deltas, deltas into bases, one bounded step at a time between passes.
+
+use std::fs;
+use std::ops::Bound;
+use std::path::Path;
+
+use super::Partition;
+use super::current::{Level, RunMeta, range_of, run_path};
+use super::index::Index;
+use super::merge::Merge;
+use super::shard::RunWriter;
+use crate::error::Result;
+use crate::ids::Fingerprint;
+
+/// A merge under way. It holds no reader between its steps, so that passes can open the same runs.
+pub(super) struct Work {
+    /// The run being written.
+    goal: Level,
+    /// Numbers of the runs that are merged, ascending.
+    inputs: Vec<u64>,
+    output: Option<Output>,
+    /// Runs that are written but that CURRENT does not name yet.
+    done: Vec<RunMeta>,
+}
+
+struct Output {
+    number: u64,
+    writer: RunWriter,
+    /// The last fingerprint written.
+    after: Option<Fingerprint>,
+}
+
+impl Work {
+    fn new(goal: Level, inputs: Vec<u64>) -> Self {
+        Work { goal, inputs, output: None, done: Vec::new() }
+    }
+
+    /// Gives the merge up and removes what it wrote.
+    pub(super) fn abandon(self, dir: &Path) {
+        if let Some(output) = self.output {
+            output.writer.discard();
+        }
+        for run in self.done {
+            // A leftover is swept at the next opening.
+            let _ = fs::remove_file(run.path(dir));
+        }
+    }
+}
+
+impl Index {
+    /// One step of the most useful merge. False: there is none.
+    pub(super) fn maintain(&mut self) -> Result<bool> {
+        if self.is_rebuilding() {
+            return Ok(false);
+        }
+        let planned = self.work.take().or_else(|| self.plan());
+        let Some(mut work) = planned else { return Ok(false) };
+        match self.step(&mut work) {
+            Ok(true) => self.work = Some(work),
+            Ok(false) => {}
+            Err(error) => {
+                work.abandon(&self.dir);
+                return Err(error);
+            }
+        }
+        Ok(true)
+    }
+
+    fn plan(&self) -> Option<Work> {
+        let numbers = |wanted: &dyn Fn(&RunMeta) -> bool| -> Vec<u64> {
+            self.current.runs.iter().filter(|run| wanted(run)).map(|run| run.number).collect()
+        };
+        let young = numbers(&|run| run.level == Level::Young);
+        if young.len() >= self.options.young_runs.max(1) {
+            return Some(Work::new(Level::Delta(Partition(0)), young));
+        }
+        for partition in (0..self.options.partitions()).map(Partition) {
+            let (mut base, mut entries, mut deltas) = (0, 0_u64, 0);
+            for run in &self.current.runs {
+                if run.level == Level::Base(partition) {
+                    base += run.entries;
+                } else if run.level == Level::Delta(partition) {
+                    entries += run.entries;
+                    deltas += 1;
+                }
+            }
+            let heavy = entries.saturating_mul(self.options.delta_fraction) > base;
+            if heavy || deltas > self.options.delta_runs {
+                let merged = |run: &RunMeta| {
+                    run.level == Level::Base(partition) || run.level == Level::Delta(partition)
+                };
+                return Some(Work::new(Level::Base(partition), numbers(&merged)));
+            }
+        }
+        None
+    }
+
+    /// Moves some entries; true while the work goes on.
+    fn step(&mut self, work: &mut Work) -> Result<bool> {
+        let (Level::Delta(partition) | Level::Base(partition)) = work.goal else {
+            return Ok(false);
+        };
+        let range = range_of(partition, self.options.partition_bits);
+        let inputs = &work.inputs;
+        let runs = self.open_runs(partition, |run| inputs.binary_search(&run.number).is_ok())?;
+        let output = match &mut work.output {
+            Some(output) => output,
+            none => {
+                let entries = runs.iter().map(|run| run.entries_at_most).sum();
+                let number = self.new_number();
+                let path = run_path(&self.dir, number);
+                let writer = RunWriter::create(path, entries, self.options.txn_entries)?;
+                none.insert(Output { number, writer, after: None })
+            }
+        };
+        let first = output.after.map_or(Bound::Included(range.0), Bound::Excluded);
+        let mut merge = Merge::new(&[], &runs, first, range.1)?;
+        let after = &mut output.after;
+        let more = output.writer.append(self.options.step_entries.max(1), || {
+            let entry = merge.next()?;
+            *after = entry.map(|(fingerprint, _)| fingerprint).or(*after);
+            Ok(entry)
+        })?;
+        self.duplicates += merge.duplicates();
+        if more {
+            output.writer.sync()?;
+            return Ok(true);
+        }
+        drop(merge);
+        drop(runs);
+        self.end_output(work)
+    }
+
+    /// The run is complete: goes on with the next partition, or makes all of it the index.
+    fn end_output(&mut self, work: &mut Work) -> Result<bool> {
+        if let Some(Output { number, writer, .. }) = work.output.take() {
+            if writer.entries() == 0 {
+                writer.discard();
+            } else {
+                work.done.push(self.finish_run(writer, number, work.goal)?);
+            }
+        }
+        if let Level::Delta(Partition(partition)) = work.goal
+            && partition + 1 < self.options.partitions()
+        {
+            work.goal = Level::Delta(Partition(partition + 1));
+            return Ok(true);
+        }
+        let mut next = self.current.clone();
+        next.runs.retain(|run| work.inputs.binary_search(&run.number).is_err());
+        next.runs.extend(work.done.iter().cloned());
+        self.replace(next)?;
+        work.done.clear();
+        Ok(false)
+    }
+}
