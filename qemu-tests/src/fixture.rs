@@ -139,7 +139,8 @@ impl Fixture {
     /// When it has not been built.
     pub fn fleece_command(&self, arguments: &[&str]) -> Result<Command> {
         let mut command = tools::fleece("fleece")?;
-        command.env("FLEECE_ENGINE", self.socket()).args(arguments);
+        command.env("FLEECE_ENGINE", self.socket()).env("FLEECE_VMS_DIR", self.path("vms.d"));
+        command.args(arguments);
         Ok(command)
     }
 
@@ -178,12 +179,36 @@ impl Fixture {
         self.try_fleecectl(arguments)?.code(0)
     }
 
+    /// Describes a machine where `fleece` looks for VMs by name.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn describe(&self, machine: &Machine) -> Result {
+        let text =
+            format!("name = \"{}\"\nqmp = \"{}\"\n", machine.name, machine.socket().display());
+        fs::create_dir_all(self.path("vms.d"))?;
+        Ok(fs::write(self.path("vms.d").join(format!("{}.toml", machine.name)), text)?)
+    }
+
     /// Starts a live backup of a machine.
     ///
     /// # Errors
     /// When it cannot start.
     pub fn backup(&self, machine: &Machine, more: &[&str]) -> Result<Running> {
-        let (qmp, scratch) = (machine.socket().display().to_string(), self.text("scratch"));
+        self.backup_through(&machine.socket(), machine, more)
+    }
+
+    /// The same through another socket that leads to its monitor.
+    ///
+    /// # Errors
+    /// When it cannot start.
+    pub fn backup_through(
+        &self,
+        socket: &Path,
+        machine: &Machine,
+        more: &[&str],
+    ) -> Result<Running> {
+        let (qmp, scratch) = (socket.display().to_string(), self.text("scratch"));
         let mut arguments = vec!["backup", &machine.name, "--qmp", &qmp, "--scratch-dir", &scratch];
         arguments.extend(more);
         Running::start(

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::process::Running;
 use crate::qmp::Qmp;
-use crate::wait::{SOON, wait_for};
+use crate::wait::{SOON, wait_for, wait_until};
 use crate::{Result, image, tools};
 
 /// A disk of a machine.
@@ -269,6 +269,27 @@ impl Guest {
     pub fn go_on(&mut self) -> Result {
         self.qmp.execute("cont", &json!({}))?;
         Ok(())
+    }
+
+    /// Asserts that a backup left nothing behind in QEMU: no job, export, node or server; at most
+    /// `bitmaps` bitmaps of Fleece's, and the guest runs.
+    ///
+    /// # Errors
+    /// What is left, when it does not go within a bound.
+    pub fn is_left_alone(&mut self, machine: &Machine, bitmaps: usize) -> Result {
+        let mut left = Vec::new();
+        let gone = wait_until(SOON, "QEMU being as it was", || {
+            left = self.qmp.leftovers(&machine.nodes())?;
+            if !self.qmp.runs()? {
+                left.push(format!("the guest is {}", self.qmp.status()?));
+            }
+            let found = self.qmp.bitmaps()?;
+            if found.len() > bitmaps {
+                left.push(format!("bitmaps {found:?}"));
+            }
+            Ok(left.is_empty())
+        });
+        gone.with_context(|| left.join(", "))
     }
 
     /// Powers it off from inside and waits for QEMU's end.

@@ -8,6 +8,7 @@ pub mod fixture;
 pub mod guest;
 pub mod image;
 pub mod process;
+pub mod proxy;
 pub mod qmp;
 pub mod scenario;
 pub mod tools;

@@ -1,0 +1,23 @@
+//! QEMU 7.2 aborts when an NBD client leaves an export of a disk with an iothread: Fleece takes
+//! another way there, and the guest lives.
+
+use qemu_tests::{Fixture, MIB, Machine, Result, take};
+
+#[test]
+fn a_disk_with_an_iothread_beside_one_without() -> Result {
+    let fixture = Fixture::new()?;
+    let machine = Machine::new(fixture.folder(), "threaded")?
+        .with_disk("qcow2", 48 * MIB)?
+        .with_iothread()
+        .with_disk("qcow2", 32 * MIB)?;
+    let mut guest = machine.start()?;
+    guest.obey(&format!("write vda {} {} 1", 20 * MIB, 8 * MIB))?;
+    guest.obey(&format!("write vdb {} {} 2", 20 * MIB, 4 * MIB))?;
+    guest.obey(&format!("start 5 {MIB} {} 1 vda vdb", 12 * MIB))?;
+    for round in ["full", "first", "second"] {
+        take(&fixture, &machine, &mut guest, round)?.restores_exactly(&fixture)?;
+        guest.keeps_writing()?;
+        guest.is_left_alone(&machine, 2)?;
+    }
+    guest.power_off()
+}

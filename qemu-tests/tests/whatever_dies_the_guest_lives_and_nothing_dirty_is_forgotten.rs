@@ -1,0 +1,145 @@
+//! Plugin, engine, guest: each dies at the worst moment. The guest that remains goes on, nothing
+//! of ours stays in it, and the next backup restores bit for bit.
+
+use qemu_tests::guest::Guest;
+use qemu_tests::proxy::{Hold, Proxy};
+use qemu_tests::scenario::begin;
+use qemu_tests::wait::{LONG, SOON, wait_until};
+use qemu_tests::{Fixture, MIB, Machine, Result, take};
+use rustix::process::Signal;
+
+/// A machine with a committed full backup, changes since, and a writer.
+fn with_a_snapshot(fixture: &Fixture, name: &str, disks: u64) -> Result<(Machine, Guest)> {
+    let mut machine = Machine::new(fixture.folder(), name)?;
+    for _ in 0..disks {
+        machine = machine.with_disk("qcow2", 64 * MIB)?;
+    }
+    fixture.describe(&machine)?;
+    let mut guest = machine.start()?;
+    for disk in &machine.disks {
+        guest.obey(&format!("write {} {} {} 1", disk.name, 24 * MIB, 16 * MIB))?;
+    }
+    take(fixture, &machine, &mut guest, "full")?;
+    for disk in &machine.disks {
+        guest.obey(&format!("write {} {} {} 2", disk.name, 28 * MIB, 8 * MIB))?;
+    }
+    guest.obey(&format!("start 7 {MIB} {} 1 vda", 16 * MIB))?;
+    Ok((machine, guest))
+}
+
+fn goes_on(fixture: &Fixture, machine: &Machine, guest: &mut Guest) -> Result {
+    guest.keeps_writing()?;
+    guest.is_left_alone(machine, machine.disks.len())?;
+    let taken = take(fixture, machine, guest, "next")?;
+    taken.mentions("incremental since")?;
+    taken.restores_exactly(fixture)
+}
+
+#[test]
+fn the_guest_powers_off_in_mid_backup() -> Result {
+    let fixture = Fixture::new()?;
+    let (machine, mut guest) = with_a_snapshot(&fixture, "powered", 1)?;
+    let reading = begin(&fixture, &machine, &mut guest, "off", &["--read-limit", "1M"])?;
+    guest.power_off()?;
+    reading.running.finish(LONG)?.code(1)?;
+    let mut guest = machine.start()?;
+    guest.obey(&format!("start 8 {MIB} {} 1 vda", 16 * MIB))?;
+    goes_on(&fixture, &machine, &mut guest)
+}
+
+#[test]
+fn the_plugin_is_killed_in_mid_backup() -> Result {
+    let fixture = Fixture::new()?;
+    let (machine, mut guest) = with_a_snapshot(&fixture, "orphaned", 1)?;
+    let reading = begin(&fixture, &machine, &mut guest, "killed", &["--read-limit", "1M"])?;
+    reading.running.kill()?;
+    goes_on(&fixture, &machine, &mut guest)
+}
+
+#[test]
+fn the_plugin_is_killed_while_it_has_the_guest_stopped() -> Result {
+    let fixture = Fixture::new()?;
+    let (machine, mut guest) = with_a_snapshot(&fixture, "stopped", 2)?;
+    let proxy = Proxy::start(&fixture.path("proxy"), &machine.socket(), "\"stop\"", Hold::After)?;
+    let running = fixture.backup_through(proxy.path(), &machine, &[])?;
+    proxy.wait_held(SOON)?;
+    assert_eq!(guest.qmp.status()?, "paused");
+    running.kill()?;
+    wait_until(SOON, "the guard letting the guest go on", || guest.qmp.runs())?;
+    goes_on(&fixture, &machine, &mut guest)
+}
+
+#[test]
+fn a_guest_that_its_operator_paused_stays_paused() -> Result {
+    let fixture = Fixture::new()?;
+    let (machine, mut guest) = with_a_snapshot(&fixture, "paused", 2)?;
+    guest.pause()?;
+    fixture.backup(&machine, &[])?.finish(LONG)?.code(0)?;
+    assert_eq!(guest.qmp.status()?, "paused");
+    guest.go_on()?;
+    goes_on(&fixture, &machine, &mut guest)
+}
+
+#[test]
+fn the_engine_is_killed_in_mid_backup() -> Result {
+    let mut fixture = Fixture::new()?;
+    let (machine, mut guest) = with_a_snapshot(&fixture, "engineless", 1)?;
+    let reading = begin(&fixture, &machine, &mut guest, "killed", &["--read-limit", "1M"])?;
+    fixture.kill_engine()?;
+    let finished = reading.running.finish(LONG)?;
+    assert!([1, 13].contains(&finished.code), "{} {}", finished.code, finished.printed());
+    guest.keeps_writing()?;
+    guest.is_left_alone(&machine, 1)?;
+    fixture.start_engine()?;
+    goes_on(&fixture, &machine, &mut guest)
+}
+
+#[test]
+fn a_crash_between_manifest_and_bitmap_drop() -> Result {
+    let fixture = Fixture::new()?;
+    let (machine, mut guest) = with_a_snapshot(&fixture, "between", 1)?;
+    let hold = "block-dirty-bitmap-remove";
+    let proxy = Proxy::start(&fixture.path("proxy"), &machine.socket(), hold, Hold::Before)?;
+    let running = fixture.backup_through(proxy.path(), &machine, &[])?;
+    proxy.wait_held(SOON)?;
+    running.kill()?;
+    assert_eq!(fixture.figure("snapshots")?, 2, "the manifest is the commit");
+    guest.keeps_writing()?;
+    let mut taken = take(&fixture, &machine, &mut guest, "next")?;
+    taken.restores_exactly(&fixture)?;
+    guest.is_left_alone(&machine, 1)?;
+    taken = take(&fixture, &machine, &mut guest, "after")?;
+    taken.mentions("incremental since")?;
+    taken.restores_exactly(&fixture)
+}
+
+#[test]
+fn abort_ends_a_backup_and_cleanup_needs_no_engine() -> Result {
+    let mut fixture = Fixture::new()?;
+    let (machine, mut guest) = with_a_snapshot(&fixture, "aborted", 1)?;
+    let reading = begin(&fixture, &machine, &mut guest, "aborted", &["--read-limit", "1M"])?;
+    let start = std::time::Instant::now();
+    fixture.fleece(&["abort", "aborted"])?;
+    assert!(start.elapsed().as_secs() < 6, "abort took {:?}", start.elapsed());
+    assert_ne!(reading.running.finish(LONG)?.code, 0);
+    guest.keeps_writing()?;
+    guest.is_left_alone(&machine, 1)?;
+
+    fixture.stop_engine()?;
+    fixture.fleece(&["cleanup", "aborted"])?;
+    guest.is_left_alone(&machine, 1)?;
+    fixture.start_engine()?;
+    goes_on(&fixture, &machine, &mut guest)
+}
+
+#[test]
+fn an_interrupted_first_backup_leaves_no_bitmap() -> Result {
+    let fixture = Fixture::new()?;
+    let machine = Machine::new(fixture.folder(), "first")?.with_disk("qcow2", 64 * MIB)?;
+    let mut guest = machine.start()?;
+    guest.obey(&format!("write vda 0 {} 1", 16 * MIB))?;
+    let reading = begin(&fixture, &machine, &mut guest, "cut", &["--read-limit", "1M"])?;
+    reading.running.signal(Signal::TERM)?;
+    reading.running.finish(LONG)?.code(130)?;
+    guest.is_left_alone(&machine, 0)
+}
