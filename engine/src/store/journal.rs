@@ -445,3 +445,7 @@ fn decode_entries(bytes: &[u8]) -> Option<Vec<Entry>> {
         })
         .collect()
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -471,3 +471,7 @@ fn from_hex(text: &str) -> Result<Zeroizing<Vec<u8>>> {
     }
     if high.is_some() { Err(bad()) } else { Ok(bytes) }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

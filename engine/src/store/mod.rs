@@ -14,6 +14,9 @@ pub mod names;
 pub mod objects;
 pub mod recipe;
 pub mod sessions;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(crate) mod testing;
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};

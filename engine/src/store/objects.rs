@@ -284,14 +284,13 @@ impl Objects {
     /// The first of the store or of `each`.
     pub fn list(&self, prefix: &str, mut each: impl FnMut(&str, u64) -> Result<()>) -> Result<()> {
         let path = parse(prefix)?;
-        self.wait(async {
-            let mut stream = self.inner.store.list((!prefix.is_empty()).then_some(&path));
-            while let Some(meta) = stream.next().await {
-                let meta = meta.map_err(|error| failed("list", prefix, error))?;
-                each(meta.location.as_ref(), meta.size)?;
-            }
-            Ok(())
-        })
+        let mut stream = self.inner.store.list((!prefix.is_empty()).then_some(&path));
+        // `each` runs outside of the executor, so that it can use the objects, too.
+        while let Some(meta) = self.wait(stream.next()) {
+            let meta = meta.map_err(|error| failed("list", prefix, error))?;
+            each(meta.location.as_ref(), meta.size)?;
+        }
+        Ok(())
     }
 
     /// The names of the folders directly in the folder `prefix`.
@@ -581,3 +580,7 @@ fn sweep(folder: &FsPath, before: SystemTime) -> Result<u64> {
     }
     Ok(swept)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -11,13 +11,18 @@
 //! ```
 //! A slot is for ever: rewriting makes a new generation under a new key and keeps slots.
 
+mod cache;
 pub(crate) mod codec;
 pub mod directory;
+mod frame;
+mod open;
 pub mod reader;
 pub mod writer;
 
 pub use directory::SlotState;
-pub use reader::{Directories, FrameRef, SlotInfo};
+pub use frame::FrameRef;
+pub use open::SlotInfo;
+pub use reader::{Directories, Summary};
 pub use writer::{Packer, SealedContainer};
 
 use super::format::ObjectKind;
@@ -68,3 +73,7 @@ impl ContainerKind {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

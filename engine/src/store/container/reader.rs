@@ -1,84 +1,28 @@
 //! Reading containers: what a slot holds, frames, blocks and nodes, through bounded caches.
 
 use std::collections::HashMap;
-use std::hash::Hash;
 use std::ops::{Range, RangeInclusive};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
+use super::cache::Cache;
 use super::codec::Codecs;
-use super::directory::{
-    CHUNK_LEN, CHUNK_SLOTS, Codec, ENTRY_LEN, FrameEntry, LEAD_LEN, SLOT_LEN, Section, SlotState,
-    TRAILER_LEN, Trailer, decode_table, encode_lead,
-};
+use super::directory::{CHUNK_LEN, CHUNK_SLOTS, Codec, LEAD_LEN, Section, encode_lead};
+use super::frame::FrameRef;
+use super::open::{Directory, Finder, SlotInfo};
 use super::{CONTAINER_SLOTS, ContainerKind};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{Address, ContainerId, Fingerprint, Slot};
-use crate::store::format::{Piece, Sealer, TAG_LEN, damaged};
-use crate::store::names;
+use crate::ids::{Address, ContainerId, Slot};
+use crate::store::format::{Piece, Sealer, damaged};
 use crate::store::objects::Objects;
 
-/// The suffix that opens a container: trailer and the frame table of some 500 frames.
-const TAIL_READ: u64 = 16 << 10;
 /// Chunks read at once when look-ups go through a column in order.
 const READ_AHEAD: u32 = 4;
 /// Chunks read at once by [`Directories::each_slot`].
 const SWEEP_CHUNKS: u32 = 32;
 /// Absent containers that are remembered, so that a wrong hint costs one listing.
 const ABSENT_KEPT: usize = 64;
-
-/// What a slot is, to whoever wants to use it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum SlotInfo {
-    /// It holds what has this fingerprint (or, of a node, this tag).
-    Present(Fingerprint),
-    /// It was given up.
-    Dead,
-    /// What it held stands elsewhere.
-    Forward(Address),
-    /// It is known to be damaged.
-    Damaged,
-    /// There is no such container or slot.
-    Missing,
-}
-
-/// A frame, and where to read it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct FrameRef {
-    /// Its container.
-    pub container: ContainerId,
-    /// The container's generation in which it was found.
-    pub generation: u32,
-    /// Its number in the container.
-    pub number: u32,
-    /// Its first slot.
-    pub first: Slot,
-    /// Slots from its first to its last, holes included.
-    pub span: u16,
-    /// Where it is in its object.
-    pub offset: u64,
-    /// Bytes there.
-    pub stored_len: u32,
-    /// Bytes after decompression.
-    pub raw_len: u32,
-    entry: FrameEntry,
-}
-
-impl FrameRef {
-    /// Its bytes in its object.
-    #[must_use]
-    pub fn range(&self) -> Range<u64> {
-        self.offset..self.offset + u64::from(self.stored_len)
-    }
-
-    /// Where the block of a slot is in the decompressed frame of blocks of `block_size`.
-    #[must_use]
-    pub fn block_range(&self, slot: Slot, block_size: u32) -> Option<Range<usize>> {
-        let start = self.entry.index_of(slot)? * block_size as usize;
-        Some(start..start + block_size as usize)
-    }
-}
 
 /// What a container is as a whole.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -99,14 +43,6 @@ pub struct Summary {
     pub raw_bytes: u64,
 }
 
-/// An open container.
-struct Directory {
-    object: String,
-    trailer: Trailer,
-    section: Section,
-    frames: Vec<FrameEntry>,
-}
-
 /// The containers' directories and frames, behind bounded caches. A cheap handle.
 #[derive(Clone)]
 pub struct Directories {
@@ -114,10 +50,8 @@ pub struct Directories {
 }
 
 struct Inner {
-    objects: Objects,
-    sealer: Sealer,
+    finder: Finder,
     codecs: Arc<Codecs>,
-    block_size: u32,
     state: Mutex<State>,
 }
 
@@ -149,13 +83,21 @@ impl Directories {
             damaged: HashMap::new(),
             last_chunk: (None, 0),
         };
-        let inner = Inner { objects, sealer, codecs, block_size, state: Mutex::new(state) };
+        let finder = Finder { objects, sealer, block_size };
+        let inner = Inner { finder, codecs, state: Mutex::new(state) };
         Directories { inner: Arc::new(inner) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         // The caches hold whole values only: nothing is half done after a panic.
         self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes that are cached: of directories, and of decompressed frames.
+    #[must_use]
+    pub fn cached_bytes(&self) -> (usize, usize) {
+        let state = self.state();
+        (state.directories.used() + state.chunks.used(), state.frames.used())
     }
 
     /// What a slot holds, from its container's authenticated directory.
@@ -274,7 +216,7 @@ impl Directories {
     /// [`Kind::NotFound`], [`Kind::Damaged`].
     pub fn fetch_frame(&self, frame: &FrameRef) -> Result<Bytes> {
         let directory = self.present(frame.container)?;
-        self.inner.objects.read(&directory.object, frame.range())
+        self.inner.finder.objects.read(&directory.object, frame.range())
     }
 
     /// Frames of one container as they are stored, in their order; near ones are read together,
@@ -289,7 +231,7 @@ impl Directories {
             return Err(Error::new(Kind::Failed, "frames of two containers in one read (a bug)"));
         }
         let ranges: Vec<_> = frames.iter().map(FrameRef::range).collect();
-        self.inner.objects.read_many(&directory.object, &ranges)
+        self.inner.finder.objects.read_many(&directory.object, &ranges)
     }
 
     /// Authenticates and decompresses a fetched frame; for the CPU pool.
@@ -340,7 +282,7 @@ impl Directories {
     pub fn read_block(&self, address: Address, out: &mut [u8]) -> Result<()> {
         let (address, frame) = self.locate(address, ContainerKind::Blocks)?;
         let bytes = self.cached_frame(&frame)?;
-        let range = frame.block_range(address.slot, self.inner.block_size);
+        let range = frame.block_range(address.slot, self.inner.finder.block_size);
         let block =
             range.and_then(|range| bytes.get(range)).filter(|block| block.len() == out.len());
         out.copy_from_slice(block.ok_or_else(|| gone(address))?);
@@ -409,7 +351,8 @@ impl Directories {
         let directory = self.present(container)?;
         let trailer = &directory.trailer;
         let start = trailer.section_start;
-        let found = self.inner.objects.read(&directory.object, start..start + LEAD_LEN as u64)?;
+        let found =
+            self.inner.finder.objects.read(&directory.object, start..start + LEAD_LEN as u64)?;
         let lead = encode_lead(&trailer.header, container, trailer.generation, trailer.block_size);
         if found == lead {
             Ok(())
@@ -443,7 +386,7 @@ impl Directories {
                 return Ok(None);
             }
         }
-        let found = self.inner.open(container)?.map(Arc::new);
+        let found = self.inner.finder.open(container)?.map(Arc::new);
         let mut state = self.state();
         match &found {
             Some(directory) => {
@@ -492,7 +435,7 @@ impl Directories {
         let trailer = &directory.trailer;
         let whole =
             trailer.chunk_range(chunks.start).start..trailer.chunk_range(chunks.end - 1).end;
-        let bytes = self.inner.objects.read(&directory.object, whole.clone())?;
+        let bytes = self.inner.finder.objects.read(&directory.object, whole.clone())?;
         let extra = Section::chunk_extra(trailer.slots);
         chunks
             .map(|chunk| {
@@ -517,196 +460,4 @@ fn gone(address: Address) -> Error {
     Error::new(Kind::NotFound, format!("there is no block at {address}"))
 }
 
-impl FrameRef {
-    fn node<'a>(&self, raw: &'a [u8], slot: Slot) -> Option<&'a [u8]> {
-        let count = self.entry.count() as usize;
-        let (lengths, bodies) = raw.split_at_checked(4 * count)?;
-        let index = self.entry.index_of(slot)?;
-        let mut lengths =
-            lengths.as_chunks::<4>().0.iter().map(|l| u32::from_le_bytes(*l) as usize);
-        let start: usize = lengths.by_ref().take(index).sum();
-        bodies.get(start..start.checked_add(lengths.next()?)?)
-    }
-}
-
-impl Directory {
-    fn memory(&self) -> usize {
-        self.frames.len() * size_of::<FrameEntry>() + size_of::<Directory>() + self.object.len()
-    }
-
-    fn slot(&self, chunk: &[u8], slot: Slot) -> Result<SlotInfo> {
-        let at = (u32::from(slot.0) % CHUNK_SLOTS) as usize * SLOT_LEN;
-        let entry = chunk.get(at..).and_then(|bytes| bytes.first_chunk());
-        match entry.and_then(SlotState::decode) {
-            Some(SlotState::Present(fingerprint)) => Ok(SlotInfo::Present(fingerprint)),
-            Some(SlotState::Dead) => Ok(SlotInfo::Dead),
-            Some(SlotState::Forward(there)) => Ok(SlotInfo::Forward(there)),
-            Some(SlotState::Damaged(_)) => Ok(SlotInfo::Damaged),
-            None => Err(damaged(&self.object, &format!("slot {} has no known state", slot.0))),
-        }
-    }
-
-    fn frame_of(&self, slot: Slot) -> Option<FrameRef> {
-        let number = self.frames.partition_point(|entry| entry.first <= slot.0).checked_sub(1)?;
-        self.frames[number].index_of(slot).map(|_| self.frame(number))
-    }
-
-    fn frame(&self, number: usize) -> FrameRef {
-        let entry = self.frames[number];
-        FrameRef {
-            container: self.trailer.container,
-            generation: self.trailer.generation,
-            number: number as u32,
-            first: Slot(entry.first),
-            span: entry.span,
-            offset: self.trailer.section_start + u64::from(entry.offset),
-            stored_len: entry.stored_len,
-            raw_len: entry.raw_len,
-            entry,
-        }
-    }
-}
-
-impl Inner {
-    /// Finds a container: under its own key, as most are, or in whatever object holds it now.
-    fn open(&self, container: ContainerId) -> Result<Option<Directory>> {
-        match self.open_in(&names::container(container, 0), container) {
-            Err(error) if error.kind() == Kind::NotFound => {}
-            other => return other,
-        }
-        let Some(key) = self.find(container)? else { return Ok(None) };
-        match self.open_in(&key, container) {
-            Err(error) if error.kind() == Kind::NotFound => Ok(None),
-            other => other,
-        }
-    }
-
-    /// The object with the smallest last container that is not before this one, newest generation.
-    fn find(&self, container: ContainerId) -> Result<Option<String>> {
-        let mut best: Option<(u32, u32)> = None;
-        self.objects.list(&names::containers_of(container.incarnation), |key, _| {
-            if let Some((last, generation)) = names::parse_container(key)
-                && last.counter >= container.counter
-                && best.is_none_or(|(counter, newest)| {
-                    last.counter < counter || (last.counter == counter && generation > newest)
-                })
-            {
-                best = Some((last.counter, generation));
-            }
-            Ok(())
-        })?;
-        let last = |counter| ContainerId { counter, ..container };
-        Ok(best.map(|(counter, generation)| names::container(last(counter), generation)))
-    }
-
-    /// The container's section in an object, which may hold several: they are found from the last one back.
-    fn open_in(&self, key: &str, container: ContainerId) -> Result<Option<Directory>> {
-        let (tail, size) = self.objects.read_tail(key, TAIL_READ)?;
-        let tail_start = size - tail.len() as u64;
-        let mut end = size;
-        loop {
-            let Some(start) = end.checked_sub(TRAILER_LEN as u64) else {
-                return Err(damaged(key, "it is too short for a container"));
-            };
-            let bytes = self.within(key, &tail, tail_start, start..end)?;
-            let trailer = Trailer::decode(&bytes, end, key)?;
-            if trailer.container == container {
-                return self.open_section(key, trailer, &bytes, &tail, tail_start).map(Some);
-            }
-            if trailer.section_start == 0 {
-                return Ok(None);
-            }
-            end = trailer.section_start;
-        }
-    }
-
-    fn open_section(
-        &self,
-        key: &str,
-        trailer: Trailer,
-        bytes: &[u8],
-        tail: &Bytes,
-        tail_start: u64,
-    ) -> Result<Directory> {
-        let cipher = self.sealer.cipher(&trailer.header, trailer.kind.object(), key)?;
-        let section = Section::new(&trailer.header, cipher, trailer.container, trailer.generation);
-        if !Trailer::is_authentic(&section, bytes) {
-            return Err(damaged(key, "its trailer's authentication failed"));
-        }
-        if trailer.kind == ContainerKind::Blocks && trailer.block_size != self.block_size {
-            return Err(damaged(key, "its block size is not the store's"));
-        }
-        let start = trailer.section_start + u64::from(trailer.table_offset);
-        let table =
-            self.within(key, tail, tail_start, start..start + u64::from(trailer.table_len()))?;
-        let frames = decode_table(&section, &trailer, &table)
-            .ok_or_else(|| damaged(key, "its frame table's authentication failed"))?;
-        Ok(Directory { object: key.to_owned(), trailer, section, frames })
-    }
-
-    /// Bytes of an object, from what was read of its end where they lie in it.
-    fn within(&self, key: &str, tail: &Bytes, tail_start: u64, range: Range<u64>) -> Result<Bytes> {
-        match range.start.checked_sub(tail_start) {
-            Some(from) if range.end - tail_start <= tail.len() as u64 => {
-                Ok(tail.slice(from as usize..(range.end - tail_start) as usize))
-            }
-            _ => self.objects.read(key, range),
-        }
-    }
-}
-
-/// Values up to a number of bytes; the least recently used go first.
-struct Cache<K, V> {
-    limit: usize,
-    used: usize,
-    clock: u64,
-    entries: HashMap<K, Cached<V>>,
-}
-
-struct Cached<V> {
-    value: Arc<V>,
-    bytes: usize,
-    used_at: u64,
-}
-
-impl<K: Copy + Eq + Hash, V> Cache<K, V> {
-    fn new(limit: usize) -> Self {
-        Cache { limit, used: 0, clock: 0, entries: HashMap::new() }
-    }
-
-    fn get(&mut self, key: &K) -> Option<Arc<V>> {
-        self.clock += 1;
-        let entry = self.entries.get_mut(key)?;
-        entry.used_at = self.clock;
-        Some(entry.value.clone())
-    }
-
-    fn put(&mut self, key: K, value: Arc<V>, bytes: usize) {
-        self.clock += 1;
-        if let Some(old) = self.entries.insert(key, Cached { value, bytes, used_at: self.clock }) {
-            self.used -= old.bytes;
-        }
-        self.used += bytes;
-        // Entries are some hundreds: looking through them is cheaper than keeping a list in order.
-        while self.used > self.limit && self.entries.len() > 1 {
-            let oldest =
-                self.entries.iter().min_by_key(|(_, entry)| entry.used_at).map(|(key, _)| *key);
-            let Some(old) = oldest.and_then(|oldest| self.entries.remove(&oldest)) else { break };
-            self.used -= old.bytes;
-        }
-    }
-
-    fn remove_if(&mut self, condition: impl Fn(&K) -> bool) {
-        let used = &mut self.used;
-        self.entries.retain(|key, entry| {
-            let remove = condition(key);
-            if remove {
-                *used -= entry.bytes;
-            }
-            !remove
-        });
-    }
-}
-
 const _: () = assert!(CONTAINER_SLOTS.div_ceil(CHUNK_SLOTS) as usize * CHUNK_LEN < 2 << 20);
-const _: () = assert!(TAIL_READ as usize > TRAILER_LEN + 400 * ENTRY_LEN + TAG_LEN);

@@ -1,0 +1,190 @@
+//! Finding a container and opening its directory.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+
+use super::ContainerKind;
+use super::directory::{
+    CHUNK_SLOTS, ENTRY_LEN, FrameEntry, SLOT_LEN, Section, SlotState, TRAILER_LEN, Trailer,
+    decode_table,
+};
+use super::frame::FrameRef;
+use crate::error::{Kind, Result};
+use crate::ids::{Address, ContainerId, Fingerprint, Slot};
+use crate::store::format::{Sealer, TAG_LEN, damaged};
+use crate::store::names;
+use crate::store::objects::Objects;
+
+/// The suffix that opens a container: trailer and the frame table of some 500 frames.
+const TAIL_READ: u64 = 16 << 10;
+
+const _: () = assert!(TAIL_READ as usize > TRAILER_LEN + 400 * ENTRY_LEN + TAG_LEN);
+
+/// What a slot is, to whoever wants to use it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SlotInfo {
+    /// It holds what has this fingerprint (or, of a node, this tag).
+    Present(Fingerprint),
+    /// It was given up.
+    Dead,
+    /// What it held stands elsewhere.
+    Forward(Address),
+    /// It is known to be damaged.
+    Damaged,
+    /// There is no such container or slot.
+    Missing,
+}
+
+/// An open container.
+pub(crate) struct Directory {
+    pub(crate) object: String,
+    pub(crate) trailer: Trailer,
+    pub(crate) section: Section,
+    pub(crate) frames: Vec<FrameEntry>,
+}
+
+impl Directory {
+    pub(crate) fn memory(&self) -> usize {
+        self.frames.len() * size_of::<FrameEntry>() + size_of::<Directory>() + self.object.len()
+    }
+
+    pub(crate) fn slot(&self, chunk: &[u8], slot: Slot) -> Result<SlotInfo> {
+        let at = (u32::from(slot.0) % CHUNK_SLOTS) as usize * SLOT_LEN;
+        let entry = chunk.get(at..).and_then(|bytes| bytes.first_chunk());
+        match entry.and_then(SlotState::decode) {
+            Some(SlotState::Present(fingerprint)) => Ok(SlotInfo::Present(fingerprint)),
+            Some(SlotState::Dead) => Ok(SlotInfo::Dead),
+            Some(SlotState::Forward(there)) => Ok(SlotInfo::Forward(there)),
+            Some(SlotState::Damaged(_)) => Ok(SlotInfo::Damaged),
+            None => Err(damaged(&self.object, &format!("slot {} has no known state", slot.0))),
+        }
+    }
+
+    pub(crate) fn frame_of(&self, slot: Slot) -> Option<FrameRef> {
+        let number = self.frames.partition_point(|entry| entry.first <= slot.0).checked_sub(1)?;
+        self.frames[number].index_of(slot).map(|_| self.frame(number))
+    }
+
+    pub(crate) fn frame(&self, number: usize) -> FrameRef {
+        let entry = self.frames[number];
+        FrameRef {
+            container: self.trailer.container,
+            generation: self.trailer.generation,
+            number: number as u32,
+            first: Slot(entry.first),
+            span: entry.span,
+            offset: self.trailer.section_start + u64::from(entry.offset),
+            stored_len: entry.stored_len,
+            raw_len: entry.raw_len,
+            entry,
+        }
+    }
+}
+
+/// Finds containers in the objects of a store.
+pub(crate) struct Finder {
+    pub(crate) objects: Objects,
+    pub(crate) sealer: Sealer,
+    pub(crate) block_size: u32,
+}
+
+impl Finder {
+    /// Finds a container: under its own key, as most are, or in whatever object holds it now.
+    pub(crate) fn open(&self, container: ContainerId) -> Result<Option<Directory>> {
+        let own = names::container(container, 0);
+        match self.open_in(&own, container) {
+            Err(error) if error.kind() == Kind::NotFound => {}
+            Ok(None) => return Err(damaged(&own, "another container is in it")),
+            other => return other,
+        }
+        let Some(key) = self.find(container)? else { return Ok(None) };
+        match self.open_in(&key, container) {
+            Err(error) if error.kind() == Kind::NotFound => Ok(None),
+            other => other,
+        }
+    }
+
+    /// The object with the smallest last container that is not before this one, newest generation.
+    fn find(&self, container: ContainerId) -> Result<Option<String>> {
+        let mut best: Option<(u32, u32)> = None;
+        self.objects.list(&names::containers_of(container.incarnation), |key, _| {
+            if let Some((last, generation)) = names::parse_container(key)
+                && last.counter >= container.counter
+                && best.is_none_or(|(counter, newest)| {
+                    last.counter < counter || (last.counter == counter && generation > newest)
+                })
+            {
+                best = Some((last.counter, generation));
+            }
+            Ok(())
+        })?;
+        let last = |counter| ContainerId { counter, ..container };
+        Ok(best.map(|(counter, generation)| names::container(last(counter), generation)))
+    }
+
+    /// The container's section in an object, which may hold several: they are found from the last one back.
+    fn open_in(&self, key: &str, container: ContainerId) -> Result<Option<Directory>> {
+        let (bytes, size) = self.objects.read_tail(key, TAIL_READ)?;
+        let tail = Tail { key, start: size - bytes.len() as u64, bytes };
+        let mut end = size;
+        loop {
+            let (trailer, section) = self.trailer(&tail, end)?;
+            if trailer.container == container {
+                return self.open_section(&tail, trailer, section).map(Some);
+            }
+            if trailer.section_start == 0 {
+                return Ok(None);
+            }
+            end = trailer.section_start;
+        }
+    }
+
+    /// The authentic trailer that ends at byte `end`.
+    fn trailer(&self, tail: &Tail<'_>, end: u64) -> Result<(Trailer, Section)> {
+        let Some(start) = end.checked_sub(TRAILER_LEN as u64) else {
+            return Err(damaged(tail.key, "it is too short for a container"));
+        };
+        let bytes = self.within(tail, start..end)?;
+        let trailer = Trailer::decode(&bytes, end, tail.key)?;
+        let cipher = self.sealer.cipher(&trailer.header, trailer.kind.object(), tail.key)?;
+        let section = Section::new(&trailer.header, cipher, trailer.container, trailer.generation);
+        if !Trailer::is_authentic(&section, &bytes) {
+            return Err(damaged(tail.key, "its trailer's authentication failed"));
+        }
+        Ok((trailer, section))
+    }
+
+    fn open_section(
+        &self,
+        tail: &Tail<'_>,
+        trailer: Trailer,
+        section: Section,
+    ) -> Result<Directory> {
+        if trailer.kind == ContainerKind::Blocks && trailer.block_size != self.block_size {
+            return Err(damaged(tail.key, "its block size is not the store's"));
+        }
+        let start = trailer.section_start + u64::from(trailer.table_offset);
+        let table = self.within(tail, start..start + u64::from(trailer.table_len()))?;
+        let frames = decode_table(&section, &trailer, &table)
+            .ok_or_else(|| damaged(tail.key, "its frame table's authentication failed"))?;
+        Ok(Directory { object: tail.key.to_owned(), trailer, section, frames })
+    }
+
+    /// Bytes of an object, from what was read of its end where they lie in it.
+    fn within(&self, tail: &Tail<'_>, range: Range<u64>) -> Result<Bytes> {
+        match range.start.checked_sub(tail.start) {
+            Some(from) if range.end - tail.start <= tail.bytes.len() as u64 => {
+                Ok(tail.bytes.slice(from as usize..(range.end - tail.start) as usize))
+            }
+            _ => self.objects.read(tail.key, range),
+        }
+    }
+}
+
+/// The end of an object.
+struct Tail<'a> {
+    key: &'a str,
+    start: u64,
+    bytes: Bytes,
+}
