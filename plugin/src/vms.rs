@@ -1,14 +1,14 @@
 //! The VMs of this host: `/etc/fleece/vms.d/NAME.toml`, or a monitor socket given by hand.
 
 use crate::error::{Context, Error, Kind, Result};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Where VMs are described.
 pub const DIRECTORY: &str = "/etc/fleece/vms.d";
 
 /// How one VM is reached.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Vm {
     /// Its label; empty for a bare socket (then QEMU's `-name` is taken).
     pub name: String,

@@ -156,7 +156,7 @@ fn describe(device: &Device, label: String, nodes: &BTreeMap<String, Node>, grap
 }
 
 /// An id stands for `/machine/peripheral/<id>`.
-fn qom_path(qdev: &str) -> String {
+pub(crate) fn qom_path(qdev: &str) -> String {
     if qdev.starts_with('/') { qdev.to_owned() } else { format!("/machine/peripheral/{qdev}") }
 }
 
@@ -227,7 +227,6 @@ impl Edges {
     }
 
     /// Nodes that use `node`.
-    #[allow(dead_code)]
     pub(crate) fn parents(&self, node: &str) -> impl Iterator<Item = &str> {
         self.0
             .iter()
@@ -236,7 +235,7 @@ impl Edges {
     }
 
     /// From a device's top node through filters to the node with the data, both included.
-    fn filters_from(&self, top: &str, nodes: &BTreeMap<String, Node>) -> Vec<String> {
+    pub(crate) fn filters_from(&self, top: &str, nodes: &BTreeMap<String, Node>) -> Vec<String> {
         let mut chain = vec![top.to_owned()];
         while let Some(last) = chain.last().filter(|_| chain.len() < MAX_CHAIN) {
             let is_filter = nodes.get(last).is_some_and(|n| FILTERS.contains(&n.drv.as_str()));

@@ -1,43 +1,226 @@
-//! The guard: a process that sets the VM right if the worker dies.
+//! The guard: a process of its own that sets the VM right if the worker dies.
+//!
+//! It is started before anything is changed in QEMU and told of every change before it is made,
+//! through a pipe. When the pipe ends without a goodbye it does only this: thaw, `cont` if we had
+//! stopped the guest, end the view, merge bitmaps back. It connects to QEMU only then: a monitor
+//! takes one client, and the worker's end closes with the worker.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
+use crate::qmp::end::Pair;
+use crate::qmp::recover;
+use crate::qmp::running::{Files, lock};
 use crate::vms::Vm;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use serde::{Deserialize, Serialize};
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
 
 /// The hidden subcommand that makes this program the guard.
 pub const SUBCOMMAND: &str = "guard";
+/// What it says when it watches.
+const READY: &str = "ready\n";
+/// A message is a state: a few hundred bytes per disk.
+const MAX_MESSAGE: u64 = 1 << 20;
 
 /// How to start one.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Our own program.
+    /// Our own program (`std::env::current_exe`).
     pub program: PathBuf,
-    /// Where it writes what it does (only if it has something to do).
+    /// Where it writes what it does; made only if it has something to do.
     pub log: PathBuf,
     /// The run directory (`/run/fleece`).
     pub run_dir: PathBuf,
 }
 
-/// The worker's end of the guard.
+/// How far a backup got, as far as the VM is concerned.
+#[derive(Clone, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct State {
+    /// The snapshot; empty as long as nothing was changed.
+    pub(crate) snapshot: String,
+    /// Bitmaps begun.
+    pub(crate) pairs: Vec<Pair>,
+    /// File systems are (about to be) frozen, by the agent at this socket.
+    pub(crate) frozen: Option<PathBuf>,
+    /// The guest is (about to be) stopped by us.
+    pub(crate) stopped: bool,
+    /// The NBD server is ours.
+    pub(crate) server: bool,
+    /// Scratch and sockets.
+    pub(crate) directory: Option<PathBuf>,
+    /// Servers of pushed disks: their process ids.
+    pub(crate) servers: Vec<u32>,
+    /// The engine was asked to commit: only it knows what the bitmaps are worth now.
+    pub(crate) committing: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+enum Message {
+    Start { vm: Vm, log: PathBuf, run_dir: PathBuf },
+    State(State),
+    Done,
+}
+
+/// The worker's end of the guard. Dropped without [`Guard::done`], the guard sets the VM right.
 #[derive(Debug)]
-pub struct Guard {}
+pub struct Guard {
+    child: Child,
+    pipe: Option<ChildStdin>,
+    state: State,
+    files: Files,
+}
 
 impl Guard {
     /// Starts it and waits until it is ready.
     ///
     /// # Errors
     /// It did not start.
-    pub fn spawn(_options: &Options, _vm: &Vm) -> Result<Guard> {
-        Err(Error::new(Kind::Failed, "not built yet"))
+    pub fn spawn(options: &Options, vm: &Vm) -> Result<Guard> {
+        let failed = || format!("starting the guard ({} {SUBCOMMAND})", options.program.display());
+        let mut command = Command::new(&options.program);
+        command.arg(SUBCOMMAND).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().context(failed)?;
+        let pipe = child.stdin.take();
+        let answer = child.stdout.take();
+        let files = Files::new(&options.run_dir, &vm.qmp);
+        let mut guard = Guard { child, pipe, state: State::default(), files };
+        let start = Message::Start {
+            vm: vm.clone(),
+            log: options.log.clone(),
+            run_dir: options.run_dir.clone(),
+        };
+        guard.send(&start).context(failed)?;
+        let mut said = String::new();
+        if let Some(answer) = answer {
+            BufReader::new(answer).take(READY.len() as u64).read_line(&mut said).context(failed)?;
+        }
+        if said != READY {
+            return Err(Error::new(Kind::Failed, format!("{}: it ended at once", failed())));
+        }
+        Ok(guard)
     }
 
-    /// All is well: it may go.
-    pub fn done(self) {}
+    /// From here on only the engine knows whether the snapshot is committed: if we die now, the
+    /// bitmaps are left as they are, and the next backup asks the engine what they are worth. To be
+    /// called right before the engine is asked to commit.
+    ///
+    /// # Errors
+    /// The guard died.
+    pub fn committing(&mut self) -> Result<()> {
+        self.tell(|state| state.committing = true)
+    }
+
+    /// All is well: it may go. Waits for its end (it may still have to thaw).
+    pub fn done(mut self) {
+        // If it cannot be told, it has died: nothing is left to tell it.
+        drop(self.send(&Message::Done));
+        self.pipe = None;
+        drop(self.child.wait());
+        drop(std::fs::remove_file(&self.files.state));
+    }
+
+    /// Tells of a change that is about to be made, or was undone.
+    pub(crate) fn tell(&mut self, change: impl FnOnce(&mut State)) -> Result<()> {
+        change(&mut self.state);
+        let message = Message::State(self.state.clone());
+        self.send(&message)
+            .context(|| "the guard died: the backup cannot go on without it".to_owned())?;
+        // For `cleanup` after both died; a convenience, the guard is the promise.
+        drop(std::fs::write(
+            &self.files.state,
+            serde_json::to_vec(&self.state).unwrap_or_default(),
+        ));
+        Ok(())
+    }
+
+    /// What it was told last.
+    pub(crate) fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Its process id (tests kill it).
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn send(&mut self, message: &Message) -> std::io::Result<()> {
+        let mut line = serde_json::to_vec(message)?;
+        line.push(b'\n');
+        match &mut self.pipe {
+            Some(pipe) => pipe.write_all(&line),
+            None => Err(std::io::ErrorKind::BrokenPipe.into()),
+        }
+    }
 }
 
-/// The guard's `main`: for the hidden subcommand.
+/// The guard's `main`, for the hidden subcommand: reads messages until the pipe ends.
 #[must_use]
 pub fn main() -> ExitCode {
-    ExitCode::FAILURE
+    // Ctrl-C and a closed terminal are for the worker.
+    let _ = rustix::process::setsid();
+    match watch() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => ExitCode::from(error.kind().exit_code()),
+    }
+}
+
+fn watch() -> Result<()> {
+    let mut lines = BufReader::new(std::io::stdin().lock());
+    let Some(Message::Start { vm, log, run_dir }) = next(&mut lines) else {
+        return Err(Error::new(Kind::Usage, "this subcommand is for fleece itself"));
+    };
+    let files = Files::new(&run_dir, &vm.qmp);
+    let held = lock(&run_dir, &files.guard)?;
+    if held.is_none() {
+        return Err(Error::new(Kind::Busy, "another guard of this VM is at work"));
+    }
+    let mut out = std::io::stdout();
+    out.write_all(READY.as_bytes())
+        .and_then(|()| out.flush())
+        .context(|| "the worker went away".to_owned())?;
+    let mut state = State::default();
+    let mut done = false;
+    while let Some(message) = next(&mut lines) {
+        match message {
+            Message::State(new) => state = new,
+            Message::Done => done = true,
+            Message::Start { .. } => {}
+        }
+    }
+    let nothing = state == State::default() || (done && state.frozen.is_none() && !state.stopped);
+    if nothing {
+        return Ok(());
+    }
+    set_right(&vm, &state, &files, &log)
+}
+
+fn next(lines: &mut impl BufRead) -> Option<Message> {
+    let mut line = Vec::new();
+    lines.by_ref().take(MAX_MESSAGE).read_until(b'\n', &mut line).ok()?;
+    // Half a message means that the worker died writing it: the one before counts, and what this
+    // one announced was not begun.
+    serde_json::from_slice(&line).ok()
+}
+
+fn set_right(vm: &Vm, state: &State, files: &Files, log: &Path) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context(|| "the guard's runtime".to_owned())?;
+    let result = runtime.block_on(recover::after_death(vm, state));
+    let text = match &result {
+        Ok(report) => {
+            format!("{}: {}; left: {}\n", vm.name, report.done.join(", "), report.left.join("; "))
+        }
+        Err(error) => format!("{}: failed: {error}\n", vm.name),
+    };
+    let mut options = OpenOptions::new();
+    if let Ok(mut file) = options.create(true).append(true).mode(0o600).open(log) {
+        drop(file.write_all(text.as_bytes()));
+    }
+    if result.as_ref().is_ok_and(|report| report.left.is_empty()) {
+        drop(std::fs::remove_file(&files.state));
+    }
+    result.map(drop)
 }

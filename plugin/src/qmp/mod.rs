@@ -14,8 +14,9 @@
 //! //  parent refused: plan.disks[i].make_full(reason); --full: the same
 //! let mut guard = Guard::spawn(&guard::Options { .. }, &vm)?      // before anything is changed
 //! let mut view  = View::open(&session, &mut guard, request).await?   // the point in time
-//! //  read view.targets() over NBD beside view.broken(&session) in a select!, write, then
+//! //  read view.targets() over NBD beside view.broken(&session) in a select!; a failed read: view.explain()
 //! view.still_valid(&session).await?                               // after the last read
+//! guard.committing()?
 //! //  engine commit(view.point_in_time_ms(), view.bitmaps())
 //! view.teardown(&session, Outcome::Committed).await?              // Failed after any error or Ctrl-C
 //! guard.done()
@@ -23,13 +24,20 @@
 //! Whatever happens after `Guard::spawn`, the VM goes back to what it was: by `teardown`, or by the
 //! guard if this process dies. Drop NBD connections before `teardown`.
 
+pub mod agent;
 pub mod bitmap;
 pub mod check;
 pub mod command;
 pub mod disk;
+pub mod end;
 pub mod guard;
+mod names;
+mod point;
+mod push;
 pub mod recover;
 pub mod running;
+mod scratch;
 pub mod session;
 pub mod view;
+mod watch;
 mod wire;

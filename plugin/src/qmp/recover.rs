@@ -1,40 +1,238 @@
 //! What dead runs left behind in a VM, and how it is ended: `cleanup`, `abort`, the guard.
 
 use crate::error::{Error, Kind, Result};
+use crate::qmp::agent;
+use crate::qmp::bitmap::{Action, carry_out};
+use crate::qmp::disk;
+use crate::qmp::end;
+pub use crate::qmp::end::Report;
+use crate::qmp::guard::State;
+use crate::qmp::names::PREFIX;
+use crate::qmp::running::{Files, Lock, holder};
 use crate::qmp::session::Session;
 use crate::vms::Vm;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process};
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
 
-/// What was found and ended.
-#[derive(Clone, Default, PartialEq, Eq, Debug, serde::Serialize)]
-pub struct Report {
-    /// In words, one per thing done.
-    pub done: Vec<String>,
-    /// What could not be ended, with the reason.
-    pub left: Vec<String>,
-}
+/// The worker's monitor connection closes with it; another client can hold the monitor for long.
+const CONNECT_LIMIT: Duration = Duration::from_secs(60);
+/// How long `abort` lets the worker end by itself.
+const TERM_LIMIT: Duration = Duration::from_millis(2500);
+/// And, after a kill, its guard.
+const GUARD_LIMIT: Duration = Duration::from_millis(2000);
+/// Between two looks at something that has no event.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How often a thaw is tried.
+const THAW_TRIES: usize = 3;
 
 /// Ends views of dead runs (exports, jobs, filters, scratch, our NBD server). Bitmaps are left to
-/// the plan of the next backup.
+/// the plan of the next backup, which asks the engine what they are worth.
 ///
 /// # Errors
 /// QEMU went away.
-pub async fn end_leftovers(_session: &Session) -> Result<Report> {
-    Err(Error::new(Kind::Failed, "not built yet"))
+pub async fn end_leftovers(session: &Session) -> Result<Report> {
+    let report = end::end_views(session, PREFIX, false).await?;
+    if !report.done.is_empty() {
+        end::let_guest_go_on(session, false).await?;
+    }
+    Ok(report)
 }
 
-/// `fleece cleanup VM`: [`end_leftovers`], and bitmaps of dead runs merged back without an engine.
+/// `fleece cleanup VM`: [`end_leftovers`], and bitmaps of dead runs merged back without an engine:
+/// the newer into the older, so that the older covers everything since its own snapshot.
 ///
 /// # Errors
 /// `Busy`: a backup of this VM runs. Otherwise as [`Session::connect`].
-pub async fn cleanup(_run_dir: &Path, _vm: &Vm) -> Result<Report> {
-    Err(Error::new(Kind::Failed, "not built yet"))
+pub async fn cleanup(run_dir: &Path, vm: &Vm) -> Result<Report> {
+    let _lock = Lock::take(run_dir, &vm.qmp)?;
+    let files = Files::new(run_dir, &vm.qmp);
+    let state = read_state(&files);
+    let session = Session::connect(vm).await?;
+    let mut report = set_right(&session, &state).await?;
+    if !state.committing {
+        merge_unknown(&session, &mut report).await?;
+    }
+    if report.left.is_empty() {
+        drop(std::fs::remove_file(&files.state));
+    }
+    Ok(report)
 }
 
 /// `fleece abort VM`: ends a running backup (or what one left) within 5 s; the guest goes on.
 ///
 /// # Errors
 /// Something is left; what, is in the message.
-pub async fn abort(_run_dir: &Path, _vm: &Vm) -> Result<Report> {
-    Err(Error::new(Kind::Failed, "not built yet"))
+pub async fn abort(run_dir: &Path, vm: &Vm) -> Result<Report> {
+    let files = Files::new(run_dir, &vm.qmp);
+    let mut done = Vec::new();
+    if let Some(pid) = holder(&files.worker)? {
+        // The kernel has just told that this process holds the lock: it is the worker.
+        signal(pid, Signal::TERM)?;
+        let mut how = "ended";
+        if !wait_free(&files.worker, TERM_LIMIT).await? {
+            signal(pid, Signal::KILL)?;
+            how = "killed";
+        }
+        done.push(format!("{how} the backup (process {})", pid.as_raw_nonzero()));
+        wait_free(&files.worker, GUARD_LIMIT).await?;
+        wait_free(&files.guard, GUARD_LIMIT).await?;
+    }
+    let rest = cleanup(run_dir, vm).await?;
+    if !rest.left.is_empty() {
+        return Err(Error::new(
+            Kind::Failed,
+            format!("VM {}: left over: {}", vm.name, rest.left.join("; ")),
+        ));
+    }
+    done.extend(rest.done);
+    Ok(Report { done, left: Vec::new() })
+}
+
+/// What the guard does when the worker died.
+pub(crate) async fn after_death(vm: &Vm, state: &State) -> Result<Report> {
+    kill_servers(&state.servers);
+    // Before the monitor: a frozen guest hurts most, and the agent needs no QMP.
+    let mut left = Vec::new();
+    let mut done = Vec::new();
+    thaw(state, &mut done, &mut left).await;
+    let state = State { frozen: None, ..state.clone() };
+    let session = match connect_patiently(vm).await {
+        Ok(session) => session,
+        Err(error) if error.kind() == Kind::NotFound => {
+            remove_directory(&state);
+            done.push("QEMU is gone".to_owned());
+            return Ok(Report { done, left });
+        }
+        Err(error) => return Err(error),
+    };
+    let mut report = set_right(&session, &state).await?;
+    report.done.splice(0..0, done);
+    report.left.extend(left);
+    Ok(report)
+}
+
+async fn connect_patiently(vm: &Vm) -> Result<Session> {
+    let end = Instant::now() + CONNECT_LIMIT;
+    loop {
+        match Session::connect(vm).await {
+            Err(error) if error.kind() == Kind::Busy && Instant::now() < end => {
+                sleep(LOOK_AGAIN).await
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Thaw, go on, end the view, merge bitmaps back.
+async fn set_right(session: &Session, state: &State) -> Result<Report> {
+    let (mut done, mut left) = (Vec::new(), Vec::new());
+    thaw(state, &mut done, &mut left).await;
+    if state.stopped && end::let_guest_go_on(session, true).await? {
+        done.push("let the guest go on".to_owned());
+    }
+    let mut report = end::end_views(session, PREFIX, state.server).await?;
+    // A full scratch of a job's view pauses the guest; that view is gone now.
+    let had_view = !report.done.is_empty() || !state.snapshot.is_empty();
+    if had_view && end::let_guest_go_on(session, false).await? {
+        report.done.push("let the guest go on".to_owned());
+    }
+    if !state.committing {
+        let bitmaps = end::merge_back(session, &state.pairs).await?;
+        report.done.extend(bitmaps.done);
+        report.left.extend(bitmaps.left);
+    }
+    remove_directory(state);
+    done.extend(report.done);
+    left.extend(report.left);
+    Ok(Report { done, left })
+}
+
+async fn thaw(state: &State, done: &mut Vec<String>, left: &mut Vec<String>) {
+    let Some(path) = &state.frozen else { return };
+    let mut last = None;
+    for _ in 0..THAW_TRIES {
+        match agent::thaw_at(path).await {
+            Ok(_) => {
+                done.push("thawed the guest's file systems".to_owned());
+                return;
+            }
+            Err(error) => last = Some(error),
+        }
+    }
+    if let Some(error) = last {
+        left.push(format!("the guest's file systems may be frozen: {error}"));
+    }
+}
+
+fn remove_directory(state: &State) {
+    if let Some(directory) = &state.directory {
+        drop(std::fs::remove_dir_all(directory));
+    }
+}
+
+/// Ends the servers of pushed disks, if those processes are still what they were.
+fn kill_servers(servers: &[u32]) {
+    for pid in servers {
+        let Some(pid) = i32::try_from(*pid).ok().and_then(Pid::from_raw) else { continue };
+        let Ok(handle) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else { continue };
+        let name = std::fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero()))
+            .unwrap_or_default();
+        if name.trim() == "qemu-nbd" {
+            let _ = rustix::process::pidfd_send_signal(&handle, Signal::KILL);
+        }
+    }
+}
+
+fn signal(pid: Pid, signal: Signal) -> Result<()> {
+    match kill_process(pid, signal) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(e) => {
+            let text = format!("ending the backup (process {})", pid.as_raw_nonzero());
+            Err(Error::caused(Kind::NotPermitted, text, e))
+        }
+    }
+}
+
+async fn wait_free(path: &Path, limit: Duration) -> Result<bool> {
+    let end = Instant::now() + limit;
+    while holder(path)?.is_some() {
+        if Instant::now() >= end {
+            return Ok(false);
+        }
+        sleep(LOOK_AGAIN).await;
+    }
+    Ok(true)
+}
+
+fn read_state(files: &Files) -> State {
+    std::fs::read(&files.state)
+        .ok()
+        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+        .unwrap_or_default()
+}
+
+/// Bitmaps of runs that nobody remembers: where one stopped recording and others of the same disk
+/// and store went on, those go into it.
+async fn merge_unknown(session: &Session, report: &mut Report) -> Result<()> {
+    let mut actions = Vec::new();
+    for disk in disk::list(session).await?.disks {
+        let mut groups: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for bitmap in disk.bitmaps.iter().filter(|b| !b.inconsistent && !b.busy) {
+            groups.entry((&bitmap.name.store, bitmap.name.disk)).or_default().push(bitmap);
+        }
+        for group in groups.values() {
+            let older: Vec<_> = group.iter().filter(|b| !b.recording).collect();
+            let newer: Vec<_> =
+                group.iter().filter(|b| b.recording).map(|b| b.name.to_string()).collect();
+            if let ([older], false) = (older.as_slice(), newer.is_empty()) {
+                report.done.push(format!("merged {} into {}", newer.join(", "), older.name));
+                let into = older.name.to_string();
+                actions.push(Action::MergeBack { node: disk.node.clone(), from: newer, into });
+            }
+        }
+    }
+    carry_out(session, &actions).await
 }

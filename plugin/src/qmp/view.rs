@@ -1,13 +1,22 @@
 //! The frozen view of a VM's disks at one point in time, in one of three ways.
 
 use crate::error::{Error, Kind, Result};
-use crate::qmp::bitmap::DiskPlan;
+use crate::qmp::agent::{self, Agent};
+use crate::qmp::bitmap::{BitmapName, DiskPlan};
 use crate::qmp::disk::Disk;
+use crate::qmp::end;
 use crate::qmp::guard::Guard;
-use crate::qmp::session::Session;
+use crate::qmp::names::{self, Names};
+use crate::qmp::point::{self, Instants, Part};
+use crate::qmp::push;
+use crate::qmp::scratch::{Need, Scratch};
+use crate::qmp::session::{CallError, Session};
+use crate::qmp::watch;
+use crate::vms::Vm;
 use std::fmt;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use tokio::process::Child;
 
 /// How the point in time is held.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -102,22 +111,205 @@ pub enum Outcome {
 /// An open view. It must be ended with [`View::teardown`]; the guard does it otherwise.
 #[derive(Debug)]
 pub struct View {
+    vm: Vm,
+    snapshot: String,
+    parts: Vec<Part>,
+    scratch: Scratch,
+    /// Servers of pushed disks.
+    servers: Vec<Child>,
     targets: Vec<Target>,
-    bitmaps: Vec<String>,
-    point_in_time_ms: i64,
-    stopped: Duration,
+    instants: Instants,
     frozen: Option<Duration>,
     warnings: Vec<String>,
+    freeze: Freeze,
+    /// The NBD server was started by us.
+    server: bool,
+    ended: bool,
 }
 
 impl View {
-    /// Takes the point in time. On an error everything is as it was.
+    /// Takes the point in time. On an error everything is as it was. A dropped future leaves
+    /// that to the guard: drop it and the session then.
     ///
     /// # Errors
     /// `Busy`: QEMU's one NBD server is taken. `Failed`: no space for scratch, QEMU refused, freeze
     /// was required and failed.
-    pub async fn open(_session: &Session, _guard: &mut Guard, _request: Request) -> Result<View> {
-        Err(Error::new(Kind::Failed, "not built yet"))
+    pub async fn open(session: &Session, guard: &mut Guard, request: Request) -> Result<View> {
+        let mut view = View::outline(session, request).await?;
+        let (snapshot, directory) = (view.snapshot.clone(), view.scratch.directory().to_owned());
+        guard.tell(|state| {
+            state.snapshot = snapshot;
+            state.directory = Some(directory);
+        })?;
+        match view.begin(session, guard).await {
+            Ok(()) => Ok(view),
+            Err(error) => {
+                // The first error is the one to tell; what cannot be undone is the guard's.
+                match view.teardown(session, Outcome::Failed).await {
+                    Ok(()) => guard.tell(|state| state.pairs.clear())?,
+                    Err(more) => {
+                        return Err(Error::caused(error.kind(), format!("{error}; then"), more));
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Everything that can be decided and made outside QEMU.
+    async fn outline(session: &Session, request: Request) -> Result<View> {
+        let name = &session.identity().name;
+        if request.disks.is_empty() {
+            return Err(Error::new(Kind::Usage, format!("VM {name}: no disk to back up")));
+        }
+        if !names::fits(&request.snapshot, request.disks.len()) {
+            return Err(Error::new(
+                Kind::Failed,
+                format!("{} is no id for a snapshot", request.snapshot),
+            ));
+        }
+        let mut parts = Vec::new();
+        for (i, (disk, plan)) in request.disks.into_iter().enumerate() {
+            let way = point::choose(session, &disk, request.way)?;
+            let name = BitmapName {
+                store: request.store.clone(),
+                snapshot: request.snapshot.clone(),
+                disk: plan.uuid,
+            };
+            parts.push(Part {
+                disk,
+                plan,
+                way,
+                names: Names::new(&request.snapshot, i),
+                new: name.to_string(),
+            });
+        }
+        let needs: Vec<Need> = parts.iter().map(need).collect();
+        let scratch = Scratch::create(
+            &request.scratch_dir,
+            &request.snapshot,
+            session.peer(),
+            &needs,
+            request.scratch_max,
+        )
+        .await?;
+        Ok(View {
+            vm: session.vm().clone(),
+            snapshot: request.snapshot,
+            parts,
+            scratch,
+            servers: Vec::new(),
+            targets: Vec::new(),
+            instants: Instants::default(),
+            frozen: None,
+            warnings: Vec::new(),
+            freeze: request.freeze,
+            server: false,
+            ended: false,
+        })
+    }
+
+    async fn begin(&mut self, session: &Session, guard: &mut Guard) -> Result<()> {
+        if self.parts.iter().any(|p| p.way != Way::Push) {
+            point::start_server(session, guard, &self.scratch.socket()).await?;
+            self.server = true;
+        }
+        let pairs = self.parts.iter().map(Part::pair).collect();
+        guard.tell(|state| state.pairs = pairs)?;
+        point::prepare(session, &self.parts, &self.scratch).await?;
+        self.take(session, guard).await?;
+        for (i, part) in self.parts.iter().enumerate() {
+            let (socket, dirty) = match part.way {
+                Way::Push => {
+                    push::copy(session, part, &self.scratch).await?;
+                    let socket = self.scratch.push_socket(i);
+                    let server = push::serve(&self.scratch.reopen_path(i), &socket, part).await?;
+                    let pid = server.id();
+                    self.servers.push(server);
+                    guard.tell(|state| state.servers.extend(pid))?;
+                    (socket, part.dirty().map(|_| push::COPIED))
+                }
+                Way::Filter | Way::Job => {
+                    point::export(session, part).await?;
+                    (self.scratch.socket(), part.dirty())
+                }
+            };
+            self.targets.push(Target {
+                socket,
+                export: part.disk.label.clone(),
+                dirty_context: dirty.map(|name| format!("qemu:dirty-bitmap:{name}")),
+                size: part.disk.size,
+                way: part.way,
+            });
+        }
+        Ok(())
+    }
+
+    /// The point in time, inside fs-freeze if that was asked for.
+    async fn take(&mut self, session: &Session, guard: &mut Guard) -> Result<()> {
+        let frozen = self.freeze(session, guard).await?;
+        let result = point::take(session, guard, &self.parts).await;
+        if let Some((path, mut agent, begin)) = frozen {
+            let thawed = match agent.thaw().await {
+                Ok(n) => Ok(n),
+                Err(_) => agent::thaw_at(&path).await,
+            };
+            self.frozen = Some(begin.elapsed());
+            match thawed {
+                Ok(_) => guard.tell(|state| state.frozen = None)?,
+                Err(error) => {
+                    self.warnings.push(format!("the guest's file systems may still be frozen, the guard goes on trying: {error}"));
+                }
+            }
+        }
+        self.instants = result?;
+        Ok(())
+    }
+
+    /// Freezes; a failure is a warning or an error, as asked for.
+    async fn freeze(
+        &mut self,
+        session: &Session,
+        guard: &mut Guard,
+    ) -> Result<Option<(PathBuf, Agent, Instant)>> {
+        if self.freeze == Freeze::No {
+            return Ok(None);
+        }
+        let error = match self.try_freeze(session, guard).await {
+            Ok(frozen) => return Ok(Some(frozen)),
+            Err(error) => error,
+        };
+        if let Some(path) = guard.state().frozen.clone() {
+            // It may be half frozen; a thaw is harmless.
+            if agent::thaw_at(&path).await.is_ok() {
+                guard.tell(|state| state.frozen = None)?;
+            }
+        }
+        if self.freeze == Freeze::Require {
+            return Err(Error::caused(error.kind(), "fs-freeze was required", error));
+        }
+        self.warnings.push(format!("not frozen, the snapshot is crash-consistent only: {error}"));
+        Ok(None)
+    }
+
+    async fn try_freeze(
+        &self,
+        session: &Session,
+        guard: &mut Guard,
+    ) -> Result<(PathBuf, Agent, Instant)> {
+        let Some(path) = agent::find(session).await? else {
+            let text = format!(
+                "VM {}: no guest agent is known (agent = \"SOCKET\" in vms.d)",
+                self.vm.name
+            );
+            return Err(Error::new(Kind::Failed, text));
+        };
+        let mut agent = Agent::connect(&path).await?;
+        let told = path.clone();
+        guard.tell(|state| state.frozen = Some(told))?;
+        let begin = Instant::now();
+        agent.freeze().await?;
+        Ok((path, agent, begin))
     }
 
     /// One per disk, in the order of the request.
@@ -128,20 +320,20 @@ impl View {
 
     /// The new bitmaps' names, in the order of the request.
     #[must_use]
-    pub fn bitmaps(&self) -> &[String] {
-        &self.bitmaps
+    pub fn bitmaps(&self) -> Vec<String> {
+        self.parts.iter().map(|p| p.new.clone()).collect()
     }
 
     /// When it was, Unix milliseconds.
     #[must_use]
     pub fn point_in_time_ms(&self) -> i64 {
-        self.point_in_time_ms
+        self.instants.time_ms
     }
 
     /// How long the guest's CPUs stood still for it.
     #[must_use]
     pub fn stopped(&self) -> Duration {
-        self.stopped
+        self.instants.stopped
     }
 
     /// How long the guest's file systems were frozen, if they were.
@@ -159,28 +351,111 @@ impl View {
     /// The most that the scratch images took together so far, bytes.
     #[must_use]
     pub fn scratch_peak(&self) -> u64 {
-        0
+        self.scratch.peak()
     }
 
-    /// Watches the view beside the reading; returns only when it is broken (scratch full, QEMU
-    /// gone, a guest stopped by it), after having set the guest going again.
-    pub async fn broken(&self, _session: &Session) -> Error {
-        Error::new(Kind::Failed, "not built yet")
+    /// The cap on all scratch images together, bytes.
+    #[must_use]
+    pub fn scratch_cap(&self) -> u64 {
+        self.scratch.total()
+    }
+
+    /// Watches the view beside the reading; returns only when it is broken (scratch full, job or
+    /// export ended by someone, QEMU gone). The guest was set going again if it stood because of us.
+    pub async fn broken(&self, session: &Session) -> Error {
+        watch::broken(session, &self.parts, &self.scratch).await
+    }
+
+    /// Why a read may have failed, to be asked then: the scratch image is full, QEMU is gone, ….
+    pub async fn explain(&self, session: &Session) -> Option<Error> {
+        watch::explain(session, &self.parts, &self.scratch).await
     }
 
     /// Was everything that was read so far the point in time? To be asked after the last read.
     ///
     /// # Errors
     /// It was not: the backup must fail.
-    pub async fn still_valid(&self, _session: &Session) -> Result<()> {
-        Err(Error::new(Kind::Failed, "not built yet"))
+    pub async fn still_valid(&mut self, session: &Session) -> Result<()> {
+        for server in &mut self.servers {
+            if !matches!(server.try_wait(), Ok(None)) {
+                return Err(Error::new(Kind::Failed, "the server of a pushed disk has ended"));
+            }
+        }
+        watch::still_valid(session, &self.parts).await
     }
 
     /// Ends the view and settles the bitmaps. Can be called again, and after QEMU went away.
     ///
     /// # Errors
     /// Something is left; `fleece cleanup` can try again.
-    pub async fn teardown(&mut self, _session: &Session, _outcome: Outcome) -> Result<()> {
-        Err(Error::new(Kind::Failed, "not built yet"))
+    pub async fn teardown(&mut self, session: &Session, outcome: Outcome) -> Result<()> {
+        if self.ended {
+            return Ok(());
+        }
+        self.scratch.used();
+        for mut server in self.servers.drain(..) {
+            // It may have ended by itself.
+            drop(server.kill().await);
+        }
+        let result = match self.end(session, outcome).await {
+            Err(error) if error.is_gone() => match Session::connect(&self.vm).await {
+                Ok(again) => self.end(&again, outcome).await,
+                Err(error) if error.kind() == Kind::NotFound => Ok(Vec::new()),
+                Err(error) => return Err(error),
+            },
+            other => other,
+        };
+        let left = result?;
+        if !left.is_empty() {
+            let text = format!(
+                "VM {}: something of the backup is left in QEMU: {}",
+                self.vm.name,
+                left.join("; ")
+            );
+            return Err(Error::new(Kind::Failed, text));
+        }
+        self.scratch.remove();
+        self.ended = true;
+        Ok(())
     }
+
+    /// What could not be ended.
+    async fn end(
+        &self,
+        session: &Session,
+        outcome: Outcome,
+    ) -> std::result::Result<Vec<String>, CallError> {
+        let mut report =
+            end::end_views(session, &names::of_snapshot(&self.snapshot), self.server).await?;
+        if self.parts.iter().any(|p| p.way != Way::Filter) {
+            end::let_guest_go_on(session, false).await?;
+        }
+        match outcome {
+            Outcome::Committed => {
+                for part in &self.parts {
+                    if let Some(old) = &part.plan.bitmap {
+                        end::remove_bitmap(session, &part.disk.node, old).await?;
+                    }
+                }
+            }
+            Outcome::Failed => {
+                let pairs: Vec<_> = self.parts.iter().map(Part::pair).collect();
+                report.left.extend(end::merge_back(session, &pairs).await?.left);
+            }
+        }
+        Ok(report.left)
+    }
+}
+
+/// A push copies everything, or what is dirty; the other ways only what the guest overwrites.
+fn need(part: &Part) -> Need {
+    let dirty = part.plan.bitmap.as_ref().and_then(|name| {
+        part.disk.bitmaps.iter().find(|b| b.name.to_string() == *name).map(|b| b.dirty)
+    });
+    let certain = match (part.way, part.dirty()) {
+        (Way::Push, Some(_)) => dirty.unwrap_or(0),
+        (Way::Push, None) => part.disk.allocated.min(part.disk.size),
+        _ => 0,
+    };
+    Need { size: part.disk.size, certain }
 }

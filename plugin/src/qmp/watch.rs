@@ -1,0 +1,133 @@
+//! Is the view still the point in time? Watched while it is read, and asked after the last read.
+//!
+//! A filter that breaks lets reads fail, which is safe by itself. But a filter that someone takes
+//! out, or a job that someone ends, can let reads return the present: so both are looked at.
+
+use crate::error::{Error, Kind, Result};
+use crate::qmp::command as cmd;
+use crate::qmp::disk::{Edges, nodes};
+use crate::qmp::end;
+use crate::qmp::names::PREFIX;
+use crate::qmp::point::Part;
+use crate::qmp::scratch::Scratch;
+use crate::qmp::session::{CallError, Session};
+use crate::qmp::view::Way;
+use serde_json::json;
+use std::time::Duration;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::timeout;
+
+/// How often scratch is measured and QEMU is asked although no event came.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Returns when the view is broken, with the reason.
+pub(crate) async fn broken(session: &Session, parts: &[Part], scratch: &Scratch) -> Error {
+    let mut events = session.events();
+    loop {
+        if let Some(error) = explain(session, parts, scratch).await {
+            return error;
+        }
+        scratch.used();
+        match timeout(LOOK, events.recv()).await {
+            Ok(Ok(event)) if event.name == "SHUTDOWN" => return gone(session),
+            Ok(Err(RecvError::Closed)) => return gone(session),
+            // Any other event, some lost ones, or none: look again.
+            _ => {}
+        }
+    }
+}
+
+/// Looks once.
+pub(crate) async fn explain(session: &Session, parts: &[Part], scratch: &Scratch) -> Option<Error> {
+    let full = scratch.full().map(|i| scratch_full(session, &parts[i], scratch.cap(i)));
+    let status = match session.call(cmd::QueryStatus(json!({})), "").await {
+        Ok(status) => status.status,
+        Err(error) => return Some(call_failed(session, error)),
+    };
+    if status == "io-error" && parts.iter().any(|p| p.way != Way::Filter) {
+        // The guest waits for our scratch: it comes first.
+        let ended = async {
+            end::end_views(session, PREFIX, false).await?;
+            end::let_guest_go_on(session, false).await
+        };
+        if let Err(error) = ended.await {
+            return Some(call_failed(session, error));
+        }
+        let text = format!(
+            "VM {}: the scratch image is full and QEMU paused the guest; the view was ended and the guest goes on. Give more --scratch-max",
+            session.identity().name
+        );
+        return Some(full.unwrap_or_else(|| Error::new(Kind::Failed, text)));
+    }
+    match still_valid(session, parts).await {
+        Err(error) => Some(full.unwrap_or(error)),
+        // With a filter, nothing else tells that the snapshot broke.
+        Ok(()) => full,
+    }
+}
+
+/// Everything that makes the view is still there.
+pub(crate) async fn still_valid(session: &Session, parts: &[Part]) -> Result<()> {
+    let checked = async {
+        let exports = session.call(cmd::QueryExports(json!({})), "").await?;
+        let jobs = session.call(cmd::QueryJobs(json!({})), "").await?;
+        let devices = session.call(cmd::QueryBlock(json!({})), "").await?;
+        let all = nodes(session).await?;
+        let graph = Edges::of(session).await?;
+        for part in parts.iter().filter(|p| p.way != Way::Push) {
+            let names = &part.names;
+            if !exports.iter().any(|e| e.id == names.export && e.node_name == names.view) {
+                return Ok(Some(broke(part, "its export was ended by someone else")));
+            }
+            if part.way == Way::Job
+                && !jobs.iter().any(|j| j.id == names.job && j.status == "running")
+            {
+                return Ok(Some(broke(
+                    part,
+                    "its backup job was ended by someone else, or failed",
+                )));
+            }
+            let covered = devices.iter().filter_map(|d| d.inserted.as_ref()).any(|top| {
+                top.node_name == names.filter
+                    || graph.filters_from(&top.node_name, &all).contains(&names.filter)
+            });
+            if !covered {
+                return Ok(Some(broke(part, "the guest no longer writes through our filter")));
+            }
+        }
+        Ok(None)
+    };
+    match checked.await {
+        Ok(None) => Ok(()),
+        Ok(Some(error)) => Err(error),
+        Err(error) => Err(call_failed(session, error)),
+    }
+}
+
+fn broke(part: &Part, why: &str) -> Error {
+    Error::new(Kind::Failed, format!("disk {}: the frozen view is lost: {why}", part.disk.label))
+}
+
+fn scratch_full(session: &Session, part: &Part, cap: u64) -> Error {
+    let text = format!(
+        "VM {}: disk {}: its scratch image is full ({} MiB): the guest wrote more during the backup than --scratch-max allows",
+        session.identity().name,
+        part.disk.label,
+        cap >> 20
+    );
+    Error::new(Kind::Failed, text)
+}
+
+fn call_failed(session: &Session, error: CallError) -> Error {
+    if error.is_gone() {
+        return gone(session);
+    }
+    Error::caused(Kind::Failed, format!("VM {}", session.identity().name), error)
+}
+
+fn gone(session: &Session) -> Error {
+    Error::new(
+        Kind::Failed,
+        format!("VM {}: it was powered off during the backup", session.identity().name),
+    )
+}
