@@ -133,22 +133,30 @@ pub fn same_as_qemu_reads(truth: &Path, other: &Path, format: &str) -> Result {
 pub fn distinct_blocks(images: &[&Path]) -> Result<u64> {
     let mut seen = HashSet::new();
     for path in images {
-        let mut file = open(path)?;
-        let mut chunk = vec![0; MIB as usize];
-        loop {
-            let length = read_full(&mut file, &mut chunk)?;
-            if length == 0 {
-                break;
+        each_block(path, |one| {
+            if one.iter().any(|byte| *byte != 0) {
+                seen.insert(<[u8; 32]>::from(Sha256::digest(one)));
             }
-            chunk[length..].fill(0);
-            for one in chunk[..length.next_multiple_of(BLOCK)].chunks(BLOCK) {
-                if one.iter().any(|byte| *byte != 0) {
-                    seen.insert(<[u8; 32]>::from(Sha256::digest(one)));
-                }
-            }
-        }
+        })?;
     }
     Ok(seen.len() as u64)
+}
+
+/// Shows every block of an image, a last partial one padded with zeros.
+///
+/// # Errors
+/// The system's.
+pub fn each_block(path: &Path, mut visit: impl FnMut(&[u8])) -> Result {
+    let mut file = open(path)?;
+    let mut chunk = vec![0; MIB as usize];
+    loop {
+        let length = read_full(&mut file, &mut chunk)?;
+        if length == 0 {
+            return Ok(());
+        }
+        chunk[length..].fill(0);
+        chunk[..length.next_multiple_of(BLOCK)].chunks(BLOCK).for_each(&mut visit);
+    }
 }
 
 /// Bytes that a file takes on its disk.

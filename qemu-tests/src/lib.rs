@@ -7,6 +7,7 @@ pub mod content;
 pub mod fixture;
 pub mod guest;
 pub mod image;
+pub mod memory;
 pub mod process;
 pub mod proxy;
 pub mod qmp;

@@ -1,6 +1,5 @@
 //! A child whose output is collected as it comes, and which does not outlive its owner.
 
-use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -144,18 +143,6 @@ impl Running {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
-    }
-
-    /// Its anonymous memory now, bytes.
-    ///
-    /// # Errors
-    /// When it is gone.
-    pub fn anonymous(&self) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
-        let line =
-            status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
-        let kib: u64 = line.split_whitespace().nth(1).context("no figure")?.parse()?;
-        Ok(kib * 1024)
     }
 }
 

@@ -102,10 +102,10 @@ impl Taken {
         Ok(())
     }
 
-    /// The bytes that a kind of the line `read … = zero … + unchanged …` names, or of `dirty`.
+    /// What `fleece backup` printed must contain a text.
     ///
     /// # Errors
-    /// When nothing of the kind was printed.
+    /// When it does not.
     pub fn mentions(&self, wanted: &str) -> Result {
         anyhow::ensure!(
             self.printed.printed().contains(wanted),
