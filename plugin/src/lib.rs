@@ -1,5 +1,6 @@
 //! The plugin: everything of Fleece that touches a VM or a disk image.
 
+pub mod backup;
 pub mod cache;
 pub mod cli;
 pub mod engine;
@@ -14,6 +15,7 @@ pub mod qmp;
 pub mod read_limit;
 pub mod restore;
 pub mod scan;
+pub mod serve;
 pub mod source;
 pub mod units;
 pub mod vms;

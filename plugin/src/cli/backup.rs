@@ -7,8 +7,10 @@ use std::time::Duration;
 use clap::ValueEnum;
 use uuid::Uuid;
 
-use super::Session;
-use crate::error::Result;
+use super::{Session, interrupted};
+use crate::backup::{ImageOf, Options, Stop, live, offline};
+use crate::error::{Context, Error, Kind, Result};
+use crate::qmp::view;
 use crate::units::{parse_duration, parse_size};
 
 /// Back up VMs: live ones through QEMU, shut-off ones from their images.
@@ -45,9 +47,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "DIR", default_value = "/var/lib/fleece/scratch")]
     scratch_dir: PathBuf,
 
-    /// Most of it; past it the backup ends and the guest goes on.
-    #[arg(long, value_name = "SIZE", default_value = "20G", value_parser = parse_size)]
-    scratch_max: u64,
+    /// Most of it [default: 20G, or half of what is free]; past it the backup ends and the
+    /// guest goes on.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    scratch_max: Option<u64>,
 
     /// Most bytes per second to read from the VM's disks.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -79,13 +82,8 @@ pub(super) struct Args {
 }
 
 /// `DISK=FILE`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ImageArg {
-    /// The disk's label.
-    pub(super) disk: String,
-    /// Its image.
-    pub(super) file: PathBuf,
-}
+#[derive(Clone, Debug)]
+struct ImageArg(ImageOf);
 
 impl FromStr for ImageArg {
     type Err = String;
@@ -93,7 +91,7 @@ impl FromStr for ImageArg {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         match text.split_once('=') {
             Some((disk, file)) if !disk.is_empty() && !file.is_empty() => {
-                Ok(ImageArg { disk: disk.to_owned(), file: file.into() })
+                Ok(ImageArg(ImageOf { disk: disk.to_owned(), file: file.into() }))
             }
             _ => Err(format!("{text:?} is not DISK=FILE, for example vda=/images/web1.qcow2")),
         }
@@ -102,11 +100,62 @@ impl FromStr for ImageArg {
 
 /// Whether the guest agent has to help.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub(super) enum Freeze {
+enum Freeze {
     Try,
     Require,
 }
 
-pub(super) async fn run(_session: &Session, _args: Args) -> Result<()> {
-    Err(crate::error::Error::new(crate::error::Kind::Failed, "not yet"))
+pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
+    if args.vms.len() > 1 && (args.qmp.is_some() || !args.images.is_empty()) {
+        let what = "--qmp and --image belong to one VM; back up the others in calls of their own";
+        return Err(Error::new(Kind::Usage, what));
+    }
+    // Looked up before anything is touched, so that a typing error costs nothing.
+    let mut found = Vec::new();
+    if args.images.is_empty() {
+        for name in &args.vms {
+            found.push(session.vm(Some(name), args.qmp.as_deref())?);
+        }
+    }
+    let engine = session.engine().await?;
+    let options = args.options(session);
+    let stop = Stop::watch(interrupted());
+    if let [name] = args.vms.as_slice()
+        && !args.images.is_empty()
+    {
+        let images: Vec<ImageOf> = args.images.into_iter().map(|image| image.0).collect();
+        return offline(&session.report, &engine, (name, &images), &options, &stop).await;
+    }
+    for vm in &found {
+        let result = live(&session.report, &engine, vm, &options, &stop).await;
+        if let Err(error) = result.context(|| vm.name.clone()) {
+            session.fail(&error);
+        }
+        stop.check()?;
+    }
+    Ok(())
+}
+
+impl Args {
+    fn options(&self, session: &Session) -> Options {
+        Options {
+            disks: self.disks.clone(),
+            exclude: self.exclude.clone(),
+            freeze: match self.freeze {
+                None => view::Freeze::No,
+                Some(Freeze::Try) => view::Freeze::Try,
+                Some(Freeze::Require) => view::Freeze::Require,
+            },
+            scratch_dir: self.scratch_dir.clone(),
+            scratch_max: self.scratch_max,
+            read_limit: self.read_limit,
+            full: self.full,
+            max_hold: self.max_hold,
+            max_age_full: self.max_age_full,
+            dry_run: self.dry_run,
+            rename: self.rename.clone(),
+            adopt: self.adopt,
+            run_dir: session.run_dir.clone(),
+        }
+    }
 }

@@ -13,8 +13,9 @@ mod status;
 mod table;
 mod vms;
 
+use std::cell::Cell;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -22,6 +23,7 @@ use clap::{Parser, Subcommand};
 use crate::engine::{DEFAULT_SOCKET, Engine};
 use crate::error::{Context, Error, Kind, Result};
 use crate::progress::Report;
+use crate::vms::{self as vms_file, Vm};
 
 /// Stack of a helper thread: our own frames are small, the default is 2 MiB.
 const THREAD_STACK: usize = 512 << 10;
@@ -45,6 +47,10 @@ pub struct Cli {
     #[arg(long, global = true, value_name = "DIR", env = "FLEECE_VMS_DIR", default_value = DEFAULT_VMS_DIR)]
     vms_dir: PathBuf,
 
+    /// Folder for locks, sockets and the guard's log.
+    #[arg(long, global = true, value_name = "DIR", env = "FLEECE_RUN_DIR", default_value = DEFAULT_RUN_DIR, hide = true)]
+    run_dir: PathBuf,
+
     /// Write JSON lines, each with a `message_type`.
     #[arg(long, global = true)]
     json: bool,
@@ -55,6 +61,9 @@ pub struct Cli {
 
 /// Where VMs are described unless told otherwise.
 const DEFAULT_VMS_DIR: &str = "/etc/fleece/vms.d";
+
+/// Where locks and sockets are unless told otherwise.
+const DEFAULT_RUN_DIR: &str = "/run/fleece";
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed and nothing committed, 2 usage, 3 done with warnings, \
 10 no store, 11 busy, 12 key, 13 no engine, 14 not found, 15 restore target, 16 damaged data, \
@@ -73,6 +82,9 @@ enum Verb {
     Serve(serve::Args),
     Completions(completions::Args),
     Man(man::Args),
+    /// Puts a VM right if the backup that started it dies.
+    #[command(name = crate::qmp::guard::SUBCOMMAND, hide = true)]
+    Guard,
 }
 
 /// What every verb gets besides its own options.
@@ -81,14 +93,36 @@ pub(crate) struct Session {
     pub(crate) engine: PathBuf,
     /// Where VMs are described.
     pub(crate) vms_dir: PathBuf,
+    /// Where locks and sockets are.
+    pub(crate) run_dir: PathBuf,
     /// Where messages go.
     pub(crate) report: Report,
+    /// Exit code of failures that were reported already.
+    pub(crate) failed: Cell<u8>,
 }
 
 impl Session {
     /// Connects to this host's engine.
     pub(crate) async fn engine(&self) -> Result<Engine> {
         Engine::connect(&self.engine).await
+    }
+
+    /// Reports a failure; the first one's exit code stays, unless we were interrupted.
+    pub(crate) fn fail(&self, error: &Error) {
+        self.report.fail(error);
+        let code = error.kind().exit_code();
+        if self.failed.get() == 0 || error.kind() == Kind::Interrupted {
+            self.failed.set(code);
+        }
+    }
+
+    /// A VM by its name, or by a monitor socket given by hand.
+    pub(crate) fn vm(&self, name: Option<&str>, qmp: Option<&Path>) -> Result<Vm> {
+        match (name, qmp) {
+            (name, Some(socket)) => Ok(Vm::at_socket(socket, name)),
+            (Some(name), None) => vms_file::find(&self.vms_dir, name),
+            (None, None) => Err(Error::new(Kind::Usage, "name a VM, or its monitor with --qmp")),
+        }
     }
 }
 
@@ -103,7 +137,16 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     let report = Report::new(cli.json, cli.verb.writes_data());
-    let session = Session { engine: cli.engine, vms_dir: cli.vms_dir, report };
+    if matches!(cli.verb, Verb::Guard) {
+        return crate::qmp::guard::main();
+    }
+    let session = Session {
+        engine: cli.engine,
+        vms_dir: cli.vms_dir,
+        run_dir: cli.run_dir,
+        report,
+        failed: Cell::new(0),
+    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_stack_size(THREAD_STACK)
@@ -117,17 +160,16 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         runtime.shutdown_background();
         result
     });
-    ExitCode::from(exit_code(result, &session.report))
+    ExitCode::from(exit_code(result, &session))
 }
 
-fn exit_code(result: Result<()>, report: &Report) -> u8 {
-    match result {
-        Err(error) => {
-            report.fail(&error);
-            error.kind().exit_code()
-        }
-        Ok(()) if report.warnings() > 0 => EXIT_WARNINGS,
-        Ok(()) => 0,
+fn exit_code(result: Result<()>, session: &Session) -> u8 {
+    if let Err(error) = result {
+        session.fail(&error);
+    }
+    match session.failed.get() {
+        0 if session.report.warnings() > 0 => EXIT_WARNINGS,
+        code => code,
     }
 }
 
@@ -153,6 +195,8 @@ impl Verb {
             Verb::Serve(args) => serve::run(session, args).await,
             Verb::Completions(args) => completions::run(args),
             Verb::Man(args) => man::run(&args),
+            // Handled before the runtime starts: it has one of its own.
+            Verb::Guard => Ok(()),
         }
     }
 }

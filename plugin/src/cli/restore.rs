@@ -144,7 +144,7 @@ async fn write_config(
 }
 
 /// The snapshot that a name means, with its disks.
-async fn resolve(engine: &Engine, name: &SnapshotName) -> Result<Snapshot> {
+pub(super) async fn resolve(engine: &Engine, name: &SnapshotName) -> Result<Snapshot> {
     let mut snapshots = engine.snapshots(&name.vm).await?;
     let wanted = name.snapshot.as_str();
     let found = match wanted {

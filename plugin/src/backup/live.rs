@@ -1,0 +1,378 @@
+//! A running VM: through QEMU, at one point in time of all its disks.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Instant;
+
+use uuid::Uuid;
+
+use super::messages::{Committed, DiskLine, Plan, PointInTime};
+use super::{Identity, Options, Stop, choose, full_for_all, give_up, parent, transfer};
+use crate::engine::{self, BackupPlan, DiskRequest, Engine, Session, Snapshot, SnapshotId};
+use crate::error::{Context, Error, Kind, Result};
+use crate::extents::PlanInput;
+use crate::nbd::{ConnectOptions, NbdTarget};
+use crate::progress::Report;
+use crate::qmp::bitmap::{self, DiskPlan, Fate, Known, KnownDisk};
+use crate::qmp::disk::{self, Disk};
+use crate::qmp::guard::{self, Guard};
+use crate::qmp::recover;
+use crate::qmp::running::Lock;
+use crate::qmp::session::Session as Qemu;
+use crate::qmp::view::{self, Outcome, View, Way};
+use crate::scan::ScanDisk;
+use crate::source::NbdDisk;
+use crate::units::human_duration;
+use crate::vms::Vm;
+
+/// What an NBD context of a dirty bitmap begins with.
+const DIRTY_CONTEXT: &str = "qemu:dirty-bitmap:";
+
+/// Backs up a running VM.
+///
+/// # Errors
+/// Nothing was committed, and the VM is as it was.
+pub async fn live(
+    report: &Report,
+    engine: &Engine,
+    vm: &Vm,
+    options: &Options,
+    stop: &Stop,
+) -> Result<()> {
+    let begun = Instant::now();
+    // Held until the end: one backup of a VM at a time.
+    let _lock = match options.dry_run {
+        true => None,
+        false => Some(Lock::take(&options.run_dir, &vm.qmp)?),
+    };
+    let qemu = stop.unless(Qemu::connect(vm)).await?;
+    let mut found = prepare(report, engine, &qemu, options, stop).await?;
+    if options.dry_run {
+        report.send(&found.message(engine, &qemu, options));
+        return Ok(());
+    }
+    let config = qemu.configuration().await?;
+    let hypervisor = format!("QEMU {}", qemu.version());
+    let request = found.identity.request(found.disk_requests(), config, hypervisor);
+    let (plan, session) = stop.unless(engine.open_backup(&request)).await?;
+    found.heed(&plan);
+    report.send(&found.message(engine, &qemu, options));
+
+    let result =
+        backup(report, engine, (&qemu, vm), &found, (&plan, &session), options, stop).await;
+    match result {
+        Ok((snapshot, scratch_peak)) => {
+            let mut message = Committed::new(&snapshot, begun.elapsed());
+            message.scratch_peak = scratch_peak;
+            message.scratch_max = options.scratch_max;
+            report.send(&message);
+            Ok(())
+        }
+        Err(error) => {
+            give_up(&session, &error).await;
+            Err(error)
+        }
+    }
+}
+
+/// The VM's disks and what is to be read of them.
+struct Found {
+    identity: Identity,
+    disks: Vec<Disk>,
+    skipped: Vec<(String, String)>,
+    plans: Vec<DiskPlan>,
+    forced: Vec<Vec<std::ops::Range<u64>>>,
+    latest: Option<Snapshot>,
+}
+
+/// Ends what dead runs left, asks the engine what became of them, and plans.
+async fn prepare(
+    report: &Report,
+    engine: &Engine,
+    qemu: &Qemu,
+    options: &Options,
+    stop: &Stop,
+) -> Result<Found> {
+    let named = qemu.identity();
+    let identity = Identity::new(named.uuid, &named.name, options);
+    if named.derived && options.adopt.is_none() {
+        let name = &named.name;
+        report.note(&format!("{name} has no UUID (QEMU's -uuid): it is known by its name alone"));
+    }
+    if !options.dry_run {
+        let ended = recover::end_leftovers(qemu).await?;
+        ended
+            .done
+            .iter()
+            .for_each(|what| report.note(&format!("left by a dead run, ended: {what}")));
+        ended.left.iter().for_each(|what| report.warn(&format!("left by a dead run: {what}")));
+    }
+    stop.check()?;
+    let listed = disk::list(qemu).await?;
+    let labels: Vec<&str> = listed.disks.iter().map(|disk| disk.label.as_str()).collect();
+    let is_called = |i: usize, word: &str| listed.disks[i].is_called(word);
+    let chosen = choose(&identity.name, &labels, options, is_called)?;
+    let disks: Vec<Disk> = chosen.into_iter().map(|i| listed.disks[i].clone()).collect();
+
+    let store = engine.info().store.to_string();
+    let (fates, latest) = fates(engine, identity.uuid, &disks, options).await?;
+    let known_disks = known_disks(latest.as_ref());
+    let latest_id = latest.as_ref().map_or("", |snapshot| snapshot.id.0.as_str());
+    let known = Known { store: &store, fates: &fates, latest: latest_id, known: &known_disks };
+    let mut plan = bitmap::plan(&disks, known, Uuid::new_v4);
+    if !options.dry_run {
+        stop.check()?;
+        bitmap::carry_out(qemu, &plan.recovery).await?;
+    }
+    if let Some(reason) = full_for_all(engine, identity.uuid, latest.as_ref(), options).await? {
+        plan.disks.iter_mut().for_each(|disk| disk.make_full(reason.as_str()));
+    }
+    let forced = vec![Vec::new(); disks.len()];
+    Ok(Found { identity, disks, skipped: listed.skipped, plans: plan.disks, forced, latest })
+}
+
+/// What became of the snapshots that the disks' bitmaps name. A dry run must not end any of
+/// them: it only looks which ones are listed.
+pub(super) async fn fates(
+    engine: &Engine,
+    vm: Uuid,
+    disks: &[Disk],
+    options: &Options,
+) -> Result<(BTreeMap<String, Fate>, Option<Snapshot>)> {
+    let named = bitmap::named_snapshots(disks, &engine.info().store.to_string());
+    if options.dry_run {
+        let mut snapshots = match engine.snapshots(&vm.to_string()).await {
+            Err(error) if error.kind() == Kind::NotFound => Vec::new(),
+            other => other?,
+        };
+        let listed = |id: &String| match snapshots.iter().any(|snapshot| snapshot.id.0 == *id) {
+            true => Fate::Committed,
+            false => Fate::Ended,
+        };
+        let fates = named.iter().map(|id| (id.clone(), listed(id))).collect();
+        return Ok((fates, snapshots.pop()));
+    }
+    let ids: Vec<SnapshotId> = named.iter().cloned().map(SnapshotId).collect();
+    let (fates, latest) = engine.settle(vm, &ids).await?;
+    let fates = fates.into_iter().map(|fate| match fate {
+        engine::Fate::Committed => Fate::Committed,
+        engine::Fate::Ended => Fate::Ended,
+    });
+    Ok((named.into_iter().zip(fates).collect(), latest))
+}
+
+pub(super) fn known_disks(latest: Option<&Snapshot>) -> Vec<KnownDisk> {
+    let disks = latest.map_or(&[][..], |snapshot| &snapshot.disks);
+    disks
+        .iter()
+        .map(|disk| KnownDisk { uuid: disk.uuid, label: disk.name.clone(), size: disk.size })
+        .collect()
+}
+
+impl Found {
+    fn disk_requests(&self) -> Vec<DiskRequest> {
+        let pairs = self.disks.iter().zip(&self.plans);
+        pairs
+            .map(|(disk, plan)| DiskRequest {
+                uuid: plan.uuid,
+                name: disk.label.clone(),
+                size: disk.size,
+                parent: parent(plan.parent()),
+            })
+            .collect()
+    }
+
+    /// Takes over what the engine decided.
+    fn heed(&mut self, plan: &BackupPlan) {
+        for (i, decided) in plan.disks.iter().enumerate() {
+            if !decided.incremental && !self.plans[i].parent().is_empty() {
+                self.plans[i].make_full(decided.reason.as_str());
+            }
+            let forced = decided.forced.iter();
+            self.forced[i] =
+                forced.map(|range| range.offset..range.offset + range.length).collect();
+        }
+    }
+
+    /// Bytes that the scan will go over.
+    fn bytes(&self, i: usize) -> u64 {
+        let (disk, plan) = (&self.disks[i], &self.plans[i]);
+        if plan.parent().is_empty() {
+            return disk.allocated.min(disk.size);
+        }
+        let bitmap = plan.bitmap.as_deref();
+        let used = disk.bitmaps.iter().find(|b| Some(b.name.to_string().as_str()) == bitmap);
+        used.map_or(0, |bitmap| bitmap.dirty)
+    }
+
+    /// The way that the disks will most likely need; the view decides.
+    fn likely_way(&self, qemu: &Qemu) -> Way {
+        let features = qemu.features();
+        let way = |disk: &Disk| match disk.iothread && !features.iothread_safe {
+            true => Way::Push,
+            false if features.filter && disk.qdev.is_some() => Way::Filter,
+            false => Way::Job,
+        };
+        self.disks.iter().map(way).max().unwrap_or(Way::Filter)
+    }
+
+    fn message(&self, engine: &Engine, qemu: &Qemu, options: &Options) -> Plan {
+        let lines = self.disks.iter().zip(&self.plans).enumerate().map(|(i, (disk, plan))| {
+            let id = plan.parent();
+            let latest = self.latest.as_ref().filter(|latest| latest.id.0 == id);
+            DiskLine {
+                name: disk.label.clone(),
+                uuid: plan.uuid,
+                size: disk.size,
+                incremental: !id.is_empty(),
+                parent: parent(id).map(|id| id.0),
+                parent_time_ms: latest.map(|latest| latest.time_ms),
+                reason: match &plan.base {
+                    bitmap::Base::Full { reason } => reason.clone(),
+                    bitmap::Base::Incremental { .. } => String::new(),
+                },
+                bytes: self.bytes(i),
+            }
+        });
+        let way = self.likely_way(qemu);
+        Plan {
+            vm: self.identity.name.clone(),
+            uuid: self.identity.uuid,
+            host: engine.info().host.clone(),
+            hypervisor: format!("QEMU {}", qemu.version()),
+            way: way.to_string(),
+            means: way.means().to_owned(),
+            disks: lines.collect(),
+            skipped: self.skipped.clone(),
+            dry_run: options.dry_run,
+        }
+    }
+}
+
+/// From the guard to the end of the view. The VM is as it was when this returns an error.
+async fn backup(
+    report: &Report,
+    engine: &Engine,
+    (qemu, vm): (&Qemu, &Vm),
+    found: &Found,
+    (plan, session): (&BackupPlan, &Session),
+    options: &Options,
+    stop: &Stop,
+) -> Result<(Snapshot, u64)> {
+    let program = std::env::current_exe().context(|| "cannot find our own program".to_owned())?;
+    let log = options.run_dir.join("guard.log");
+    let guard_options = guard::Options { program, log, run_dir: options.run_dir.clone() };
+    let mut guard = Guard::spawn(&guard_options, vm)?;
+    stop.check()?;
+    let request = view::Request {
+        store: engine.info().store.to_string(),
+        snapshot: plan.snapshot.0.clone(),
+        disks: found.disks.iter().cloned().zip(found.plans.iter().cloned()).collect(),
+        scratch_dir: options.scratch_dir.clone(),
+        scratch_max: options.scratch_max,
+        freeze: options.freeze,
+        way: None,
+    };
+    let mut view = View::open(qemu, &mut guard, request).await?;
+    report.send(&PointInTime {
+        vm: found.identity.name.clone(),
+        snapshot: plan.snapshot.0.clone(),
+        time_ms: view.point_in_time_ms(),
+        frozen_seconds: view.frozen().map(|time| time.as_secs_f64()),
+        stopped_seconds: view.stopped().as_secs_f64(),
+    });
+    view.warnings().iter().for_each(|warning| report.warn(warning));
+
+    let result = held(report, engine, (qemu, &view), found, (plan, session), options, stop).await;
+    let scratch_peak = view.scratch_peak();
+    let outcome = if result.is_ok() { Outcome::Committed } else { Outcome::Failed };
+    let ended = view.teardown(qemu, outcome).await;
+    if ended.is_ok() {
+        guard.done();
+    }
+    match (result, ended) {
+        (Ok(snapshot), Ok(())) => Ok((snapshot, scratch_peak)),
+        (Ok(snapshot), Err(error)) => {
+            let name = &found.identity.name;
+            report.warn(&format!(
+                "committed, but the view did not end ({error}); run fleece cleanup {name}"
+            ));
+            Ok((snapshot, scratch_peak))
+        }
+        (Err(error), Ok(())) => Err(error),
+        (Err(error), Err(left)) => {
+            let name = &found.identity.name;
+            report.warn(&format!("the view did not end ({left}); run fleece cleanup {name}"));
+            Err(error)
+        }
+    }
+}
+
+/// Reads the view and commits, unless the view breaks, the time is over, or we are to end.
+async fn held(
+    report: &Report,
+    engine: &Engine,
+    (qemu, view): (&Qemu, &View),
+    found: &Found,
+    (plan, session): (&BackupPlan, &Session),
+    options: &Options,
+    stop: &Stop,
+) -> Result<Snapshot> {
+    let read = async {
+        let disks = connect(engine, view, found, plan).await?;
+        let total = (0..found.disks.len()).map(|i| match found.plans[i].parent().is_empty() {
+            true => found.disks[i].size,
+            false => found.bytes(i),
+        });
+        transfer(report, engine, (plan, session), disks, (total.sum(), options.read_limit)).await
+    };
+    let time_is_over = async {
+        tokio::time::sleep(options.max_hold).await;
+        let held = human_duration(options.max_hold);
+        Error::new(
+            Kind::Failed,
+            format!("the view was held for {held}; give it more with --max-hold"),
+        )
+    };
+    tokio::select! {
+        result = read => result?,
+        error = view.broken(qemu) => return Err(error),
+        error = time_is_over => return Err(error),
+        error = stop.requested() => return Err(error),
+    }
+    view.still_valid(qemu).await?;
+    stop.check()?;
+    // From here on the outcome is the engine's word alone: no signal comes between.
+    session.commit(view.point_in_time_ms(), view.bitmaps()).await
+}
+
+async fn connect(
+    engine: &Engine,
+    view: &View,
+    found: &Found,
+    plan: &BackupPlan,
+) -> Result<Vec<ScanDisk<NbdDisk>>> {
+    let share = plan.in_flight / u32::try_from(found.disks.len()).unwrap_or(u32::MAX).max(1);
+    let mut disks = Vec::new();
+    for (i, target) in view.targets().iter().enumerate() {
+        let place = NbdTarget::unix(&target.socket, target.export.as_str());
+        let context = target.dirty_context.as_deref();
+        let bitmap = context.map(|name| name.strip_prefix(DIRTY_CONTEXT).unwrap_or(name));
+        let options = ConnectOptions {
+            in_flight: share.max(super::LEAST_IN_FLIGHT),
+            ..ConnectOptions::default()
+        };
+        let source = NbdDisk::connect(&place, options, bitmap, true)
+            .await
+            .context(|| format!("cannot read {}", found.disks[i].label))?;
+        let size = found.disks[i].size;
+        let input = PlanInput {
+            size,
+            block_size: engine.info().block_size,
+            dirty_until: bitmap.map(|_| size),
+            forced: found.forced[i].clone(),
+        };
+        disks.push(ScanDisk { source: Rc::new(source), input });
+    }
+    Ok(disks)
+}

@@ -1,0 +1,219 @@
+//! A backup, from top to bottom as the design has it: point in time, scan, write, publish.
+
+mod live;
+mod messages;
+mod offline;
+mod stop;
+
+use std::cell::{Cell, RefCell};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::cache::Cache;
+use crate::engine::{
+    BackupPlan, BackupRequest, DiskRequest, Engine, Session, Snapshot, SnapshotId,
+};
+use crate::error::{Error, Kind, Result};
+use crate::fingerprint::Fingerprinter;
+use crate::hash_pool::HashPool;
+use crate::progress::Report;
+use crate::qmp::view::Freeze;
+use crate::read_limit::ReadLimit;
+use crate::scan::{ScanDisk, Shared, depth_of, scan};
+use crate::source::DiskSource;
+use crate::write::write;
+
+pub use live::live;
+pub use offline::{ImageOf, offline};
+pub use stop::Stop;
+
+/// How often the engine is asked how far it is.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Least bytes of reads in flight for one disk: four reads keep a disk busy.
+const LEAST_IN_FLIGHT: u32 = 1 << 20;
+
+/// An engine that does not take our goodbye in this time learns of it by the connection's end.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// What the operator wants of a backup.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Only these disks; all if empty.
+    pub disks: Vec<String>,
+    /// Not these.
+    pub exclude: Vec<String>,
+    /// fs-freeze around the point in time.
+    pub freeze: Freeze,
+    /// Where scratch images go.
+    pub scratch_dir: PathBuf,
+    /// Most bytes of scratch.
+    pub scratch_max: Option<u64>,
+    /// Most bytes per second read from the disks.
+    pub read_limit: Option<u64>,
+    /// Read everything.
+    pub full: bool,
+    /// Longest time to hold the view.
+    pub max_hold: Duration,
+    /// Age of the last full read at which the next is due.
+    pub max_age_full: Duration,
+    /// Change nothing.
+    pub dry_run: bool,
+    /// Another name in the store.
+    pub rename: Option<String>,
+    /// Continue the snapshots of this VM.
+    pub adopt: Option<Uuid>,
+    /// Where locks, sockets and the guard's log are.
+    pub run_dir: PathBuf,
+}
+
+/// Who is backed up, as the store knows it.
+#[derive(Clone, Debug)]
+struct Identity {
+    uuid: Uuid,
+    name: String,
+    adopt: bool,
+}
+
+impl Identity {
+    /// `--as` and `--adopt` over what the VM says of itself.
+    fn new(uuid: Uuid, name: &str, options: &Options) -> Identity {
+        Identity {
+            uuid: options.adopt.unwrap_or(uuid),
+            name: options.rename.clone().unwrap_or_else(|| name.to_owned()),
+            adopt: options.adopt.is_some(),
+        }
+    }
+
+    fn request(
+        &self,
+        disks: Vec<DiskRequest>,
+        config: Vec<u8>,
+        hypervisor: String,
+    ) -> BackupRequest {
+        BackupRequest {
+            vm: self.uuid,
+            vm_name: self.name.clone(),
+            adopt: self.adopt,
+            disks,
+            config,
+            hypervisor,
+        }
+    }
+}
+
+/// Which of the disks are meant; their places.
+///
+/// # Errors
+/// [`Kind::NotFound`] where a word names none.
+fn choose(
+    vm: &str,
+    labels: &[&str],
+    options: &Options,
+    is_called: impl Fn(usize, &str) -> bool,
+) -> Result<Vec<usize>> {
+    for word in options.disks.iter().chain(&options.exclude) {
+        if !(0..labels.len()).any(|i| is_called(i, word)) {
+            let known = labels.join(", ");
+            return Err(Error::new(
+                Kind::NotFound,
+                format!("{vm} has no disk {word}; it has {known}"),
+            ));
+        }
+    }
+    let called = |i, words: &[String]| words.iter().any(|word| is_called(i, word));
+    let chosen: Vec<usize> = (0..labels.len())
+        .filter(|i| options.disks.is_empty() || called(*i, &options.disks))
+        .filter(|i| !called(*i, &options.exclude))
+        .collect();
+    if chosen.is_empty() {
+        return Err(Error::new(Kind::NotFound, format!("{vm} has no disk to back up")));
+    }
+    Ok(chosen)
+}
+
+/// Why every disk has to be read in full, bitmap or not.
+async fn full_for_all(
+    engine: &Engine,
+    vm: Uuid,
+    latest: Option<&Snapshot>,
+    options: &Options,
+) -> Result<Option<String>> {
+    if options.full {
+        return Ok(Some("asked for".to_owned()));
+    }
+    let Some(latest) = latest else { return Ok(None) };
+    let snapshots = engine.snapshots(&vm.to_string()).await?;
+    let age = crate::units::now_ms().saturating_sub(last_full(&snapshots, latest));
+    let age = Duration::from_millis(u64::try_from(age).unwrap_or(0));
+    Ok((age > options.max_age_full)
+        .then(|| format!("the last full read was {} days ago", age.as_secs() / 86_400)))
+}
+
+/// When the chain of increments that ends in `latest` began, Unix milliseconds.
+fn last_full(snapshots: &[Snapshot], latest: &Snapshot) -> i64 {
+    let mut at = latest;
+    // Oldest first, and a parent is older than its child: one pass from the end.
+    for snapshot in snapshots.iter().rev() {
+        match &at.parent {
+            None => break,
+            Some(parent) if *parent == snapshot.id => at = snapshot,
+            Some(_) => {}
+        }
+    }
+    at.time_ms
+}
+
+/// Scan and write, one window overlapping the next, until everything is settled.
+async fn transfer<S: DiskSource + 'static>(
+    report: &Report,
+    engine: &Engine,
+    (plan, session): (&BackupPlan, &Session),
+    disks: Vec<ScanDisk<S>>,
+    (total, limit): (u64, Option<u64>),
+) -> Result<()> {
+    let info = engine.info();
+    let fingerprinter = Fingerprinter::from_state(info.fingerprint_state, info.block_size);
+    let shared = Rc::new(Shared {
+        block_size: info.block_size,
+        depth: depth_of(plan.in_flight),
+        pool: HashPool::start(&fingerprinter, info.block_size)?,
+        cache: RefCell::new(Cache::new(plan.cache as usize, info.block_size)),
+        limit: ReadLimit::new(limit),
+        scanned: Cell::new(0),
+        read: Cell::new(0),
+    });
+    let sources: Vec<Rc<S>> = disks.iter().map(|disk| Rc::clone(&disk.source)).collect();
+    let work = async {
+        futures::try_join!(scan(&shared, session, &disks), write(&shared, session, &sources),)
+    };
+    let progress = report.progress("backup", total);
+    let watch = async {
+        loop {
+            tokio::time::sleep(PROGRESS_INTERVAL).await;
+            // Progress is for people; where it fails the work fails too, and says why.
+            let counts = session.progress().await.map(|(counts, _)| counts).ok();
+            progress.update(shared.scanned.get(), counts);
+        }
+    };
+    tokio::select! {
+        result = work => result.map(drop),
+        () = watch => Ok(()),
+    }
+}
+
+/// Ends a session that will have no snapshot; best effort.
+async fn give_up(session: &Session, reason: &Error) {
+    let reason = reason.to_string();
+    let _ = tokio::time::timeout(GOODBYE, session.abort(&reason)).await;
+}
+
+fn parent(id: &str) -> Option<SnapshotId> {
+    (!id.is_empty()).then(|| SnapshotId(id.to_owned()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,420 @@
+//! A shut-off VM: straight from its images, which nobody may start meanwhile.
+//!
+//! A qcow2 image carries its dirty bitmap. The new one is added before the old one is
+//! disabled, so that no write falls between them; a failure merges the new one back. Both
+//! need the image for themselves, so they come before it is opened for reading.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Instant;
+
+use uuid::Uuid;
+
+use super::live::{fates, known_disks};
+use super::messages::{Committed, DiskLine, Plan, PointInTime};
+use super::{Identity, Options, Stop, choose, full_for_all, give_up, parent, transfer};
+use crate::engine::{BackupPlan, DiskRequest, Engine, Session, Snapshot};
+use crate::error::{Context, Error, Kind, Result};
+use crate::extents::{Flags, PlanInput};
+use crate::image::{BitmapChange, ImageInfo, OpenImage, OpenOptions};
+use crate::nbd::{ConnectOptions, wire};
+use crate::progress::Report;
+use crate::qmp::bitmap::{self, Action, Base, Bitmap, BitmapName, DiskPlan, Known};
+use crate::qmp::disk::Disk;
+use crate::qmp::session::uuid_of_name;
+use crate::scan::ScanDisk;
+use crate::source::NbdDisk;
+use crate::units::now_ms;
+
+/// An image of a disk, as the operator names it.
+#[derive(Clone, Debug)]
+pub struct ImageOf {
+    /// The disk's label.
+    pub disk: String,
+    /// The image.
+    pub file: PathBuf,
+}
+
+/// Backs up a shut-off VM from its images.
+///
+/// # Errors
+/// Nothing was committed, and the images are as they were.
+pub async fn offline(
+    report: &Report,
+    engine: &Engine,
+    (name, images): (&str, &[ImageOf]),
+    options: &Options,
+    stop: &Stop,
+) -> Result<()> {
+    let begun = Instant::now();
+    let mut found = prepare(engine, name, images, options).await?;
+    if options.dry_run {
+        let opened = found.open(ConnectOptions::default()).await?;
+        report.send(&found.message(engine, &opened, true).await?);
+        return close(opened).await;
+    }
+    recover(&found).await?;
+    let request = found.identity.request(found.disk_requests(), Vec::new(), "shut off".to_owned());
+    let (plan, session) = stop.unless(engine.open_backup(&request)).await?;
+    found.heed(&plan);
+    let result = backup(report, engine, &found, (&plan, &session), options, stop).await;
+    match result {
+        Ok(snapshot) => {
+            report.send(&Committed::new(&snapshot, begun.elapsed()));
+            Ok(())
+        }
+        Err(error) => {
+            give_up(&session, &error).await;
+            Err(error)
+        }
+    }
+}
+
+/// The images and what is to be read of them.
+struct Found {
+    identity: Identity,
+    images: Vec<ImageInfo>,
+    disks: Vec<Disk>,
+    plans: Vec<DiskPlan>,
+    recovery: Vec<Action>,
+    forced: Vec<Vec<std::ops::Range<u64>>>,
+    latest: Option<Snapshot>,
+}
+
+async fn prepare(
+    engine: &Engine,
+    name: &str,
+    images: &[ImageOf],
+    options: &Options,
+) -> Result<Found> {
+    let labels: Vec<&str> = images.iter().map(|image| image.disk.as_str()).collect();
+    if let Some(twice) = labels.iter().enumerate().find(|(i, label)| labels[..*i].contains(label)) {
+        return Err(Error::new(Kind::Usage, format!("two images for disk {}", twice.1)));
+    }
+    let chosen = choose(name, &labels, options, |i, word| labels[i] == word)?;
+    let (mut infos, mut disks) = (Vec::new(), Vec::new());
+    for i in chosen {
+        let ImageOf { disk, file } = &images[i];
+        let info = ImageInfo::read(file, format_of(file)).await?;
+        disks.push(describe(disk, &info));
+        infos.push(info);
+    }
+    let identity = identify(engine, name, options).await?;
+    let (fates, latest) = fates(engine, identity.uuid, &disks, options).await?;
+    let known = known_disks(latest.as_ref());
+    let store = engine.info().store.to_string();
+    let latest_id = latest.as_ref().map_or("", |snapshot| snapshot.id.0.as_str());
+    let known = Known { store: &store, fates: &fates, latest: latest_id, known: &known };
+    let mut plan = bitmap::plan(&disks, known, Uuid::new_v4);
+    if let Some(reason) = full_for_all(engine, identity.uuid, latest.as_ref(), options).await? {
+        plan.disks.iter_mut().for_each(|disk| disk.make_full(reason.as_str()));
+    }
+    let forced = vec![Vec::new(); disks.len()];
+    let (plans, recovery) = (plan.disks, plan.recovery);
+    Ok(Found { identity, images: infos, disks, plans, recovery, forced, latest })
+}
+
+/// Images do not say whose they are: a name that the store knows means that VM, another one
+/// gets an identity made of the name.
+async fn identify(engine: &Engine, name: &str, options: &Options) -> Result<Identity> {
+    let stored = options.rename.as_deref().unwrap_or(name);
+    let known = match engine.snapshots(stored).await {
+        Err(error) if error.kind() == Kind::NotFound => None,
+        other => other?.pop().map(|snapshot| snapshot.vm),
+    };
+    Ok(Identity::new(known.unwrap_or_else(|| uuid_of_name(stored)), name, options))
+}
+
+/// A name that ends in `.raw` is taken by its word: what a guest writes into a raw image can
+/// look like any other format, with files of the host behind it.
+fn format_of(file: &Path) -> Option<&'static str> {
+    file.extension().is_some_and(|end| end == "raw").then_some("raw")
+}
+
+/// The image as a disk of a VM, for the same decisions.
+fn describe(label: &str, info: &ImageInfo) -> Disk {
+    let ours = info.bitmaps.iter().filter_map(|bitmap| {
+        let name = BitmapName::parse(&bitmap.name)?;
+        let (recording, inconsistent) = (bitmap.enabled, bitmap.in_use);
+        Some(Bitmap { name, recording, inconsistent, busy: false, dirty: 0 })
+    });
+    let blocks = std::fs::metadata(&info.file).map(|file| {
+        use std::os::unix::fs::MetadataExt;
+        file.blocks() * 512
+    });
+    Disk {
+        label: label.to_owned(),
+        node: label.to_owned(),
+        file: info.file.display().to_string(),
+        format: info.format.clone(),
+        size: info.size,
+        allocated: blocks.unwrap_or(info.size),
+        persistent: info.can_keep_bitmaps(),
+        bitmaps: ours.collect(),
+        ..Disk::default()
+    }
+}
+
+impl Found {
+    fn disk_requests(&self) -> Vec<DiskRequest> {
+        let pairs = self.disks.iter().zip(&self.plans);
+        pairs
+            .map(|(disk, plan)| DiskRequest {
+                uuid: plan.uuid,
+                name: disk.label.clone(),
+                size: disk.size,
+                parent: parent(plan.parent()),
+            })
+            .collect()
+    }
+
+    fn heed(&mut self, plan: &BackupPlan) {
+        for (i, decided) in plan.disks.iter().enumerate() {
+            if !decided.incremental && !self.plans[i].parent().is_empty() {
+                self.plans[i].make_full(decided.reason.as_str());
+            }
+            let forced = decided.forced.iter();
+            self.forced[i] =
+                forced.map(|range| range.offset..range.offset + range.length).collect();
+        }
+    }
+
+    /// The bitmap that says what to read of a disk.
+    fn dirty(&self, i: usize) -> Option<&str> {
+        let plan = &self.plans[i];
+        plan.bitmap.as_deref().filter(|_| !plan.parent().is_empty())
+    }
+
+    /// Opens all images for reading: from here on no VM can start on them.
+    async fn open(&self, connect: ConnectOptions) -> Result<Vec<OpenImage>> {
+        let mut opened = Vec::new();
+        for (i, info) in self.images.iter().enumerate() {
+            let bitmap = self.dirty(i).map(str::to_owned);
+            let options = OpenOptions { bitmap, writable: false, connect: connect.clone() };
+            opened.push(OpenImage::open(info, &options).await?);
+        }
+        Ok(opened)
+    }
+
+    async fn bytes(&self, i: usize, disk: &NbdDisk) -> Result<u64> {
+        let Some(name) = self.dirty(i) else {
+            return Ok(self.disks[i].allocated.min(self.disks[i].size));
+        };
+        let context = wire::dirty_bitmap(name);
+        let mut dirty = 0;
+        let whole = 0..self.disks[i].size;
+        disk.export()
+            .map(&context, whole, |extent| {
+                dirty += if Flags::is_dirty(extent.flags) { extent.length } else { 0 };
+            })
+            .await
+            .context(|| format!("cannot read the dirty bitmap of {}", self.disks[i].label))?;
+        Ok(dirty)
+    }
+
+    async fn message(&self, engine: &Engine, opened: &[OpenImage], dry_run: bool) -> Result<Plan> {
+        let mut lines = Vec::new();
+        for (i, (disk, plan)) in self.disks.iter().zip(&self.plans).enumerate() {
+            let id = plan.parent();
+            let latest = self.latest.as_ref().filter(|latest| latest.id.0 == id);
+            lines.push(DiskLine {
+                name: disk.label.clone(),
+                uuid: plan.uuid,
+                size: disk.size,
+                incremental: !id.is_empty(),
+                parent: parent(id).map(|id| id.0),
+                parent_time_ms: latest.map(|latest| latest.time_ms),
+                reason: match &plan.base {
+                    Base::Full { reason } => reason.clone(),
+                    Base::Incremental { .. } => String::new(),
+                },
+                bytes: self.bytes(i, opened[i].disk()).await?,
+            });
+        }
+        Ok(Plan {
+            vm: self.identity.name.clone(),
+            uuid: self.identity.uuid,
+            host: engine.info().host.clone(),
+            hypervisor: "shut off".to_owned(),
+            way: "image".to_owned(),
+            means: "the VM cannot start until this ends".to_owned(),
+            disks: lines,
+            skipped: Vec::new(),
+            dry_run,
+        })
+    }
+}
+
+/// Carries out what the plan found necessary for bitmaps of dead runs.
+async fn recover(found: &Found) -> Result<()> {
+    for action in &found.recovery {
+        let (Action::Remove { node, .. } | Action::MergeBack { node, .. }) = action;
+        let Some(at) = found.disks.iter().position(|disk| disk.node == *node) else { continue };
+        let image = &found.images[at];
+        match action {
+            Action::Remove { name, .. } => image.change_bitmap(name, BitmapChange::Remove).await?,
+            Action::MergeBack { from, into, .. } => merge_back(image, from, into).await?,
+        }
+    }
+    Ok(())
+}
+
+/// The old bitmap goes on recording with what the new ones have, and they go.
+async fn merge_back(image: &ImageInfo, from: &[String], into: &str) -> Result<()> {
+    image.change_bitmap(into, BitmapChange::Enable).await?;
+    for name in from {
+        image.change_bitmap(into, BitmapChange::Merge { from: name }).await?;
+        image.change_bitmap(name, BitmapChange::Remove).await?;
+    }
+    Ok(())
+}
+
+/// A new bitmap in an image, until it is settled one way or the other.
+struct Swap<'a> {
+    image: &'a ImageInfo,
+    new: String,
+    old: Option<&'a str>,
+}
+
+impl<'a> Swap<'a> {
+    /// Adds the new bitmap, then stops the old one: each write is in one of them at least.
+    async fn make(image: &'a ImageInfo, new: String, old: Option<&'a str>) -> Result<Swap<'a>> {
+        let add = BitmapChange::Add { granularity: None, enabled: true };
+        image.change_bitmap(&new, add).await?;
+        let swap = Swap { image, new, old };
+        if let Some(old) = old
+            && let Err(error) = image.change_bitmap(old, BitmapChange::Disable).await
+        {
+            swap.undo().await?;
+            return Err(error);
+        }
+        Ok(swap)
+    }
+
+    async fn undo(&self) -> Result<()> {
+        match self.old {
+            Some(old) => merge_back(self.image, std::slice::from_ref(&self.new), old).await,
+            None => self.image.change_bitmap(&self.new, BitmapChange::Remove).await,
+        }
+    }
+
+    async fn keep(&self) -> Result<()> {
+        match self.old {
+            Some(old) => self.image.change_bitmap(old, BitmapChange::Remove).await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// From the first change of a bitmap to the last.
+async fn backup(
+    report: &Report,
+    engine: &Engine,
+    found: &Found,
+    (plan, session): (&BackupPlan, &Session),
+    options: &Options,
+    stop: &Stop,
+) -> Result<Snapshot> {
+    let mut swaps = Vec::new();
+    let result = match swap_all(engine, found, plan, &mut swaps).await {
+        Ok(()) => {
+            let bitmaps = swaps.iter().map(|swap| swap.new.clone()).collect();
+            held(report, engine, found, (plan, session), bitmaps, options, stop).await
+        }
+        Err(error) => Err(error),
+    };
+    for swap in &swaps {
+        let settled = match result {
+            Ok(_) => swap.keep().await,
+            Err(_) => swap.undo().await,
+        };
+        // The next backup asks the engine what became of this one, and settles it then.
+        if let Err(error) = settled {
+            report.warn(&format!("the dirty bitmap {} is left as it is: {error}", swap.new));
+        }
+    }
+    result
+}
+
+async fn swap_all<'a>(
+    engine: &Engine,
+    found: &'a Found,
+    plan: &BackupPlan,
+    swaps: &mut Vec<Swap<'a>>,
+) -> Result<()> {
+    for (image, decided) in found.images.iter().zip(&found.plans) {
+        if image.can_keep_bitmaps() {
+            let store = engine.info().store.to_string();
+            let snapshot = plan.snapshot.0.clone();
+            let new = BitmapName { store, snapshot, disk: decided.uuid }.to_string();
+            swaps.push(Swap::make(image, new, decided.bitmap.as_deref()).await?);
+        }
+    }
+    Ok(())
+}
+
+/// Reads the images while nobody can change them, and commits.
+async fn held(
+    report: &Report,
+    engine: &Engine,
+    found: &Found,
+    (plan, session): (&BackupPlan, &Session),
+    bitmaps: Vec<String>,
+    options: &Options,
+    stop: &Stop,
+) -> Result<Snapshot> {
+    stop.check()?;
+    let share = plan.in_flight / u32::try_from(found.disks.len()).unwrap_or(u32::MAX).max(1);
+    let in_flight = share.max(super::LEAST_IN_FLIGHT);
+    let opened = found.open(ConnectOptions { in_flight, ..ConnectOptions::default() }).await?;
+    let time_ms = now_ms();
+    report.send(&found.message(engine, &opened, false).await?);
+    report.send(&PointInTime {
+        vm: found.identity.name.clone(),
+        snapshot: plan.snapshot.0.clone(),
+        time_ms,
+        frozen_seconds: None,
+        stopped_seconds: 0.0,
+    });
+    let result = read(report, engine, found, (plan, session), &opened, options, stop).await;
+    // An image that could not be closed was read to its end all the same.
+    let closed = close(opened).await;
+    result?;
+    closed?;
+    session.commit(time_ms, &bitmaps).await
+}
+
+async fn read(
+    report: &Report,
+    engine: &Engine,
+    found: &Found,
+    (plan, session): (&BackupPlan, &Session),
+    opened: &[OpenImage],
+    options: &Options,
+    stop: &Stop,
+) -> Result<()> {
+    let mut disks = Vec::new();
+    let mut total = 0;
+    for (i, image) in opened.iter().enumerate() {
+        let size = found.disks[i].size;
+        let dirty_until = found.dirty(i).map(|_| size);
+        total += match dirty_until {
+            Some(_) => found.bytes(i, image.disk()).await?,
+            None => size,
+        };
+        let block_size = engine.info().block_size;
+        let forced = found.forced[i].clone();
+        let input = PlanInput { size, block_size, dirty_until, forced };
+        disks.push(ScanDisk { source: Rc::new(image.disk().clone()), input });
+    }
+    let work = transfer(report, engine, (plan, session), disks, (total, options.read_limit));
+    stop.unless(work).await
+}
+
+async fn close(opened: Vec<OpenImage>) -> Result<()> {
+    let mut result = Ok(());
+    for image in opened {
+        result = result.and(image.close().await);
+    }
+    result
+}
