@@ -61,10 +61,9 @@ pub async fn live(
     let result =
         backup(report, engine, (&qemu, vm), &found, (&plan, &session), options, stop).await;
     match result {
-        Ok((snapshot, scratch_peak)) => {
+        Ok((snapshot, scratch)) => {
             let mut message = Committed::new(&snapshot, begun.elapsed());
-            message.scratch_peak = scratch_peak;
-            message.scratch_max = options.scratch_max;
+            (message.scratch_peak, message.scratch_max) = (scratch.0, Some(scratch.1));
             report.send(&message);
             Ok(())
         }
@@ -249,7 +248,7 @@ impl Found {
     }
 }
 
-/// From the guard to the end of the view. The VM is as it was when this returns an error.
+/// From the guard to the end of the view; the snapshot, and the peak and cap of the scratch. The VM is as it was when this returns an error.
 async fn backup(
     report: &Report,
     engine: &Engine,
@@ -258,7 +257,7 @@ async fn backup(
     (plan, session): (&BackupPlan, &Session),
     options: &Options,
     stop: &Stop,
-) -> Result<(Snapshot, u64)> {
+) -> Result<(Snapshot, (u64, u64))> {
     let program = std::env::current_exe().context(|| "cannot find our own program".to_owned())?;
     let log = options.run_dir.join("guard.log");
     let guard_options = guard::Options { program, log, run_dir: options.run_dir.clone() };
@@ -283,21 +282,23 @@ async fn backup(
     });
     view.warnings().iter().for_each(|warning| report.warn(warning));
 
-    let result = held(report, engine, (qemu, &view), found, (plan, session), options, stop).await;
-    let scratch_peak = view.scratch_peak();
+    let result =
+        held(report, engine, qemu, (&mut view, &mut guard), found, (plan, session), options, stop)
+            .await;
+    let scratch = (view.scratch_peak(), view.scratch_cap());
     let outcome = if result.is_ok() { Outcome::Committed } else { Outcome::Failed };
     let ended = view.teardown(qemu, outcome).await;
     if ended.is_ok() {
         guard.done();
     }
     match (result, ended) {
-        (Ok(snapshot), Ok(())) => Ok((snapshot, scratch_peak)),
+        (Ok(snapshot), Ok(())) => Ok((snapshot, scratch)),
         (Ok(snapshot), Err(error)) => {
             let name = &found.identity.name;
             report.warn(&format!(
                 "committed, but the view did not end ({error}); run fleece cleanup {name}"
             ));
-            Ok((snapshot, scratch_peak))
+            Ok((snapshot, scratch))
         }
         (Err(error), Ok(())) => Err(error),
         (Err(error), Err(left)) => {
@@ -312,7 +313,8 @@ async fn backup(
 async fn held(
     report: &Report,
     engine: &Engine,
-    (qemu, view): (&Qemu, &View),
+    qemu: &Qemu,
+    (view, guard): (&mut View, &mut Guard),
     found: &Found,
     (plan, session): (&BackupPlan, &Session),
     options: &Options,
@@ -335,7 +337,11 @@ async fn held(
         )
     };
     tokio::select! {
-        result = read => result?,
+        result = read => match result {
+            Ok(()) => {}
+            // The view knows better why a read failed than the read itself.
+            Err(error) => return Err(view.explain(qemu).await.unwrap_or(error)),
+        },
         error = view.broken(qemu) => return Err(error),
         error = time_is_over => return Err(error),
         error = stop.requested() => return Err(error),
@@ -343,7 +349,8 @@ async fn held(
     view.still_valid(qemu).await?;
     stop.check()?;
     // From here on the outcome is the engine's word alone: no signal comes between.
-    session.commit(view.point_in_time_ms(), view.bitmaps()).await
+    guard.committing()?;
+    session.commit(view.point_in_time_ms(), &view.bitmaps()).await
 }
 
 async fn connect(

@@ -43,20 +43,18 @@ impl Message for Shown {
     const TYPE: &'static str = "check";
 
     fn human(&self) -> String {
-        let Report { vm, uuid, qemu, status, way, means, agent, scratch_free, .. } = &self.report;
+        let Report { vm, uuid, qemu, status, agent, scratch_free, .. } = &self.report;
         let mut lines = vec![
             format!("{vm} {uuid}, QEMU {qemu}, {status}"),
-            format!("way: {way} ({means})"),
             format!("agent: {agent}   scratch: {} free", human_bytes(*scratch_free)),
         ];
         let disks = &self.report.disks;
         let width = disks.iter().map(|disk| disk.label.len()).max().unwrap_or(0);
         for disk in disks {
             let (label, size) = (&disk.label, human_bytes(disk.size));
-            let (format, way, bitmap) = (&disk.format, &disk.way, &disk.bitmap);
-            lines.push(format!(
-                "  {label:<width$}  {size:>8}  {format}, way {way}, bitmap: {bitmap}"
-            ));
+            let (format, way, means) = (&disk.format, &disk.way, &disk.means);
+            lines.push(format!("  {label:<width$}  {size:>8}  {format}, way: {way} ({means})"));
+            lines.extend(disk.bitmaps.iter().map(|what| format!("  {:width$}  bitmap {what}", "")));
         }
         for (label, reason) in &self.report.skipped {
             lines.push(format!("  {label:<width$}  left out: {reason}"));
