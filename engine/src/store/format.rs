@@ -376,3 +376,7 @@ pub(crate) fn le32(bytes: &[u8], at: usize) -> u32 {
 pub(crate) fn le64(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -29,7 +29,7 @@ const BATCH: u32 = 64;
 /// Containers in one journal entry at most: what a rewriting job records at once.
 const ENTRIES_MAX: usize = 4096;
 /// Bytes of one container in an entry: incarnation u32, counter u32, generation u32, kind u32,
-/// slots u32, zero 4, stored bytes u64.
+/// slots u32, last counter in the object u32, stored bytes u64.
 const ENTRY_LEN: usize = 32;
 /// Claims tried in a row: so many engines would have to start at the same moment.
 const CLAIMS: u32 = 1000;
@@ -58,6 +58,8 @@ pub struct Entry {
     pub kind: ContainerKind,
     /// How many.
     pub slots: u32,
+    /// The last container of the object that holds it: its own number, unless small ones share one.
+    pub last_in_object: u32,
     /// Bytes of its section.
     pub stored_bytes: u64,
 }
@@ -410,7 +412,14 @@ fn encode_entries(entries: &[Entry]) -> Vec<u8> {
             ContainerKind::Nodes => 1,
         };
         let id = entry.container;
-        for number in [id.incarnation.0, id.counter, entry.generation, kind, entry.slots, 0] {
+        for number in [
+            id.incarnation.0,
+            id.counter,
+            entry.generation,
+            kind,
+            entry.slots,
+            entry.last_in_object,
+        ] {
             bytes.extend_from_slice(&number.to_le_bytes());
         }
         bytes.extend_from_slice(&entry.stored_bytes.to_le_bytes());
@@ -440,6 +449,7 @@ fn decode_entries(bytes: &[u8]) -> Option<Vec<Entry>> {
                 generation: le32(entry, 8),
                 kind,
                 slots: le32(entry, 16),
+                last_in_object: le32(entry, 20),
                 stored_bytes: le64(entry, 24),
             })
         })

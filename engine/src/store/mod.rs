@@ -7,11 +7,13 @@ mod commit_tests;
 pub mod container;
 pub mod damage;
 pub mod format;
+mod info;
 pub mod journal;
 pub mod keys;
 pub mod manifest;
 pub mod names;
 pub mod objects;
+mod options;
 pub mod recipe;
 pub mod sessions;
 #[cfg(test)]
@@ -20,15 +22,15 @@ pub(crate) mod testing;
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
 
-use serde::{Deserialize, Serialize};
+pub use self::info::StoreInfo;
+pub use self::options::{BLOCK_SIZE, InitOptions, Location, StoreBudget, StoreOptions};
 
 use self::container::Directories;
 use self::container::codec::Codecs;
-use self::format::{HEADER_LEN, Header, ObjectKind, SEALED_MAX, Sealer, damaged};
+use self::format::{ObjectKind, SEALED_MAX, Sealer};
 use self::journal::{Journal, Journals};
 use self::keys::StoreKey;
 use self::objects::{Created, Objects};
@@ -36,237 +38,6 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::fingerprint::Fingerprinter;
 use crate::ids::StoreId;
 use crate::pool::Pool;
-
-/// The default block size.
-pub const BLOCK_SIZE: u32 = 4096;
-/// Block sizes that a store can have: powers of two between these.
-const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 4096..=65_536;
-
-/// Where a store is.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Location {
-    /// A local directory.
-    Directory(PathBuf),
-}
-
-impl Location {
-    /// Reads what a user wrote: a directory's path (later also `s3://…`).
-    ///
-    /// # Errors
-    /// [`Kind::Usage`] for another kind of place.
-    pub fn parse(text: &str) -> Result<Self> {
-        match text.split_once("://") {
-            Some(("file", path)) => Ok(Location::Directory(path.into())),
-            Some((scheme, _)) => {
-                let what = format!("a store at {scheme}:// is not supported by this version");
-                Err(Error::new(Kind::Usage, format!("{what}: give a directory")))
-            }
-            None if text.is_empty() => {
-                Err(Error::new(Kind::Usage, "no place for the store is given"))
-            }
-            None => Ok(Location::Directory(text.into())),
-        }
-    }
-}
-
-impl std::fmt::Display for Location {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Location::Directory(path) => path.display().fmt(f),
-        }
-    }
-}
-
-/// The store's share of the engine's memory, and what follows from it.
-#[derive(Clone, Debug)]
-pub struct StoreBudget {
-    /// Threads that compress and encrypt.
-    pub cpu_threads: usize,
-    /// Frames of one packer that are on the pool at a time: each is 64 KiB, twice.
-    pub frames_in_flight: usize,
-    /// Slots of a container: the packer and the sealed container keep 20 bytes for each.
-    pub container_slots: u32,
-    /// Bytes of frames in a container.
-    pub container_bytes: u32,
-    /// Bytes of cached directories: frame tables and chunks of columns.
-    pub directory_cache: usize,
-    /// Bytes of cached decompressed frames.
-    pub frame_cache: usize,
-}
-
-impl Default for StoreBudget {
-    /// For the default memory budget of 32 MiB: with eight sessions that write, compression
-    /// and frames stay within 3 MiB, open containers within 3 MiB, caches within 3 MiB.
-    fn default() -> Self {
-        StoreBudget {
-            cpu_threads: 2,
-            frames_in_flight: 2,
-            container_slots: 16_384,
-            container_bytes: container::CONTAINER_BYTES,
-            directory_cache: 1536 << 10,
-            frame_cache: 1536 << 10,
-        }
-    }
-}
-
-/// How a store is used.
-#[derive(Clone, Debug)]
-pub struct StoreOptions {
-    /// Its memory.
-    pub budget: StoreBudget,
-    /// zstd's level for new frames.
-    pub compression: i32,
-}
-
-impl Default for StoreOptions {
-    fn default() -> Self {
-        // Level 1: 390 MB/s per core, and a ratio within a few percent of level 3's.
-        StoreOptions { budget: StoreBudget::default(), compression: 1 }
-    }
-}
-
-/// What a new store shall be.
-#[derive(Clone, Debug)]
-pub struct InitOptions {
-    /// Bytes of a block, for ever.
-    pub block_size: u32,
-    /// Whether objects are encrypted; they are authenticated in any case.
-    pub encrypt: bool,
-    /// Stores of one domain have the same fingerprints where they share the secret.
-    pub domain: String,
-    /// A copy of the key under this goes into the store.
-    pub passphrase: Option<String>,
-    /// When, in Unix milliseconds.
-    pub now_ms: i64,
-}
-
-impl Default for InitOptions {
-    fn default() -> Self {
-        InitOptions {
-            block_size: BLOCK_SIZE,
-            encrypt: true,
-            domain: "default".into(),
-            passphrase: None,
-            now_ms: SystemTime::now()
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .map_or(0, |since| since.as_millis() as i64),
-        }
-    }
-}
-
-/// The store's header object: readable without the key, authenticated by it.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct StoreInfo {
-    /// Its id.
-    pub store: StoreId,
-    /// Bytes of a block.
-    pub block_size: u32,
-    /// Whether its objects are encrypted.
-    pub encrypted: bool,
-    /// Unix milliseconds.
-    pub created_ms: i64,
-    /// The deduplication domain.
-    pub domain: String,
-    /// What a Fleece must know to read or write here.
-    pub incompatible: Vec<String>,
-    /// What a Fleece may ignore.
-    pub compatible: Vec<String>,
-    /// The encryption key's check value, in hex.
-    key_check: String,
-}
-
-impl StoreInfo {
-    /// Reads the header object, without a key.
-    ///
-    /// # Errors
-    /// [`Kind::NoStore`] when there is none, something else is there, or a newer Fleece made it.
-    pub fn read(objects: &Objects, location: &Location) -> Result<Self> {
-        Ok(Self::read_bytes(objects, location)?.0)
-    }
-
-    fn read_bytes(objects: &Objects, location: &Location) -> Result<(Self, bytes::Bytes)> {
-        let bytes = match objects.read_all(names::STORE, SEALED_MAX) {
-            Err(error) if error.kind() == Kind::NotFound => {
-                let what = format!("there is no Fleece store at {location}");
-                return Err(Error::new(
-                    Kind::NoStore,
-                    format!("{what}: create it with `fleecectl init`"),
-                ));
-            }
-            bytes => bytes?,
-        };
-        let foreign = || format!("what is at {location} is not a usable Fleece store");
-        let header = Header::decode(&bytes, names::STORE)
-            .map_err(|error| Error::caused(Kind::NoStore, foreign(), error))?;
-        header.expect(ObjectKind::Store, header.store, names::STORE)?;
-        let body =
-            bytes.get(HEADER_LEN..bytes.len().saturating_sub(format::TAG_LEN)).unwrap_or_default();
-        let info: StoreInfo = serde_json::from_slice(body).map_err(|error| {
-            Error::caused(Kind::Damaged, "the store's header object is damaged", error)
-        })?;
-        if let Some(feature) = info.incompatible.first() {
-            let what =
-                format!("the store at {location} uses {feature}, which this Fleece does not know");
-            return Err(Error::new(Kind::NoStore, format!("{what}: upgrade it")));
-        }
-        if info.store != header.store || !is_block_size(info.block_size) {
-            return Err(damaged(names::STORE, "it contradicts itself"));
-        }
-        Ok((info, bytes))
-    }
-
-    /// Reads the header object and makes sure that `key` is this store's.
-    ///
-    /// # Errors
-    /// As [`read`](Self::read); [`Kind::Key`] for another key, [`Kind::Damaged`].
-    pub fn check(objects: &Objects, location: &Location, key: &StoreKey) -> Result<Self> {
-        let (info, bytes) = Self::read_bytes(objects, location)?;
-        if info.store != key.store() {
-            let what =
-                format!("the key is of the store {}, at {location} is {}", key.store(), info.store);
-            return Err(Error::new(Kind::Key, format!("{what}: use that one's key file")));
-        }
-        let header = Header::decode(&bytes, names::STORE)?;
-        if key.check_value(header.key_id).map(|check| hex(&check)) != Some(info.key_check.clone()) {
-            let what =
-                format!("the key is not that of the store at {location}, though it bears its name");
-            return Err(Error::new(Kind::Key, format!("{what}: use the right key file")));
-        }
-        let cipher = key.cipher(&header, names::STORE)?;
-        if format::open(&cipher, names::STORE, &bytes).is_none() || info.domain != key.domain() {
-            return Err(damaged(names::STORE, "its authentication failed"));
-        }
-        Ok(info)
-    }
-
-    fn create(objects: &Objects, key: &StoreKey, options: &InitOptions) -> Result<Created> {
-        let header = Header::new(ObjectKind::Store, false, key.current(), key.store())?;
-        let check = key.check_value(key.current()).unwrap_or_default();
-        let info = StoreInfo {
-            store: key.store(),
-            block_size: options.block_size,
-            encrypted: options.encrypt,
-            created_ms: options.now_ms,
-            domain: key.domain().to_owned(),
-            incompatible: Vec::new(),
-            compatible: Vec::new(),
-            key_check: hex(&check),
-        };
-        let body =
-            serde_json::to_vec(&info).context(|| "cannot write the store's header".into())?;
-        let cipher = key.cipher(&header, names::STORE)?;
-        objects.create(names::STORE, format::seal(&cipher, &header, names::STORE, &body)?)
-    }
-}
-
-fn is_block_size(size: u32) -> bool {
-    size.is_power_of_two() && BLOCK_SIZES.contains(&size)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// Opens the objects at a location, which must exist.
 ///
@@ -309,7 +80,7 @@ impl Store {
         options: &InitOptions,
         keep: impl FnOnce(&StoreKey) -> Result<()>,
     ) -> Result<StoreKey> {
-        if !is_block_size(options.block_size) {
+        if !options::is_block_size(options.block_size) {
             let what = format!("a block size of {} is not possible", options.block_size);
             return Err(Error::new(
                 Kind::Usage,
@@ -546,3 +317,7 @@ fn make_directory(path: &Path, location: &Location) -> Result<()> {
         Err(error) => Err(error).context(failed),
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -432,7 +432,7 @@ impl Finishing {
             .inner
             .runtime
             .block_on(task)
-            .map_err(|error| join_error(error))
+            .map_err(join_error)
             .and_then(|finished| finished)
             .map_err(|error| failed("finish", &key, error))?;
         Ok(size)

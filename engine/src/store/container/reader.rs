@@ -390,7 +390,7 @@ impl Directories {
         let mut state = self.state();
         match &found {
             Some(directory) => {
-                state.directories.put(container, directory.clone(), directory.memory())
+                state.directories.put(container, directory.clone(), directory.memory());
             }
             None => {
                 if state.absent.len() >= ABSENT_KEPT {

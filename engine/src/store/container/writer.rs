@@ -344,6 +344,7 @@ impl Packer {
             generation: 0,
             kind: self.kind,
             slots: fingerprints.len() as u32,
+            last_in_object: id.counter,
             stored_bytes,
         };
         let position = self.store.journal()?.record(entry)?;

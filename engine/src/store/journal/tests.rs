@@ -6,7 +6,14 @@ use crate::store::testing::TestStore;
 use crate::store::{Store, StoreOptions};
 
 fn entry(container: ContainerId) -> Entry {
-    Entry { container, generation: 0, kind: ContainerKind::Blocks, slots: 5, stored_bytes: 1 << 33 }
+    Entry {
+        container,
+        generation: 0,
+        kind: ContainerKind::Blocks,
+        slots: 5,
+        last_in_object: container.counter,
+        stored_bytes: 1 << 33,
+    }
 }
 
 /// The same store with an engine of another state directory.
