@@ -7,6 +7,8 @@
 mod batch;
 mod image;
 mod pieces;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
