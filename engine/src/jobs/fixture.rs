@@ -141,9 +141,10 @@ pub(crate) fn image(seed: u64, size: usize) -> Vec<u8> {
         match rng.random_range(0..4) {
             0 => {}
             // The same block over and over.
-            1 => {
-                image[at..end].iter_mut().enumerate().for_each(|(i, b)| *b = (i % 4096 % 251) as u8)
-            }
+            1 => image[at..end]
+                .iter_mut()
+                .enumerate()
+                .for_each(|(i, b)| *b = (i % 4096 % 251) as u8 ^ seed as u8),
             // Something from before.
             2 if at > 0 => {
                 let from = rng.random_range(0..at) / 4096 * 4096;

@@ -2,4 +2,7 @@
 
 #[cfg(test)]
 pub(crate) mod fixture;
+pub mod rebuild;
 pub mod restore;
+pub mod usage;
+pub mod verify;

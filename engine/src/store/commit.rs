@@ -266,6 +266,14 @@ impl Manifests {
         self.sorted_keys(names::MANIFESTS, vm)
     }
 
+    /// The keys of the VM's second copies, in ascending order.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub fn list_copies(&self, vm: VmId) -> Result<Snapshots> {
+        self.sorted_keys(names::MANIFEST_COPIES, vm)
+    }
+
     pub(super) fn sorted_keys(&self, folder: &str, vm: VmId) -> Result<Snapshots> {
         let mut sorter = Sorter::new(&self.scratch, LIST_RUN_BYTES);
         self.each_key(folder, vm, |key| sorter.push(&key.to_record()))?;
@@ -330,9 +338,21 @@ impl Manifests {
     /// # Errors
     /// When the folders cannot be listed.
     pub fn vms(&self) -> Result<Vec<VmId>> {
+        self.vms_in(names::MANIFESTS)
+    }
+
+    /// The VMs that have a second copy of a record, in order.
+    ///
+    /// # Errors
+    /// When the folders cannot be listed.
+    pub fn vms_with_copies(&self) -> Result<Vec<VmId>> {
+        self.vms_in(names::MANIFEST_COPIES)
+    }
+
+    fn vms_in(&self, folder: &str) -> Result<Vec<VmId>> {
         let mut vms: Vec<VmId> = self
             .objects
-            .list_dirs(names::MANIFESTS)?
+            .list_dirs(folder)?
             .iter()
             .filter_map(|name| name.parse().ok().map(VmId))
             .collect();

@@ -101,21 +101,23 @@ impl DamageMap {
     /// # Errors
     /// When a mark cannot be written; what was written before stays.
     pub fn record(&mut self, store: &Store, found: &[Found], found_ms: i64) -> Result<u64> {
-        let mut new = 0;
-        for found in found {
-            let (first, count) = found.slots;
-            let known = (first..first.saturating_add(count))
-                .all(|slot| self.has(Address { container: found.container, slot: Slot(slot) }));
-            if known || count == 0 {
-                continue;
-            }
-            let record = DamageMark { slots: vec![found.slots], found_ms, how: found.how.clone() };
-            mark(store.objects(), store.sealer(), found.container, &record)?;
-            self.add(found.container, first, count);
-            store.directories().mark_damaged(found.container, first..=first + (count - 1));
-            new += u64::from(count);
+        let new: Vec<Found> =
+            found.iter().filter(|found| self.note(store.directories(), found)).cloned().collect();
+        write_marks(store, &new, found_ms)?;
+        Ok(new.iter().map(|found| u64::from(found.slots.1)).sum())
+    }
+
+    /// Remembers what was found, here and in the directories; false if all of it was known.
+    pub fn note(&mut self, directories: &Directories, found: &Found) -> bool {
+        let (first, count) = found.slots;
+        let known = (first..first.saturating_add(count))
+            .all(|slot| self.has(Address { container: found.container, slot: Slot(slot) }));
+        if known || count == 0 {
+            return false;
         }
-        Ok(new)
+        self.add(found.container, first, count);
+        directories.mark_damaged(found.container, first..=first + (count - 1));
+        true
     }
 
     /// Whether there is no damage at all.
@@ -221,6 +223,20 @@ impl DamageMap {
         forced.sort_unstable();
         Ok(forced)
     }
+}
+
+/// Writes marks, one for what stands in a row of the same container.
+///
+/// # Errors
+/// When a mark cannot be written; what was written before stays.
+pub fn write_marks(store: &Store, found: &[Found], found_ms: i64) -> Result<()> {
+    for group in found.chunk_by(|a, b| a.container == b.container) {
+        let slots = group.iter().map(|found| found.slots).collect();
+        let how = group[0].how.clone();
+        let record = DamageMark { slots, found_ms, how };
+        mark(store.objects(), store.sealer(), group[0].container, &record)?;
+    }
+    Ok(())
 }
 
 /// Writes a mark, durable when it returns.

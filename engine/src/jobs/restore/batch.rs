@@ -200,7 +200,7 @@ fn remainder(piece: &Piece, count: u16) -> Option<Piece> {
 }
 
 /// Whether an error says that the data is gone, and not that reading failed for now.
-pub(super) fn is_damage(error: &Error) -> bool {
+pub(in crate::jobs) fn is_damage(error: &Error) -> bool {
     matches!(error.kind(), Kind::Damaged | Kind::NotFound)
 }
 
@@ -237,7 +237,10 @@ fn fetch(directories: &Directories, frames: &[FrameRef]) -> Result<Vec<Result<By
 }
 
 /// Reads frames of one container; one by one if they cannot be read together.
-fn fetch_group(directories: &Directories, frames: &[FrameRef]) -> Vec<Result<Bytes>> {
+pub(in crate::jobs) fn fetch_group(
+    directories: &Directories,
+    frames: &[FrameRef],
+) -> Vec<Result<Bytes>> {
     match directories.fetch_frames(frames) {
         Ok(fetched) => fetched.into_iter().map(Ok).collect(),
         Err(_) => frames.iter().map(|frame| directories.fetch_frame(frame)).collect(),

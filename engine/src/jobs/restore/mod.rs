@@ -18,7 +18,8 @@ use crossbeam_channel::bounded;
 
 pub use self::image::{DiskImage, ImageExtent};
 
-use self::batch::{Batch, Fetcher, Source, is_damage};
+use self::batch::{Batch, Fetcher, Source};
+pub(super) use self::batch::{fetch_group, is_damage};
 use self::pieces::Pieces;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pool::Pool;

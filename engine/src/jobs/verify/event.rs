@@ -1,0 +1,84 @@
+//! What `verify` says, one JSON object a line.
+
+use serde::Serialize;
+
+use crate::ids::VmId;
+
+/// Something that `verify` says as it goes.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(tag = "message_type", rename_all = "snake_case")]
+pub enum Event {
+    /// How far it is.
+    Progress {
+        /// `snapshots`, `journals`, `containers`.
+        stage: &'static str,
+        /// How many of them are done.
+        done: u64,
+    },
+    /// Something is wrong.
+    Problem {
+        /// `manifest`, `recipe`, `journal`, `container`, `frame`, `fingerprint`, `reference`, `index`.
+        what: &'static str,
+        /// The object.
+        object: String,
+        /// In words.
+        message: String,
+    },
+    /// Something is unusual and harms nothing.
+    Note {
+        /// The object.
+        object: String,
+        /// In words.
+        message: String,
+    },
+    /// A snapshot's disk cannot be restored whole.
+    Affected {
+        /// The VM.
+        vm: VmId,
+        /// Its name.
+        vm_name: String,
+        /// The snapshot.
+        snapshot: String,
+        /// The disk.
+        disk: String,
+        /// Damaged bytes.
+        bytes: u64,
+        /// The first of the damaged ranges: offset and length.
+        ranges: Vec<(u64, u64)>,
+    },
+    /// The end.
+    Summary(Report),
+}
+
+/// What was verified, and what came out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Report {
+    /// Committed snapshots.
+    pub snapshots: u64,
+    /// Recipe nodes.
+    pub nodes: u64,
+    /// Runs of blocks that recipes name (shared ones once per chain of snapshots).
+    pub runs: u64,
+    /// Journal entries.
+    pub journal_entries: u64,
+    /// Containers.
+    pub containers: u64,
+    /// Frames read, decrypted and decompressed.
+    pub frames: u64,
+    /// Blocks fingerprinted.
+    pub blocks: u64,
+    /// Slots that are marked as damaged.
+    pub damaged_slots: u64,
+    /// Snapshots that damage touches.
+    pub affected_snapshots: u64,
+    /// Things that are wrong.
+    pub problems: u64,
+}
+
+impl Report {
+    /// Whether nothing is wrong.
+    #[must_use]
+    pub fn clean(&self) -> bool {
+        self.problems == 0 && self.affected_snapshots == 0
+    }
+}
