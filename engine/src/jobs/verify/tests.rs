@@ -54,7 +54,10 @@ fn filled() -> (Fixture, Vec<Manifest>) {
     let mut f = Fixture::new(4096);
     let mut bytes = image(3, 9 << 20);
     let one = f.backup(1, &bytes, None);
-    bytes[4_000_000..4_200_000].iter_mut().enumerate().for_each(|(i, b)| *b = (i * 31 >> 7) as u8);
+    bytes[4_000_000..4_200_000]
+        .iter_mut()
+        .enumerate()
+        .for_each(|(i, b)| *b = ((i * 31) >> 7) as u8);
     let two = f.backup(1, &bytes, Some(&one));
     let three = f.backup(2, &image(4, 5 << 20), None);
     (f, vec![one, two, three])
