@@ -30,7 +30,7 @@ pub struct OpenReport {
 /// Detection on one host: request logs, index and pending grants of all its partitions.
 pub struct Detector {
     options: DetectOptions,
-    index: Index,
+    pub(super) index: Index,
     logs: RequestLogs,
     pending: Vec<PendingRun>,
     /// Ended sessions, with the partitions whose log or pending run may still name them.
