@@ -10,7 +10,7 @@ use std::rc::Rc;
 use tokio::task::JoinHandle;
 
 use crate::cache::Cache;
-use crate::engine::{BLOCKS_PER_SUBMIT, BLOCKS_PER_WINDOW, BackupSession, BlockExtent, DiskIndex};
+use crate::engine::{BLOCKS_PER_SUBMIT, BackupSession, BlockExtent, DiskIndex};
 use crate::error::{Context, Error, Kind, Result};
 use crate::extents::{Action, PlanInput, Work};
 use crate::fingerprint::FINGERPRINT_LEN;
@@ -27,6 +27,8 @@ pub struct Shared {
     pub block_size: u32,
     /// Reads that the scan, and the writing, may each have in flight.
     pub depth: usize,
+    /// Blocks of data in one window; [`crate::engine::BLOCKS_PER_WINDOW`] but for tests.
+    pub window: u64,
     /// The hashing threads.
     pub pool: HashPool,
     /// Read blocks that may have to be written.
@@ -63,7 +65,7 @@ where
     S: DiskSource + 'static,
     B: BackupSession,
 {
-    let mut batch = Batch::new(session, shared.block_size);
+    let mut batch = Batch::new(session, shared);
     for (i, disk) in disks.iter().enumerate() {
         let index = u16::try_from(i).map_err(|_| Error::new(Kind::Usage, "too many disks"))?;
         scan_disk(shared, &mut batch, DiskIndex(index), disk).await?;
@@ -214,25 +216,28 @@ struct Batch<'a, B> {
     fingerprints: Vec<u8>,
     /// Blocks of data in the open window.
     window: u64,
+    /// Blocks of data that a window holds.
+    most: u64,
     /// Most blocks of data that one addition can bring.
     piece: usize,
 }
 
 impl<'a, B: BackupSession> Batch<'a, B> {
-    fn new(session: &'a B, block_size: u32) -> Self {
+    fn new(session: &'a B, shared: &Shared) -> Self {
         Batch {
             session,
             disk: DiskIndex(0),
             extents: Vec::new(),
             fingerprints: Vec::with_capacity(BLOCKS_PER_SUBMIT * FINGERPRINT_LEN),
             window: 0,
-            piece: (READ_SIZE / block_size) as usize,
+            most: shared.window,
+            piece: (READ_SIZE / shared.block_size) as usize,
         }
     }
 
     async fn add(&mut self, extents: &[BlockExtent], fingerprints: &[u8]) -> Result<()> {
         let blocks = (fingerprints.len() / FINGERPRINT_LEN) as u64;
-        if self.window + blocks > BLOCKS_PER_WINDOW {
+        if self.window + blocks > self.most {
             self.flush().await?;
             self.session.end_window().await?;
             self.window = 0;

@@ -13,6 +13,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::cache::Cache;
+use crate::engine::BLOCKS_PER_WINDOW;
 use crate::engine::{
     BackupPlan, BackupRequest, DiskRequest, Engine, Session, Snapshot, SnapshotId,
 };
@@ -180,6 +181,7 @@ async fn transfer<S: DiskSource + 'static>(
     let shared = Rc::new(Shared {
         block_size: info.block_size,
         depth: depth_of(plan.in_flight),
+        window: BLOCKS_PER_WINDOW,
         pool: HashPool::start(&fingerprinter, info.block_size)?,
         cache: RefCell::new(Cache::new(plan.cache as usize, info.block_size)),
         limit: ReadLimit::new(limit),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 
 use super::{Session, SnapshotName, interrupted};
-use crate::engine::{Engine, Snapshot};
+use crate::engine::{Disk, Engine, OpenDisk, Snapshot};
 use crate::error::{Context, Error, Kind, Result};
 use crate::restore::{Format, Options, Place, restore, safe_name};
 
@@ -90,10 +90,40 @@ pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
 async fn one(session: &Session, args: &Args, to: &Path, options: Options) -> Result<()> {
     let place = Place::check(to, options)?;
     let engine = session.engine().await?;
-    let name = &args.name;
-    let disk = args.disk.as_deref().unwrap_or("");
-    let open = engine.open_disk(&name.vm, &name.snapshot, disk).await?;
+    let snapshot = resolve(&engine, &args.name).await?;
+    let disks = wanted_disks(&snapshot, args.disk.as_deref())?;
+    let [disk] = disks.as_slice() else {
+        let (vm, names) = (&args.name.vm, names(&snapshot));
+        let what =
+            format!("{vm} has several disks; choose one of {names} with --disk, or use --to-dir");
+        return Err(Error::new(Kind::Usage, what));
+    };
+    let open = open(&engine, &snapshot, disk).await?;
     restore(&session.report, &open, &place, options).await
+}
+
+/// The disks that are meant: the named one, or all.
+pub(super) fn wanted_disks(snapshot: &Snapshot, wanted: Option<&str>) -> Result<Vec<Disk>> {
+    let is_wanted = |disk: &&Disk| {
+        wanted.is_none_or(|wanted| wanted == disk.name || wanted == disk.uuid.to_string())
+    };
+    let disks: Vec<Disk> = snapshot.disks.iter().filter(is_wanted).cloned().collect();
+    if disks.is_empty() {
+        let Snapshot { vm_name, id, .. } = snapshot;
+        let (wanted, names) = (wanted.unwrap_or("at all"), names(snapshot));
+        let what = format!("{vm_name}@{id} has no disk {wanted}; it has {names}");
+        return Err(Error::new(Kind::NotFound, what));
+    }
+    Ok(disks)
+}
+
+fn names(snapshot: &Snapshot) -> String {
+    snapshot.disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+/// Opens a disk by what never changes: ids.
+pub(super) async fn open(engine: &Engine, snapshot: &Snapshot, disk: &Disk) -> Result<OpenDisk> {
+    engine.open_disk(&snapshot.vm.to_string(), &snapshot.id.0, &disk.uuid.to_string()).await
 }
 
 async fn all(session: &Session, args: &Args, folder: &Path, options: Options) -> Result<()> {
@@ -104,21 +134,13 @@ async fn all(session: &Session, args: &Args, folder: &Path, options: Options) ->
         Error::caused(Kind::Target, format!("cannot create {}", folder.display()), error)
     })?;
     let mut places = Vec::new();
-    for disk in &snapshot.disks {
-        let wanted =
-            |disk_name: &String| *disk_name == disk.name || *disk_name == disk.uuid.to_string();
-        if args.disk.as_ref().is_none_or(wanted) {
-            let file = format!("{}.{}", safe_name(disk), options.format.extension());
-            places.push((disk.uuid, Place::check(&folder.join(file), options)?));
-        }
+    for disk in wanted_disks(&snapshot, args.disk.as_deref())? {
+        let file = format!("{}.{}", safe_name(&disk), options.format.extension());
+        let place = Place::check(&folder.join(file), options)?;
+        places.push((disk, place));
     }
-    if places.is_empty() {
-        let (disk, id) = (args.disk.as_deref().unwrap_or(""), &snapshot.id);
-        return Err(Error::new(Kind::NotFound, format!("{}@{id} has no disk {disk:?}", name.vm)));
-    }
-    for (uuid, place) in places {
-        let open =
-            engine.open_disk(&snapshot.vm.to_string(), &snapshot.id.0, &uuid.to_string()).await?;
+    for (disk, place) in places {
+        let open = open(&engine, &snapshot, &disk).await?;
         restore(&session.report, &open, &place, options).await?;
     }
     write_config(&engine, &snapshot, folder, options).await

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::restore::resolve;
+use super::restore::{open, resolve, wanted_disks};
 use super::{Session, SnapshotName, interrupted};
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::serve::serve;
 
 /// Serve the disks of a snapshot over NBD, read-only, to boot from or to take single files from.
@@ -29,16 +29,8 @@ pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
     let engine = session.engine().await?;
     let snapshot = resolve(&engine, &args.name).await?;
     let mut disks = Vec::new();
-    for disk in &snapshot.disks {
-        let uuid = disk.uuid.to_string();
-        if args.disk.as_ref().is_none_or(|wanted| *wanted == disk.name || *wanted == uuid) {
-            disks.push(engine.open_disk(&snapshot.vm.to_string(), &snapshot.id.0, &uuid).await?);
-        }
-    }
-    if disks.is_empty() {
-        let (disk, id) = (args.disk.as_deref().unwrap_or(""), &snapshot.id);
-        let what = format!("{}@{id} has no disk {disk:?}", snapshot.vm_name);
-        return Err(Error::new(Kind::NotFound, what));
+    for disk in wanted_disks(&snapshot, args.disk.as_deref())? {
+        disks.push(open(&engine, &snapshot, &disk).await?);
     }
     let stop = async {
         let _ = interrupted().await;
