@@ -197,8 +197,17 @@ impl OpenImage {
             .context(|| "cannot start qemu-nbd (Debian: package qemu-utils)".to_owned())?;
         wait_until_listening(&mut child, &socket, &info.file).await?;
         let target = NbdTarget::unix(socket, EXPORT);
-        let disk = NbdDisk::connect(&target, connect, options.bitmap.as_deref(), true).await?;
-        Ok(OpenImage { disk, child, _dir: dir })
+        match NbdDisk::connect(&target, connect, options.bitmap.as_deref(), true).await {
+            Ok(disk) => {
+                drain(child.stderr.take());
+                Ok(OpenImage { disk, child, _dir: dir })
+            }
+            // It listens before it opens the image; why it could not, it says at its end.
+            Err(error) => match timeout(END_LIMIT, child.wait()).await {
+                Ok(_) => Err(refused(&info.file, "open", &complaint(child.stderr.take()).await)),
+                Err(_) => Err(error.into()),
+            },
+        }
     }
 
     /// The disk.
@@ -235,10 +244,7 @@ async fn wait_until_listening(child: &mut Child, socket: &Path, file: &Path) -> 
             let said = complaint(child.stderr.take()).await;
             return Err(refused(file, "open", &said));
         }
-        // It listens from the moment that the socket exists: bind and listen come together
-        // before anything else that takes time, and a refused connection is tried again.
         if std::os::unix::net::UnixStream::connect(socket).is_ok() {
-            drain(child.stderr.take());
             return Ok(());
         }
         if Instant::now() > deadline {

@@ -3,8 +3,13 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Buffers come in multiples of this, so that any of them fits the next request.
-const GRAIN: usize = 256 * 1024;
+/// Buffers come in powers of two from a page on, so that they fit the next request too.
+const SMALLEST: usize = 4096;
+
+/// What a buffer of `length` bytes costs.
+pub(crate) fn cost(length: usize) -> usize {
+    length.next_power_of_two().max(SMALLEST)
+}
 
 /// Keeps idle buffers up to a number of bytes; more are freed.
 #[derive(Debug)]
@@ -21,12 +26,13 @@ impl Pool {
 
     /// A buffer of `length` bytes; what is in it is left over from earlier.
     pub(crate) fn take(self: &Arc<Self>, length: usize) -> Buffer {
+        let size = cost(length);
         let reused = {
             let mut idle = self.lock();
-            let fit = idle.iter().rposition(|bytes| bytes.len() >= length);
-            fit.map(|at| idle.swap_remove(at))
+            let fit = idle.iter().rposition(|bytes| bytes.len() == size);
+            fit.map(|at| idle.remove(at))
         };
-        let bytes = reused.unwrap_or_else(|| vec![0; length.next_multiple_of(GRAIN)]);
+        let bytes = reused.unwrap_or_else(|| vec![0; size]);
         Buffer { bytes, length, pool: Arc::clone(self) }
     }
 
@@ -75,10 +81,36 @@ impl AsRef<[u8]> for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let bytes = std::mem::take(&mut self.bytes);
-        let mut idle = self.pool.lock();
-        let kept: usize = idle.iter().map(Vec::len).sum();
-        if kept + bytes.len() <= self.pool.most {
-            idle.push(bytes);
+        let most = self.pool.most;
+        if bytes.len() > most {
+            return;
         }
+        let mut idle = self.pool.lock();
+        // Those that were not used for the longest time go.
+        while idle.iter().map(Vec::len).sum::<usize>() + bytes.len() > most {
+            idle.remove(0);
+        }
+        idle.push(bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn idle_buffers_are_used_again_and_bounded() {
+        let pool = Pool::new(3 * 4096);
+        let mut first = pool.take(4000);
+        first[0] = 7;
+        assert_eq!(first.len(), 4000);
+        drop(first);
+        assert_eq!(pool.take(4096)[0], 7);
+        drop((0..5).map(|_| pool.take(4096)).collect::<Vec<_>>());
+        assert_eq!(pool.lock().len(), 3);
+        drop(pool.take(8192));
+        assert_eq!(pool.lock().iter().map(Vec::len).collect::<Vec<_>>(), [4096, 8192]);
+        drop(pool.take(1 << 20));
+        assert_eq!(pool.lock().len(), 2);
     }
 }

@@ -10,7 +10,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use super::buffer::{Buffer, Pool};
+use super::buffer::{self, Buffer, Pool};
 use super::connection::{Connection, ReadHalf, WriteHalf};
 use super::error::{Asked, NbdError, NbdErrorKind};
 use super::handshake::{Handshake, Shape};
@@ -179,7 +179,7 @@ impl Export {
     pub async fn read(&self, offset: u64, length: u32) -> Result<Buffer, NbdError> {
         let asked = Asked { command: command::READ, offset, length };
         self.check(&asked, MAX_READ.min(self.0.shape.largest))?;
-        let permit = self.permit(length).await?;
+        let permit = self.permit(buffer::cost(length as usize) as u32).await?;
         let buffer = self.0.pool.take(length as usize);
         self.least_busy()
             .request(request(asked), Bytes::new(), |waiter, asked| {
