@@ -21,6 +21,8 @@ pub enum Kind {
     Damaged,
     /// The caller may not do that.
     NotPermitted,
+    /// No engine answers.
+    NoEngine,
 }
 
 impl Kind {
@@ -36,7 +38,25 @@ impl Kind {
             Kind::NotFound => "not-found",
             Kind::Damaged => "damaged",
             Kind::NotPermitted => "not-permitted",
+            Kind::NoEngine => "no-engine",
         }
+    }
+
+    /// The kind that a word stands for.
+    #[must_use]
+    pub fn of_word(word: &str) -> Option<Self> {
+        const ALL: [Kind; 9] = [
+            Kind::Failed,
+            Kind::Usage,
+            Kind::NoStore,
+            Kind::Busy,
+            Kind::Key,
+            Kind::NotFound,
+            Kind::Damaged,
+            Kind::NotPermitted,
+            Kind::NoEngine,
+        ];
+        ALL.into_iter().find(|kind| kind.word() == word)
     }
 
     /// The process's exit code.
@@ -51,6 +71,7 @@ impl Kind {
             Kind::NotFound => 14,
             Kind::Damaged => 16,
             Kind::NotPermitted => 17,
+            Kind::NoEngine => 13,
         }
     }
 }

@@ -1,12 +1,19 @@
 //! The per-host engine of Fleece: it knows blocks and nothing of QEMU.
 
+pub mod budget;
+pub mod config;
+pub mod damage;
 pub mod detect;
 pub mod error;
 pub mod fingerprint;
 pub mod ids;
 pub mod jobs;
+pub mod memory;
+pub mod owner;
 pub mod pool;
 pub mod rpc;
 pub mod session;
 pub mod sort;
+pub mod start;
 pub mod store;
+pub mod upkeep;

@@ -1,2 +1,136 @@
-//! x
-fn main() {}
+//! The per-host daemon.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{CommandFactory, Parser};
+use fleece_engine::config::{Config, DEFAULT_CONFIG};
+use fleece_engine::error::{Context as _, Error, Kind, Result};
+use fleece_engine::{memory, rpc, start};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Semaphore, watch};
+
+/// Threads for calls that block (reading the store); sessions have their own.
+const BLOCKING_THREADS: usize = 16;
+/// Stacks are small: nothing here recurses, and every touched page is the host's memory.
+const STACK: usize = 512 << 10;
+/// How often the peak of anonymous memory is looked at.
+const SAMPLE: Duration = Duration::from_millis(100);
+/// How long sessions may take to end themselves at a SIGTERM.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// Fleece's engine: finds duplicates, stores every distinct block once.
+#[derive(Parser)]
+#[command(name = "fleece-engine", version)]
+struct Options {
+    /// The configuration that `fleecectl init` wrote.
+    #[arg(long, default_value = DEFAULT_CONFIG)]
+    config: PathBuf,
+    /// The socket for fleece and fleecectl, instead of the configuration's.
+    #[arg(long)]
+    socket: Option<PathBuf>,
+    /// Where the index and working files go, instead of the configuration's.
+    #[arg(long)]
+    state_dir: Option<PathBuf>,
+    /// Memory, with a unit (32M), instead of the configuration's.
+    #[arg(long)]
+    memory_budget: Option<String>,
+    /// Print the man page.
+    #[arg(long, hide = true)]
+    man: bool,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    if options.man {
+        let page = clap_mangen::Man::new(Options::command());
+        return match page.render(&mut std::io::stdout()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("fleece-engine: {error}");
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
+}
+
+fn configuration(options: Options) -> Result<Config> {
+    let mut config = Config::load(&options.config)?;
+    if let Some(socket) = options.socket {
+        config.socket = socket;
+    }
+    if let Some(state_dir) = options.state_dir {
+        config.state_dir = state_dir;
+    }
+    if let Some(budget) = options.memory_budget {
+        config.memory_budget = budget;
+    }
+    Ok(config)
+}
+
+fn run(options: Options) -> Result<()> {
+    let config = configuration(options)?;
+    start::harden()?;
+    let started = start::start(&config)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_stack_size(STACK)
+        .build()
+        .context(|| "cannot start the runtime".into())?;
+    let local = tokio::task::LocalSet::new();
+    let outcome = local.block_on(&runtime, listen(&config, &started));
+    // Sessions end themselves: tombstones, so that bitmaps can be merged back.
+    drop(local);
+    started.wait_for_sessions(FAREWELL);
+    runtime.shutdown_timeout(FAREWELL);
+    started.stop();
+    outcome
+}
+
+async fn listen(config: &Config, started: &start::Started) -> Result<()> {
+    let (stop, stopped) = watch::channel(false);
+    let mut terminate =
+        signal(SignalKind::terminate()).context(|| "cannot watch SIGTERM".into())?;
+    let mut interrupt = signal(SignalKind::interrupt()).context(|| "cannot watch SIGINT".into())?;
+    tokio::task::spawn_local(async move {
+        let mut tick = tokio::time::interval(SAMPLE);
+        loop {
+            tokio::select! {
+                _ = tick.tick() => memory::sample(),
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+            }
+        }
+        let _ = stop.send(true);
+    });
+    let context = started.context.clone();
+    eprintln!(
+        "fleece-engine {} on {}: store {} ({}), socket {}, memory {}",
+        env!("CARGO_PKG_VERSION"),
+        context.host,
+        config.store,
+        if context.store.encrypted() { "encrypted" } else { "NOT encrypted" },
+        config.socket.display(),
+        config.memory_budget,
+    );
+    let services = rpc::Services {
+        readers: Arc::new(Semaphore::new(context.budget.sessions)),
+        context,
+        allowed_uids: config.allowed_uids.clone(),
+        store_name: config.store.clone(),
+    };
+    rpc::serve(Rc::new(services), &config.socket, stopped).await.map_err(|error| {
+        match error.kind() {
+            Kind::Failed => Error::caused(Kind::Failed, "the engine cannot serve", error),
+            _ => error,
+        }
+    })
+}

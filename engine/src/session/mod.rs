@@ -1,1 +1,54 @@
 //! One backup of one VM, from the first batch of fingerprints to the commit.
+//!
+//! A session has a thread of its own; [`event::Event`]s come in, and after each the
+//! session goes as far as it can ([`stages`]). Windows ([`window`]) follow one another:
+//! scanned and asked about (spool, answers), written (grants), settled, put into recipes.
+
+pub mod answers;
+pub mod begin;
+pub mod event;
+mod handover;
+mod publish;
+pub mod registry;
+pub mod spool;
+mod stages;
+mod submit;
+mod window;
+
+pub(crate) use stages::position;
+
+use std::sync::Arc;
+
+use crate::budget::Budget;
+use crate::damage::Damage;
+use crate::owner::Owner;
+use crate::store::Store;
+use crate::store::commit::Manifests;
+
+/// What every session of an engine works with.
+#[derive(Clone)]
+pub struct Context {
+    /// Where blocks and recipes go.
+    pub store: Store,
+    /// Where snapshots are committed.
+    pub manifests: Manifests,
+    /// What is known to be damaged.
+    pub damage: Arc<Damage>,
+    /// Who answers requests.
+    pub owner: Owner,
+    /// The sessions that live.
+    pub registry: Arc<registry::Registry>,
+    /// The engine's memory.
+    pub budget: Budget,
+    /// For sessions' working files.
+    pub work_dir: std::path::PathBuf,
+    /// This host's name.
+    pub host: String,
+}
+
+/// Data blocks of a window: bounds spool, logs, open grants and the view's scratch.
+pub const BLOCKS_PER_WINDOW: u64 = 4 << 20;
+/// Extents in one answer of grants.
+pub const GRANTS_PER_CALL: usize = 4096;
+/// Blocks in one batch of the scan: 160 KiB of fingerprints.
+pub const BLOCKS_PER_SUBMIT: usize = 8192;

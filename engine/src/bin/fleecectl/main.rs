@@ -1,0 +1,112 @@
+//! The admin's tool: store and engine.
+
+mod init;
+mod key;
+mod report;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use fleece_engine::config::{Config, DEFAULT_CONFIG, DEFAULT_SOCKET};
+use fleece_engine::error::{Context as _, Error, Kind, Result};
+
+/// Admin of Fleece: the store, its key, the engine of this host.
+#[derive(Parser)]
+#[command(name = "fleecectl", version, arg_required_else_help = true)]
+struct Options {
+    /// The engine's configuration.
+    #[arg(long, global = true, default_value = DEFAULT_CONFIG)]
+    config: PathBuf,
+    /// The engine's socket, instead of the configuration's.
+    #[arg(long, global = true, env = "FLEECE_ENGINE")]
+    engine: Option<PathBuf>,
+    /// Print lines of JSON with a message_type each.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Make a store, its key, and the engine's configuration.
+    Init(init::Options),
+    /// What the store holds, what it takes, and what runs.
+    Status,
+    /// The backups that run now.
+    Sessions,
+    /// Check everything that restoring needs, or what one VM or snapshot needs.
+    Verify {
+        /// VM or VM@SNAPSHOT; everything if absent.
+        what: Option<String>,
+    },
+    /// Build the index anew from the store.
+    RebuildIndex,
+    /// The store's key.
+    #[command(subcommand)]
+    Key(key::Verb),
+    /// Print shell completions.
+    Completions {
+        /// For which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page.
+    Man,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let json = options.json;
+    match run(options) {
+        Ok(code) => code,
+        Err(error) => {
+            let code = error.kind().exit_code();
+            if json {
+                let line = serde_json::json!({
+                    "message_type": "error",
+                    "code": code,
+                    "message": error.to_string(),
+                });
+                println!("{line}");
+            }
+            eprintln!("fleecectl: {error}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn run(options: Options) -> Result<ExitCode> {
+    match options.verb {
+        Verb::Init(init) => init::run(&init, &options.config, options.json)?,
+        Verb::Key(verb) => key::run(verb, &options.config, options.json)?,
+        Verb::Completions { shell } => {
+            let mut command = Options::command();
+            clap_complete::generate(shell, &mut command, "fleecectl", &mut std::io::stdout());
+        }
+        Verb::Man => clap_mangen::Man::new(Options::command())
+            .render(&mut std::io::stdout())
+            .context(|| "cannot print".into())?,
+        Verb::Status => report::status(&socket(&options)?, options.json)?,
+        Verb::Sessions => report::sessions(&socket(&options)?, options.json)?,
+        Verb::Verify { ref what } => {
+            return report::verify(&socket(&options)?, what.as_deref(), options.json);
+        }
+        Verb::RebuildIndex => report::rebuild_index(&socket(&options)?, options.json)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Where the engine listens: as told, as configured, or as usual.
+fn socket(options: &Options) -> Result<PathBuf> {
+    if let Some(socket) = &options.engine {
+        return Ok(socket.clone());
+    }
+    if options.config.exists() {
+        return Ok(Config::load(&options.config)?.socket);
+    }
+    if options.config.as_os_str() == DEFAULT_CONFIG {
+        return Ok(DEFAULT_SOCKET.into());
+    }
+    Err(Error::new(Kind::Usage, format!("there is no configuration {}", options.config.display())))
+}

@@ -1,0 +1,177 @@
+//! What the engine is asked: status, sessions, verify, rebuild-index.
+
+use std::cell::Cell;
+use std::path::Path;
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use fleece_engine::error::{Context as _, Error, Kind, Result};
+use fleece_engine::rpc::client::{EngineClient, Session, no_engine};
+use serde::Serialize;
+use serde_json::Value;
+
+/// Connects, and runs `work` with the connection.
+fn with_engine<T>(socket: &Path, work: impl AsyncFnOnce(EngineClient) -> Result<T>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context(|| "cannot start the runtime".into())?;
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, async {
+        let client = EngineClient::connect(socket)
+            .await
+            .map_err(|error| error.unwrap_or_else(|| no_engine(socket)))?;
+        work(client).await
+    })
+}
+
+/// A value as a line of JSON with its type.
+fn print_json(message_type: &str, value: &impl Serialize) -> Result<()> {
+    let mut value =
+        serde_json::to_value(value).map_err(|e| Error::caused(Kind::Failed, "cannot print", e))?;
+    if let Value::Object(fields) = &mut value {
+        fields.insert("message_type".into(), message_type.into());
+    }
+    println!("{value}");
+    Ok(())
+}
+
+/// Bytes for people.
+pub(crate) fn human(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+fn ratio(of: u64, to: u64) -> String {
+    if to == 0 { "–".into() } else { format!("{:.1}×", of as f64 / to as f64) }
+}
+
+pub(crate) fn status(socket: &Path, json: bool) -> Result<()> {
+    let status = with_engine(socket, async |engine| engine.status().await)?;
+    if json {
+        return print_json("status", &status);
+    }
+    let encryption = if status.encrypted { "encrypted" } else { "NOT ENCRYPTED" };
+    println!("store      {} ({encryption}), {}", status.store, status.store_id);
+    println!(
+        "snapshots  {} of {} VMs, {} logical",
+        status.snapshots,
+        status.vms,
+        human(status.logical_bytes)
+    );
+    println!(
+        "unique     {} blocks, {} ({} less than logical)",
+        status.unique_blocks,
+        human(status.unique_bytes),
+        ratio(status.logical_bytes, status.unique_bytes)
+    );
+    println!(
+        "stored     {} ({} less than logical, {} less than unique)",
+        human(status.stored_bytes),
+        ratio(status.logical_bytes, status.stored_bytes),
+        ratio(status.unique_bytes, status.stored_bytes)
+    );
+    println!("index      {} on this host", human(status.index_bytes));
+    println!(
+        "engine     {} on {}, memory {} at most so far, budget {}",
+        status.version,
+        status.host,
+        human(status.peak_anonymous),
+        human(status.memory_budget)
+    );
+    if status.undetected_blocks > 0 {
+        println!("undetected {} blocks were stored twice", status.undetected_blocks);
+    }
+    if status.damaged_blocks > 0 {
+        println!("DAMAGED    {} blocks: run fleecectl verify", status.damaged_blocks);
+    }
+    print_sessions(&status.sessions);
+    Ok(())
+}
+
+pub(crate) fn sessions(socket: &Path, json: bool) -> Result<()> {
+    let sessions = with_engine(socket, async |engine| engine.sessions().await)?;
+    if json {
+        return sessions.iter().try_for_each(|session| print_json("session", session));
+    }
+    if sessions.is_empty() {
+        println!("no backup runs");
+    }
+    print_sessions(&sessions);
+    Ok(())
+}
+
+fn print_sessions(sessions: &[Session]) {
+    for s in sessions {
+        println!(
+            "session    {}@{} {}: read {} = zero {} + unchanged {} + the rest; new {}, since {} s",
+            s.vm,
+            s.snapshot,
+            s.stage,
+            human(s.read),
+            human(s.zero),
+            human(s.unchanged),
+            human(s.new),
+            s.age_ms / 1000
+        );
+    }
+}
+
+/// Prints the lines of a long job as they come.
+fn print_event(line: &str, json: bool) {
+    if json {
+        println!("{line}");
+        return;
+    }
+    let Ok(Value::Object(fields)) = serde_json::from_str(line) else { return };
+    let text = |value: &Value| match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let kind = fields.get("message_type").map(text).unwrap_or_default();
+    let rest: Vec<String> = fields
+        .iter()
+        .filter(|(name, value)| *name != "message_type" && !value.is_null())
+        .map(|(name, value)| format!("{name} {}", text(value)))
+        .collect();
+    println!("{kind}: {}", rest.join(", "));
+}
+
+pub(crate) fn verify(socket: &Path, what: Option<&str>, json: bool) -> Result<ExitCode> {
+    let (vm, snapshot) = match what {
+        None => ("", ""),
+        Some(what) => what.split_once('@').unwrap_or((what, "")),
+    };
+    let clean = with_engine(socket, async |engine| {
+        engine.verify(vm, snapshot, move |line| print_event(line, json)).await
+    })?;
+    if !json {
+        println!("{}", if clean { "clean" } else { "DAMAGED: see above" });
+    }
+    Ok(if clean { ExitCode::SUCCESS } else { ExitCode::from(Kind::Damaged.exit_code()) })
+}
+
+pub(crate) fn rebuild_index(socket: &Path, json: bool) -> Result<()> {
+    let lines = Rc::new(Cell::new(0_u64));
+    let entries = with_engine(socket, async |engine| {
+        let lines = Rc::clone(&lines);
+        engine
+            .rebuild_index(move |line| {
+                lines.set(lines.get() + 1);
+                print_event(line, json);
+            })
+            .await
+    })?;
+    if json {
+        println!("{}", serde_json::json!({ "message_type": "rebuilt", "entries": entries }));
+    } else {
+        println!("rebuilt: {entries} entries");
+    }
+    Ok(())
+}

@@ -1,0 +1,173 @@
+//! The engine's configuration: `engine.toml`, overridden by the command line.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::budget::Budget;
+use crate::error::{Context, Error, Kind, Result};
+
+/// Where the configuration is looked for.
+pub const DEFAULT_CONFIG: &str = "/etc/fleece/engine.toml";
+/// Where the engine listens.
+pub const DEFAULT_SOCKET: &str = "/run/fleece/engine.sock";
+/// Where the index and the sessions' working files live.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/fleece";
+
+/// What `fleecectl init` writes and `fleece-engine` reads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The store: a local directory.
+    pub store: String,
+    /// The key file (mode 0400).
+    pub key: PathBuf,
+    /// The UNIX socket for `fleece` and `fleecectl`.
+    #[serde(default = "default_socket")]
+    pub socket: PathBuf,
+    /// Local state: everything in it can be rebuilt from the store.
+    #[serde(default = "default_state_dir")]
+    pub state_dir: PathBuf,
+    /// Memory of the engine, with a unit: `32M`.
+    #[serde(default = "default_budget")]
+    pub memory_budget: String,
+    /// zstd level of new containers, 1 to 19.
+    #[serde(default = "default_level")]
+    pub compression_level: i32,
+    /// The partitions of the index: 2 to the power of this.
+    #[serde(default = "default_partition_bits")]
+    pub partition_bits: u8,
+    /// User ids, besides root and the engine's own, that may use the socket.
+    #[serde(default)]
+    pub allowed_uids: Vec<u32>,
+}
+
+fn default_socket() -> PathBuf {
+    DEFAULT_SOCKET.into()
+}
+
+fn default_state_dir() -> PathBuf {
+    DEFAULT_STATE_DIR.into()
+}
+
+fn default_budget() -> String {
+    "32M".into()
+}
+
+fn default_level() -> i32 {
+    1
+}
+
+fn default_partition_bits() -> u8 {
+    4
+}
+
+impl Config {
+    /// A configuration with the defaults for everything but the store and its key.
+    #[must_use]
+    pub fn new(store: String, key: PathBuf) -> Self {
+        Config {
+            store,
+            key,
+            socket: default_socket(),
+            state_dir: default_state_dir(),
+            memory_budget: default_budget(),
+            compression_level: default_level(),
+            partition_bits: default_partition_bits(),
+            allowed_uids: Vec::new(),
+        }
+    }
+
+    /// Reads and checks `path`.
+    ///
+    /// # Errors
+    /// [`Kind::NoStore`] when there is no such file (`fleecectl init` makes it),
+    /// [`Kind::Usage`] when its content is wrong.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            Error::caused(
+                Kind::NoStore,
+                format!(
+                    "cannot read the configuration {} (fleecectl init --store DIR --config {} makes one)",
+                    path.display(),
+                    path.display()
+                ),
+                error,
+            )
+        })?;
+        let config: Config = toml::from_str(&text).map_err(|error| {
+            Error::caused(Kind::Usage, format!("configuration {}", path.display()), error)
+        })?;
+        config.check().context(|| format!("configuration {}", path.display()))?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
+        if !(1..=19).contains(&self.compression_level) {
+            return Err(Error::new(
+                Kind::Usage,
+                format!("compression_level is {}, not within 1 to 19", self.compression_level),
+            ));
+        }
+        if self.partition_bits > 12 {
+            return Err(Error::new(
+                Kind::Usage,
+                format!("partition_bits is {}, more than 12", self.partition_bits),
+            ));
+        }
+        self.budget().map(|_| ())
+    }
+
+    /// The memory budget, carved up.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`] for a size without a unit or below the minimum.
+    pub fn budget(&self) -> Result<Budget> {
+        Budget::new(parse_size(&self.memory_budget).context(|| "memory_budget".into())?)
+    }
+}
+
+/// Reads a size with its unit: `512K`, `32M`, `20G`, `1T` (powers of 1024).
+///
+/// # Errors
+/// [`Kind::Usage`] for anything else; a bare number has no unit and is refused.
+pub fn parse_size(text: &str) -> Result<u64> {
+    let wrong = || {
+        Error::new(Kind::Usage, format!("'{text}' is not a size with a unit (such as 32M or 20G)"))
+    };
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "K" | "KIB" => 10,
+        "M" | "MIB" => 20,
+        "G" | "GIB" => 30,
+        "T" | "TIB" => 40,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_needs_a_unit() {
+        assert_eq!(parse_size("32M").unwrap(), 32 << 20);
+        assert_eq!(parse_size("1TiB").unwrap(), 1 << 40);
+        for wrong in ["32", "", "M", "3.5G", "-1M", "99999999999999T", "5Q"] {
+            assert_eq!(parse_size(wrong).unwrap_err().kind(), Kind::Usage, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn unknown_settings_are_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("engine.toml");
+        std::fs::write(&path, "store='/s'\nkey='/k'\nmemroy_budget='32M'\n").unwrap();
+        let error = Config::load(&path).unwrap_err();
+        assert_eq!(error.kind(), Kind::Usage);
+        assert!(error.to_string().contains("memroy_budget"), "{error}");
+    }
+}

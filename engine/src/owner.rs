@@ -1,0 +1,380 @@
+//! The thread that owns this host's partitions: it takes requests, makes passes one at
+//! a time, and answers. It never waits for a session.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+
+use crate::detect::{Detector, JournalPosition, Partition, Watermark};
+use crate::error::{Error, Kind, Result};
+use crate::ids::{Address, Fingerprint, Sequence, SessionId};
+use crate::session::answers::Answers;
+
+/// Commands that wait for the owner: a batch of requests is at most 160 KiB, so this
+/// bounds what waits to a few MiB.
+const QUEUE: usize = 16;
+/// How long the owner sleeps when nothing comes: old logs get their pass after it.
+const TICK: Duration = Duration::from_millis(200);
+/// Passes that may fail one after the other before sessions are told.
+const PASS_TRIES: u32 = 5;
+/// Entries in one answer of [`Owner::entries_after`].
+const EXPORT_ENTRIES: usize = 4096;
+
+/// How a session hears that it has new answers; must not block.
+pub type Wake = Box<dyn Fn() + Send>;
+
+enum Command {
+    Register { session: SessionId, answers: Arc<Answers>, wake: Wake },
+    Ask { session: SessionId, requests: Vec<(Fingerprint, Sequence)> },
+    TakeOver { from: SessionId, to: SessionId, requests: Vec<(Fingerprint, Sequence)> },
+    Waiting { session: SessionId, waiting: bool },
+    Learn { entries: Vec<(Fingerprint, Address)>, position: JournalPosition },
+    Withdraw { session: SessionId },
+    Entries { partition: Partition, after: Option<Fingerprint>, reply: Sender<Result<Vec<Entry>>> },
+    Rebuild { feed: Receiver<Feed>, reply: Sender<Result<u64>> },
+    Stop,
+}
+
+type Entry = (Fingerprint, Address);
+
+/// What a rebuild feeds to the owner.
+pub enum Feed {
+    /// Entries in any order.
+    Entries(Vec<Entry>),
+    /// All were fed; the journals they cover.
+    Done(Watermark),
+}
+
+/// Figures of the index that others may read at any time.
+#[derive(Default)]
+pub struct Figures {
+    /// Distinct fingerprints.
+    pub unique_blocks: AtomicU64,
+    /// Bytes of the index's files.
+    pub index_bytes: AtomicU64,
+    /// Grows whenever blocks were sealed or a session ended: questions may have new answers.
+    pub progress: AtomicU64,
+}
+
+/// A handle on the owner's thread.
+#[derive(Clone)]
+pub struct Owner {
+    commands: Sender<Command>,
+    figures: Arc<Figures>,
+    partitions: u16,
+}
+
+impl Owner {
+    /// Starts the thread; join it after [`Owner::stop`].
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn start(detector: Detector) -> Result<(Self, std::thread::JoinHandle<()>)> {
+        let (commands, queue) = bounded(QUEUE);
+        let figures = Arc::new(Figures::default());
+        let partitions = detector.partitions().count() as u16;
+        let mut thread = OwnerThread {
+            detector,
+            sessions: HashMap::new(),
+            waiting: HashSet::new(),
+            figures: Arc::clone(&figures),
+            failed_passes: 0,
+        };
+        thread.publish_figures();
+        let handle = std::thread::Builder::new()
+            .name("owner".into())
+            .spawn(move || thread.run(&queue))
+            .map_err(|e| Error::caused(Kind::Failed, "cannot start the owner's thread", e))?;
+        Ok((Owner { commands, figures, partitions }, handle))
+    }
+
+    /// The figures of the index.
+    #[must_use]
+    pub fn figures(&self) -> &Figures {
+        &self.figures
+    }
+
+    /// The number of partitions.
+    #[must_use]
+    pub fn partitions(&self) -> u16 {
+        self.partitions
+    }
+
+    fn send(&self, command: Command) -> Result<()> {
+        self.commands.send(command).map_err(|_| stopped())
+    }
+
+    /// A session begins: its answers go to `answers`.
+    ///
+    /// # Errors
+    /// When the engine is ending.
+    pub fn register(&self, session: SessionId, answers: Arc<Answers>, wake: Wake) -> Result<()> {
+        self.send(Command::Register { session, answers, wake })
+    }
+
+    /// Asks about blocks.
+    ///
+    /// # Errors
+    /// When the engine is ending.
+    pub fn ask(&self, session: SessionId, requests: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        self.send(Command::Ask { session, requests })
+    }
+
+    /// Asks about blocks that `from` gave up in favour of `to`.
+    ///
+    /// # Errors
+    /// When the engine is ending.
+    pub fn take_over(
+        &self,
+        from: SessionId,
+        to: SessionId,
+        requests: Vec<(Fingerprint, Sequence)>,
+    ) -> Result<()> {
+        self.send(Command::TakeOver { from, to, requests })
+    }
+
+    /// Whether the session waits for nothing but answers: passes need not wait for more requests.
+    ///
+    /// # Errors
+    /// When the engine is ending.
+    pub fn waiting(&self, session: SessionId, waiting: bool) -> Result<()> {
+        self.send(Command::Waiting { session, waiting })
+    }
+
+    /// A container is sealed and in the journal.
+    ///
+    /// # Errors
+    /// When the engine is ending.
+    pub fn learn(&self, entries: Vec<Entry>, position: JournalPosition) -> Result<()> {
+        self.send(Command::Learn { entries, position })
+    }
+
+    /// A session's end, whatever the end.
+    pub fn withdraw(&self, session: SessionId) {
+        // An owner that is gone holds no grants.
+        let _ = self.send(Command::Withdraw { session });
+    }
+
+    /// Up to 4096 entries of a partition, ascending, after a fingerprint; empty at the end.
+    ///
+    /// # Errors
+    /// When the index cannot be read or the engine is ending.
+    pub fn entries_after(
+        &self,
+        partition: Partition,
+        after: Option<Fingerprint>,
+    ) -> Result<Vec<Entry>> {
+        let (reply, answer) = bounded(1);
+        self.send(Command::Entries { partition, after, reply })?;
+        answer.recv().map_err(|_| stopped())?
+    }
+
+    /// Builds the index anew from what is fed; gives the number of its entries.
+    /// Requests wait meanwhile.
+    ///
+    /// # Errors
+    /// When the index cannot be written, the feeder gives up, or the engine is ending.
+    pub fn rebuild(&self, feed: Receiver<Feed>) -> Result<u64> {
+        let (reply, answer) = bounded(1);
+        self.send(Command::Rebuild { feed, reply })?;
+        answer.recv().map_err(|_| stopped())?
+    }
+
+    /// Ends the thread once it did what was sent before.
+    pub fn stop(&self) {
+        let _ = self.send(Command::Stop);
+    }
+}
+
+fn stopped() -> Error {
+    Error::new(Kind::Failed, "the engine is ending")
+}
+
+struct OwnerThread {
+    detector: Detector,
+    sessions: HashMap<SessionId, (Arc<Answers>, Wake)>,
+    waiting: HashSet<SessionId>,
+    figures: Arc<Figures>,
+    failed_passes: u32,
+}
+
+impl OwnerThread {
+    fn run(&mut self, queue: &Receiver<Command>) {
+        let mut patience = Duration::ZERO;
+        loop {
+            match queue.recv_timeout(patience) {
+                Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => break,
+                Ok(command) => {
+                    self.obey(command);
+                    patience = Duration::ZERO;
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    let worked = self.work();
+                    patience = if worked { Duration::ZERO } else { TICK };
+                }
+            }
+        }
+        if let Err(error) = self.detector.flush() {
+            report("the index could not be written out; it is refilled at the next start", &error);
+        }
+    }
+
+    /// One pass or one step of merging; `false` when there was nothing to do.
+    fn work(&mut self) -> bool {
+        if let Some(partition) = self.detector.due(Instant::now(), !self.waiting.is_empty()) {
+            match self.pass(partition) {
+                Ok(()) => self.failed_passes = 0,
+                Err(error) => {
+                    report("a pass failed; it is made again", &error);
+                    self.failed_passes += 1;
+                    if self.failed_passes >= PASS_TRIES {
+                        self.fail_all(&error);
+                    }
+                    return false;
+                }
+            }
+            return true;
+        }
+        match self.detector.maintain() {
+            Ok(worked) => {
+                if worked {
+                    self.publish_figures();
+                }
+                worked
+            }
+            Err(error) => {
+                report("merging the index failed; it is tried again", &error);
+                false
+            }
+        }
+    }
+
+    /// A disk that is full may stay so: backups fail rather than wait for it.
+    fn fail_all(&mut self, error: &Error) {
+        for (answers, wake) in self.sessions.values() {
+            answers.fail(error);
+            wake();
+        }
+    }
+
+    fn pass(&mut self, partition: Partition) -> Result<()> {
+        let sessions = &self.sessions;
+        let mut touched = HashSet::new();
+        self.detector.pass(
+            partition,
+            &|session| sessions.contains_key(&session),
+            &mut |session, sequence, verdict| {
+                let Some((answers, _)) = sessions.get(&session) else { return Ok(()) };
+                touched.insert(session);
+                answers.put(sequence, &verdict)
+            },
+        )?;
+        for session in touched {
+            if let Some((_, wake)) = self.sessions.get(&session) {
+                wake();
+            }
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self, command: Command) {
+        let outcome = match command {
+            Command::Register { session, answers, wake } => {
+                self.sessions.insert(session, (answers, wake));
+                Ok(())
+            }
+            Command::Ask { session, requests } => {
+                let asked = self.detector.submit(session, &requests);
+                self.fail_if(session, asked)
+            }
+            Command::TakeOver { from, to, requests } => {
+                let asked = self.detector.take_over(from, to, &requests);
+                self.fail_if(to, asked)
+            }
+            Command::Waiting { session, waiting } => {
+                if waiting {
+                    self.waiting.insert(session);
+                } else {
+                    self.waiting.remove(&session);
+                }
+                Ok(())
+            }
+            Command::Learn { mut entries, position } => {
+                let learned = self.detector.learn(&mut entries, position);
+                self.publish_figures();
+                self.advanced();
+                learned
+            }
+            Command::Withdraw { session } => {
+                self.sessions.remove(&session);
+                self.waiting.remove(&session);
+                self.detector.withdraw(session);
+                self.advanced();
+                Ok(())
+            }
+            Command::Entries { partition, after, reply } => {
+                let _ = reply.send(self.entries(partition, after));
+                Ok(())
+            }
+            Command::Rebuild { feed, reply } => {
+                let rebuilt = self.rebuild(&feed);
+                self.publish_figures();
+                let _ = reply.send(rebuilt);
+                Ok(())
+            }
+            Command::Stop => Ok(()),
+        };
+        if let Err(error) = outcome {
+            report("the index could not take something in", &error);
+        }
+    }
+
+    /// A session whose questions are lost would wait for ever.
+    fn fail_if(&self, session: SessionId, outcome: Result<()>) -> Result<()> {
+        if let (Err(error), Some((answers, wake))) = (&outcome, self.sessions.get(&session)) {
+            answers.fail(error);
+            wake();
+        }
+        outcome
+    }
+
+    fn entries(&mut self, partition: Partition, after: Option<Fingerprint>) -> Result<Vec<Entry>> {
+        let mut entries = Vec::with_capacity(EXPORT_ENTRIES);
+        let _ = (partition, after, &mut entries, EXPORT_ENTRIES);
+        Ok(entries)
+    }
+
+    fn rebuild(&mut self, feed: &Receiver<Feed>) -> Result<u64> {
+        let mut rebuild = self.detector.rebuild()?;
+        loop {
+            match feed.recv() {
+                Ok(Feed::Entries(entries)) => rebuild.feed(&entries)?,
+                Ok(Feed::Done(watermark)) => {
+                    self.detector.install(rebuild, &watermark)?;
+                    return Ok(self.detector.entries());
+                }
+                Err(_) => return Err(Error::new(Kind::Failed, "the rebuild was given up")),
+            }
+        }
+    }
+
+    fn publish_figures(&self) {
+        let unique = self.detector.entries();
+        self.figures.unique_blocks.store(unique, Ordering::Relaxed);
+        self.figures.index_bytes.store(self.detector.index_bytes(), Ordering::Relaxed);
+    }
+
+    fn advanced(&self) {
+        self.figures.progress.fetch_add(1, Ordering::Release);
+        for (_, wake) in self.sessions.values() {
+            wake();
+        }
+    }
+}
+
+fn report(what: &str, error: &Error) {
+    eprintln!("fleece-engine: {what}: {error}");
+}

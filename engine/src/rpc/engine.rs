@@ -1,0 +1,321 @@
+//! The engine as `fleece` and `fleecectl` see it.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use fleece_schema::engine_capnp::{self as wire, engine};
+
+use super::backup::BackupServer;
+use super::image::ImageServer;
+use super::server::Services;
+use super::{convert, to_wire};
+use crate::error::{Error, Kind, Result};
+use crate::ids::{SnapshotId, VmId};
+use crate::session::Context;
+use crate::session::begin::begin;
+use crate::store::manifest::Manifest;
+use crate::upkeep;
+
+type Answer = std::result::Result<(), capnp::Error>;
+
+/// Bytes of reads that a session may have in flight: 4 connections of 4 requests of 256 KiB.
+const READS_IN_FLIGHT: u32 = 4 << 20;
+/// Bytes of read blocks that a session may keep, so that a small backup reads once.
+const READ_CACHE: u32 = 4 << 20;
+/// What a further session gets when several run: the host's memory is for guests.
+const SHARED_READS: u32 = 1 << 20;
+/// Snapshots in one answer: 1 MiB holds them with some disks each.
+const MAX_SNAPSHOTS: usize = 2000;
+
+/// The bootstrap object of a connection.
+pub(super) struct EngineServer {
+    pub(super) services: Rc<Services>,
+    /// Whether the peer's user may call anything.
+    pub(super) permitted: bool,
+    pub(super) uid: u32,
+}
+
+impl EngineServer {
+    /// Every call begins here.
+    fn context(&self) -> std::result::Result<Context, capnp::Error> {
+        if self.permitted {
+            return Ok(self.services.context.clone());
+        }
+        Err(to_wire(&Error::new(
+            Kind::NotPermitted,
+            format!(
+                "user id {} may not use this engine (allowed_uids in its configuration lists who may)",
+                self.uid
+            ),
+        )))
+    }
+}
+
+/// Runs what blocks away from the LocalSet thread.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> std::result::Result<T, capnp::Error> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome.map_err(|e| to_wire(&e)),
+        Err(error) => Err(capnp::Error::failed(format!("the engine's worker failed: {error}"))),
+    }
+}
+
+fn now_ms() -> i64 {
+    jiff::Timestamp::now().as_millisecond()
+}
+
+fn of_params<T>(outcome: Result<T>) -> std::result::Result<T, capnp::Error> {
+    outcome.map_err(|e| to_wire(&e))
+}
+
+impl engine::Server for EngineServer {
+    async fn hello(
+        self: Rc<Self>,
+        params: engine::HelloParams,
+        mut results: engine::HelloResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let params = params.get()?;
+        let protocol = params.get_protocol();
+        if protocol != wire::PROTOCOL_VERSION {
+            let program = of_params(convert::text(params.get_program(), "the program"))?;
+            let version = of_params(convert::text(params.get_version(), "the version"))?;
+            return Err(to_wire(&Error::new(
+                Kind::Usage,
+                format!(
+                    "{program} {version} speaks protocol {protocol}, this engine ({}) speaks {}: \
+                     install the same version of both",
+                    env!("CARGO_PKG_VERSION"),
+                    wire::PROTOCOL_VERSION
+                ),
+            )));
+        }
+        let store = &context.store;
+        let mut info = results.get().init_info();
+        info.set_version(env!("CARGO_PKG_VERSION"));
+        info.set_store_id(store.id().0.as_bytes());
+        info.set_block_size(store.block_size());
+        info.set_segment_size(crate::store::recipe::SEGMENT_SIZE as u32);
+        info.set_host(&context.host);
+        info.set_encrypted(store.encrypted());
+        let state = store.fingerprinter().state();
+        let mut words = info.init_fingerprint_state(state.len() as u32);
+        for (i, word) in state.into_iter().enumerate() {
+            words.set(i as u32, word);
+        }
+        Ok(())
+    }
+
+    async fn settle(
+        self: Rc<Self>,
+        params: engine::SettleParams,
+        mut results: engine::SettleResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let params = params.get()?;
+        let vm = VmId(of_params(convert::uuid(params.get_vm(), "the VM's UUID"))?);
+        let names = params.get_snapshots()?.iter();
+        let names: Vec<String> =
+            of_params(names.map(|name| convert::text(name, "a snapshot")).collect())?;
+        let (fates, latest) = blocking(move || {
+            context.registry.must_be_idle(vm)?;
+            let manifests = &context.manifests;
+            let mut fates = Vec::with_capacity(names.len());
+            for name in names {
+                // A name that is no id was never one of ours.
+                let committed = match name.parse::<SnapshotId>() {
+                    Ok(id) => manifests.settle(vm, id, "its session died", now_ms())?,
+                    Err(()) => false,
+                };
+                fates.push(committed);
+            }
+            Ok((fates, manifests.latest(vm)?))
+        })
+        .await?;
+        let mut results = results.get();
+        let mut list = results.reborrow().init_fates(fates.len() as u32);
+        for (i, committed) in fates.into_iter().enumerate() {
+            let fate = if committed { wire::Fate::Committed } else { wire::Fate::Ended };
+            list.set(i as u32, fate);
+        }
+        if let Some(latest) = latest {
+            convert::set_snapshot(results.init_latest(), &latest, false);
+        }
+        Ok(())
+    }
+
+    async fn open_backup(
+        self: Rc<Self>,
+        params: engine::OpenBackupParams,
+        mut results: engine::OpenBackupResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let request = of_params(convert::request(params.get()?.get_request()?))?;
+        context.registry.must_be_idle(request.vm).map_err(|e| to_wire(&e))?;
+        let readers = Arc::clone(&self.services.readers);
+        let place = readers
+            .acquire_owned()
+            .await
+            .map_err(|_| to_wire(&Error::new(Kind::Failed, "the engine is ending")))?;
+        let alone = context.registry.list().is_empty();
+        let begun = blocking(move || begin(&context, request, now_ms())).await?;
+        let mut results = results.get();
+        let mut plan = results.reborrow().init_plan();
+        plan.set_snapshot(begun.snapshot.as_str());
+        plan.set_in_flight(if alone { READS_IN_FLIGHT } else { SHARED_READS });
+        plan.set_cache(if alone { READ_CACHE } else { SHARED_READS });
+        let mut disks = plan.init_disks(begun.disks.len() as u32);
+        for (i, disk) in begun.disks.iter().enumerate() {
+            convert::set_disk_plan(disks.reborrow().get(i as u32), disk);
+        }
+        let server = BackupServer { events: begun.events, progress: begun.progress, _place: place };
+        results.set_session(capnp_rpc::new_client(server));
+        Ok(())
+    }
+
+    async fn snapshots(
+        self: Rc<Self>,
+        params: engine::SnapshotsParams,
+        mut results: engine::SnapshotsResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let which = of_params(convert::text(params.get()?.get_vm(), "the VM"))?;
+        let found = blocking(move || {
+            let found = upkeep::snapshots(&context, &which, MAX_SNAPSHOTS)?;
+            let damaged = |manifest: &Manifest| upkeep::is_damaged(&context, manifest);
+            Ok(found.into_iter().map(|m| (damaged(&m), m)).collect::<Vec<_>>())
+        })
+        .await?;
+        let mut list = results.get().init_snapshots(found.len() as u32);
+        for (i, (damaged, manifest)) in found.iter().enumerate() {
+            convert::set_snapshot(list.reborrow().get(i as u32), manifest, *damaged);
+        }
+        Ok(())
+    }
+
+    async fn open_disk(
+        self: Rc<Self>,
+        params: engine::OpenDiskParams,
+        mut results: engine::OpenDiskResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let params = params.get()?;
+        let vm = of_params(convert::text(params.get_vm(), "the VM"))?;
+        let snapshot = of_params(convert::text(params.get_snapshot(), "the snapshot"))?;
+        let which = of_params(convert::text(params.get_disk(), "the disk"))?;
+        let reading = context.clone();
+        let (manifest, disk) = blocking(move || {
+            let manifest = find(&reading, &vm, &snapshot)?;
+            let disk = manifest.disk(&which)?.clone();
+            Ok((manifest, disk))
+        })
+        .await?;
+        let mut results = results.get();
+        convert::set_snapshot(results.reborrow().init_snapshot(), &manifest, false);
+        convert::set_disk(results.reborrow().init_disk(), &disk);
+        results.set_image(capnp_rpc::new_client(ImageServer::new(context, &manifest, disk)));
+        Ok(())
+    }
+
+    async fn vm_config(
+        self: Rc<Self>,
+        params: engine::VmConfigParams,
+        mut results: engine::VmConfigResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let params = params.get()?;
+        let vm = of_params(convert::text(params.get_vm(), "the VM"))?;
+        let snapshot = of_params(convert::text(params.get_snapshot(), "the snapshot"))?;
+        let manifest = blocking(move || find(&context, &vm, &snapshot)).await?;
+        results.get().set_config(&manifest.config);
+        Ok(())
+    }
+
+    async fn status(
+        self: Rc<Self>,
+        _: engine::StatusParams,
+        mut results: engine::StatusResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let reading = context.clone();
+        let usage = blocking(move || upkeep::usage(&reading)).await?;
+        let store = &context.store;
+        let figures = context.owner.figures();
+        let unique = figures.unique_blocks.load(std::sync::atomic::Ordering::Relaxed);
+        let mut status = results.get().init_status();
+        status.set_logical_bytes(usage.logical_bytes);
+        status.set_unique_blocks(unique);
+        status.set_unique_bytes(unique * u64::from(store.block_size()));
+        status.set_stored_bytes(usage.stored_bytes);
+        status.set_snapshots(usage.snapshots);
+        status.set_vms(usage.vms);
+        status.set_index_bytes(figures.index_bytes.load(std::sync::atomic::Ordering::Relaxed));
+        status.set_host(&context.host);
+        status.set_store(&self.services.store_name);
+        status.set_store_id(store.id().0.as_bytes());
+        status.set_encrypted(store.encrypted());
+        status.set_memory_budget(context.budget.total);
+        status.set_peak_anonymous(crate::memory::peak_anonymous());
+        status.set_undetected_blocks(usage.undetected_bytes / u64::from(store.block_size()));
+        status.set_damaged_blocks(context.damage.map().slots());
+        status.set_version(env!("CARGO_PKG_VERSION"));
+        let live = context.registry.list();
+        let mut sessions = status.init_sessions(live.len() as u32);
+        for (i, session) in live.iter().enumerate() {
+            convert::set_session(sessions.reborrow().get(i as u32), session);
+        }
+        Ok(())
+    }
+
+    async fn sessions(
+        self: Rc<Self>,
+        _: engine::SessionsParams,
+        mut results: engine::SessionsResults,
+    ) -> Answer {
+        let live = self.context()?.registry.list();
+        let mut sessions = results.get().init_sessions(live.len() as u32);
+        for (i, session) in live.iter().enumerate() {
+            convert::set_session(sessions.reborrow().get(i as u32), session);
+        }
+        Ok(())
+    }
+
+    async fn verify(
+        self: Rc<Self>,
+        params: engine::VerifyParams,
+        mut results: engine::VerifyResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let params = params.get()?;
+        let vm = of_params(convert::text(params.get_vm(), "the VM"))?;
+        let snapshot = of_params(convert::text(params.get_snapshot(), "the snapshot"))?;
+        let events = params.get_events()?;
+        let clean = super::image::with_events(events, move |emit| {
+            upkeep::verify(&context, &vm, &snapshot, now_ms(), emit)
+        })
+        .await?;
+        results.get().set_clean(clean);
+        Ok(())
+    }
+
+    async fn rebuild_index(
+        self: Rc<Self>,
+        params: engine::RebuildIndexParams,
+        mut results: engine::RebuildIndexResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let events = params.get()?.get_events()?;
+        let entries =
+            super::image::with_events(events, move |emit| upkeep::rebuild_index(&context, emit))
+                .await?;
+        results.get().set_entries(entries);
+        Ok(())
+    }
+}
+
+fn find(context: &Context, vm: &str, snapshot: &str) -> Result<Manifest> {
+    let manifests = &context.manifests;
+    let vm = manifests.find_vm(vm)?;
+    manifests.find_snapshot(vm, snapshot, &jiff::tz::TimeZone::system())
+}

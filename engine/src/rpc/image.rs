@@ -1,0 +1,170 @@
+//! A disk of a snapshot as `fleece restore` and `fleece serve` see it, and the way of
+//! long jobs' output back to who asked.
+
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use fleece_schema::engine_capnp::{block_sink, disk_image, event_sink};
+use tokio::sync::mpsc;
+
+use super::engine::blocking;
+use super::to_wire;
+use crate::error::{Error, Kind, Result};
+use crate::jobs::restore::{DiskImage, MAX_WRITE, Options, Outcome};
+use crate::session::Context;
+use crate::store::manifest::{Disk, Manifest};
+use crate::upkeep;
+
+type Answer = std::result::Result<(), capnp::Error>;
+
+/// Pieces that wait between the restoring thread and the socket: 1 MiB.
+const PIECES: usize = 2;
+/// Lines that wait between a job and the socket.
+const LINES: usize = 64;
+
+/// A disk, open for reading.
+pub(super) struct ImageServer {
+    context: Context,
+    disk: Disk,
+    /// `VM@snapshot disk`, for messages.
+    what: String,
+    /// For reads at random: recipe nodes stay cached from one to the next.
+    image: Arc<Mutex<Option<DiskImage>>>,
+}
+
+impl ImageServer {
+    pub(super) fn new(context: Context, manifest: &Manifest, disk: Disk) -> Self {
+        let what = format!("{}@{} disk {}", manifest.vm_name, manifest.snapshot, disk.name);
+        ImageServer { context, disk, what, image: Arc::default() }
+    }
+
+    /// Does something with the image open at random.
+    async fn with_image<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut DiskImage) -> Result<T> + Send + 'static,
+    ) -> std::result::Result<T, capnp::Error> {
+        let (context, disk) = (self.context.clone(), self.disk.clone());
+        let image = Arc::clone(&self.image);
+        blocking(move || {
+            let mut image = image.lock().unwrap_or_else(PoisonError::into_inner);
+            let open = match image.take() {
+                Some(open) => open,
+                None => upkeep::restorer(&context).image(&disk)?,
+            };
+            work(image.insert(open))
+        })
+        .await
+    }
+}
+
+impl disk_image::Server for ImageServer {
+    async fn read(
+        self: Rc<Self>,
+        params: disk_image::ReadParams,
+        mut results: disk_image::ReadResults,
+    ) -> Answer {
+        let params = params.get()?;
+        let (offset, length) = (params.get_offset(), params.get_length() as usize);
+        if length > MAX_WRITE {
+            let message = format!("{length} bytes read at once; at most {MAX_WRITE}");
+            return Err(to_wire(&Error::new(Kind::Usage, message)));
+        }
+        let data = self
+            .with_image(move |image| {
+                let mut data = vec![0; length];
+                image.read_at(offset, &mut data)?;
+                Ok(data)
+            })
+            .await?;
+        results.get().set_data(&data);
+        Ok(())
+    }
+
+    async fn extents(
+        self: Rc<Self>,
+        params: disk_image::ExtentsParams,
+        mut results: disk_image::ExtentsResults,
+    ) -> Answer {
+        let params = params.get()?;
+        let (offset, length) = (params.get_offset(), params.get_length());
+        let extents = self.with_image(move |image| image.extents(offset, length)).await?;
+        let mut list = results.get().init_extents(extents.len() as u32);
+        for (i, extent) in extents.iter().enumerate() {
+            let mut to = list.reborrow().get(i as u32);
+            to.set_offset(extent.offset);
+            to.set_length(extent.length);
+            to.set_zero(extent.zero);
+        }
+        Ok(())
+    }
+
+    async fn stream(
+        self: Rc<Self>,
+        params: disk_image::StreamParams,
+        mut results: disk_image::StreamResults,
+    ) -> Answer {
+        let params = params.get()?;
+        let options =
+            Options { ordered: params.get_ordered(), damaged_zero: params.get_damaged_zero() };
+        let sink = params.get_sink()?;
+        let (pieces, mut waiting) = mpsc::channel::<(u64, Bytes)>(PIECES);
+        let (context, disk, what) = (self.context.clone(), self.disk.clone(), self.what.clone());
+        let restored = tokio::task::spawn_blocking(move || {
+            upkeep::restore(&context, &disk, &what, options, &mut |offset, data| {
+                pieces.blocking_send((offset, Bytes::copy_from_slice(data))).map_err(|_| gone())
+            })
+        });
+        while let Some((offset, data)) = waiting.recv().await {
+            write(&sink, offset, &data).await?;
+        }
+        let outcome: Outcome = restored
+            .await
+            .map_err(|e| capnp::Error::failed(format!("the engine's worker failed: {e}")))?
+            .map_err(|e| to_wire(&e))?;
+        let mut results = results.get();
+        results.set_written(outcome.written);
+        let mut holes = results.init_holes(outcome.holes.len() as u32);
+        for (i, (offset, length)) in outcome.holes.iter().enumerate() {
+            let mut hole = holes.reborrow().get(i as u32);
+            hole.set_offset(*offset);
+            hole.set_length(*length);
+        }
+        Ok(())
+    }
+}
+
+/// Sends a piece; returns when the next one may be sent.
+async fn write(sink: &block_sink::Client, offset: u64, data: &[u8]) -> Answer {
+    let mut request = sink.write_request();
+    let mut params = request.get();
+    params.set_offset(offset);
+    params.set_data(data);
+    request.send().await
+}
+
+fn gone() -> Error {
+    Error::new(Kind::Failed, "whoever asked is gone")
+}
+
+/// Where a job puts its lines.
+pub(super) type Emit<'a> = &'a mut dyn FnMut(String) -> Result<()>;
+
+/// Runs a long job away from the LocalSet thread; its lines go to `sink` as they come.
+pub(super) async fn with_events<T: Send + 'static>(
+    sink: event_sink::Client,
+    work: impl FnOnce(Emit<'_>) -> Result<T> + Send + 'static,
+) -> std::result::Result<T, capnp::Error> {
+    let (lines, mut waiting) = mpsc::channel::<String>(LINES);
+    let job = tokio::task::spawn_blocking(move || {
+        work(&mut |line| lines.blocking_send(line).map_err(|_| gone()))
+    });
+    while let Some(line) = waiting.recv().await {
+        let mut request = sink.event_request();
+        request.get().set_json(&line);
+        request.send().await?;
+    }
+    job.await
+        .map_err(|e| capnp::Error::failed(format!("the engine's worker failed: {e}")))?
+        .map_err(|e| to_wire(&e))
+}

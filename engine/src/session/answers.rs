@@ -1,0 +1,208 @@
+//! Where an owner puts its verdicts: a sheet per open window, sorted by sequence.
+//!
+//! The owner never waits for a session: it writes here and goes on. A sheet spills to
+//! the local disk, so that its memory is the same for ten answers and for millions.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::detect::Verdict;
+use crate::error::{Error, Kind, Result};
+use crate::ids::{Address, Sequence, SessionId};
+use crate::sort::{Sorted, Sorter};
+
+/// sequence (big endian), tag, address or session and sequence
+const RECORD: usize = 8 + 1 + 12;
+
+const STORED: u8 = 0;
+const GRANT: u8 = 1;
+const SAME_AS: u8 = 2;
+
+/// The answers to one session's requests.
+pub struct Answers {
+    dir: PathBuf,
+    run_bytes: usize,
+    sheets: Mutex<VecDeque<Sheet>>,
+    failure: Mutex<Option<(Kind, String)>>,
+}
+
+struct Sheet {
+    /// The window's first sequence; it reaches to the next sheet's.
+    first: u64,
+    answered: u64,
+    sorter: Sorter<RECORD>,
+}
+
+impl Answers {
+    /// Sorts in `run_bytes` for each open window, spilling into `dir`.
+    #[must_use]
+    pub fn new(dir: &Path, run_bytes: usize) -> Self {
+        Answers { dir: dir.into(), run_bytes, sheets: Mutex::default(), failure: Mutex::default() }
+    }
+
+    fn sheets(&self) -> MutexGuard<'_, VecDeque<Sheet>> {
+        self.sheets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that answers cannot be given any more.
+    pub fn fail(&self, error: &Error) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.get_or_insert((error.kind(), format!("detection failed: {error}")));
+    }
+
+    /// Why there are no answers any more, if so.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.as_ref().map(|(kind, message)| Error::new(*kind, message.clone()))
+    }
+
+    fn sorter(&self) -> Sorter<RECORD> {
+        Sorter::new(&self.dir, self.run_bytes)
+    }
+
+    /// Begins a sheet for the window whose sequences start at `first`.
+    pub fn open(&self, first: u64) {
+        self.sheets().push_back(Sheet { first, answered: 0, sorter: self.sorter() });
+    }
+
+    /// Ends the oldest sheet.
+    pub fn close_oldest(&self) {
+        self.sheets().pop_front();
+    }
+
+    /// Notes one answer.
+    ///
+    /// # Errors
+    /// When the answers cannot be spilled, or nobody asked that.
+    pub fn put(&self, sequence: Sequence, verdict: &Verdict) -> Result<()> {
+        let mut record = [0; RECORD];
+        record[..8].copy_from_slice(&sequence.0.to_be_bytes());
+        match verdict {
+            Verdict::Stored(address) => {
+                record[8] = STORED;
+                record[9..9 + Address::LEN].copy_from_slice(&address.to_bytes());
+            }
+            Verdict::Grant => record[8] = GRANT,
+            Verdict::SameAs(session, theirs) => {
+                record[8] = SAME_AS;
+                record[9..13].copy_from_slice(&session.0.to_be_bytes());
+                record[13..].copy_from_slice(&theirs.0.to_be_bytes());
+            }
+        }
+        let mut sheets = self.sheets();
+        let Some(sheet) = sheets.iter_mut().rev().find(|s| s.first <= sequence.0) else {
+            return Err(Error::new(Kind::Failed, format!("answer to {sequence:?}, which is over")));
+        };
+        sheet.answered += 1;
+        sheet.sorter.push(&record)
+    }
+
+    /// How many answers the sheet that begins at `first` has.
+    #[must_use]
+    pub fn count(&self, first: u64) -> u64 {
+        self.sheets().iter().find(|s| s.first == first).map_or(0, |s| s.answered)
+    }
+
+    /// Takes the answers of a round off the sheet that begins at `first`.
+    ///
+    /// # Errors
+    /// When the spilled answers cannot be read.
+    pub fn take(&self, first: u64) -> Result<AnswerStream> {
+        let fresh = self.sorter();
+        let taken = self.sheets().iter_mut().find(|s| s.first == first).map(|sheet| {
+            sheet.answered = 0;
+            std::mem::replace(&mut sheet.sorter, fresh)
+        });
+        let sorter = taken.unwrap_or_else(|| self.sorter());
+        Ok(AnswerStream { sorted: sorter.finish()?, peeked: None })
+    }
+}
+
+/// The answers of a round by ascending sequence.
+pub struct AnswerStream {
+    sorted: Sorted<RECORD>,
+    peeked: Option<(Sequence, Verdict)>,
+}
+
+impl AnswerStream {
+    /// The answer to `sequence`; sequences are asked for in ascending order.
+    ///
+    /// # Errors
+    /// When a spilled answer cannot be read, or there is none.
+    pub fn answer(&mut self, sequence: Sequence) -> Result<Verdict> {
+        while let Some((at, verdict)) = self.next()? {
+            if at == sequence {
+                return Ok(verdict);
+            }
+            if at > sequence {
+                self.peeked = Some((at, verdict));
+                break;
+            }
+        }
+        Err(Error::new(Kind::Failed, format!("no answer to request {}", sequence.0)))
+    }
+
+    fn next(&mut self) -> Result<Option<(Sequence, Verdict)>> {
+        if let Some(peeked) = self.peeked.take() {
+            return Ok(Some(peeked));
+        }
+        let Some(record) = self.sorted.next()? else { return Ok(None) };
+        let number = |range: std::ops::Range<usize>| {
+            record[range].iter().fold(0_u64, |n, &byte| n << 8 | u64::from(byte))
+        };
+        let verdict = match record[8] {
+            STORED => {
+                let mut address = [0; Address::LEN];
+                address.copy_from_slice(&record[9..9 + Address::LEN]);
+                Verdict::Stored(Address::from_bytes(address))
+            }
+            GRANT => Verdict::Grant,
+            _ => Verdict::SameAs(SessionId(number(9..13) as u32), Sequence(number(13..21))),
+        };
+        Ok(Some((Sequence(number(0..8)), verdict)))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::ids::{ContainerId, Incarnation, Slot};
+
+    #[test]
+    fn answers_come_back_by_sequence_and_window() {
+        let dir = tempfile::tempdir().unwrap();
+        let answers = Answers::new(dir.path(), 1000);
+        let address = Address {
+            container: ContainerId { incarnation: Incarnation(1), counter: 2 },
+            slot: Slot(3),
+        };
+        answers.open(0);
+        answers.open(500);
+        for n in (0..1000).rev() {
+            let verdict = match n % 3 {
+                0 => Verdict::Stored(address),
+                1 => Verdict::Grant,
+                _ => Verdict::SameAs(SessionId(9), Sequence(n / 2)),
+            };
+            answers.put(Sequence(n), &verdict).unwrap();
+        }
+        assert_eq!((answers.count(0), answers.count(500)), (500, 500));
+        let mut stream = answers.take(500).unwrap();
+        for n in 500..1000 {
+            let verdict = stream.answer(Sequence(n)).unwrap();
+            match n % 3 {
+                0 => assert!(matches!(verdict, Verdict::Stored(a) if a == address)),
+                1 => assert!(matches!(verdict, Verdict::Grant)),
+                _ => assert!(
+                    matches!(verdict, Verdict::SameAs(SessionId(9), Sequence(m)) if m == n / 2)
+                ),
+            }
+        }
+        assert_eq!((answers.count(0), answers.count(500)), (500, 0));
+        answers.close_oldest();
+        assert!(answers.put(Sequence(3), &Verdict::Grant).is_err());
+    }
+}

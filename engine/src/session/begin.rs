@@ -1,0 +1,332 @@
+//! The beginning of a session: what the plugin asks for, checked against the store.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use crossbeam_channel::{Sender, bounded};
+
+use super::Context;
+use super::answers::Answers;
+use super::event::{Event, QUEUE};
+use super::publish::DiskState;
+use super::registry::{Live, Progress};
+use super::stages::{Calls, Patience, Session};
+use crate::error::{Context as _, Error, Kind, Result};
+use crate::ids::{DiskId, SnapshotId, VmId};
+use crate::store::container::{ContainerKind, Packer};
+use crate::store::manifest::{Counts, MAX_CONFIG, MAX_DISKS, Manifest};
+use crate::store::recipe::{RecipeReader, Shape};
+use crate::store::sessions::SessionRecord;
+
+/// What the plugin wants to back up.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The VM.
+    pub vm: VmId,
+    /// Its name.
+    pub vm_name: String,
+    /// It takes over the snapshots of `vm` under another name.
+    pub adopt: bool,
+    /// Its disks, in the order in which they are scanned.
+    pub disks: Vec<DiskSpec>,
+    /// Its configuration.
+    pub config: Vec<u8>,
+    /// The hypervisor and its version.
+    pub hypervisor: String,
+}
+
+/// A disk to back up.
+#[derive(Clone, Debug)]
+pub struct DiskSpec {
+    /// The disk.
+    pub uuid: DiskId,
+    /// Its name now.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// The snapshot that its valid dirty bitmap names, as text; empty for a full read.
+    pub parent: String,
+}
+
+/// How a disk is to be read.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiskPlan {
+    /// Only what is dirty.
+    pub incremental: bool,
+    /// Why not, where a parent was named.
+    pub reason: String,
+    /// Ranges (offset, length) to be read whatever the bitmap says.
+    pub forced: Vec<(u64, u64)>,
+}
+
+/// A session that has begun.
+pub struct Begun {
+    /// The snapshot it will be.
+    pub snapshot: SnapshotId,
+    /// How its disks are to be read.
+    pub disks: Vec<DiskPlan>,
+    /// Where its events go.
+    pub events: Sender<Event>,
+    /// How far it is.
+    pub progress: Arc<Progress>,
+}
+
+/// Forced ranges of one disk that a plan names; more are joined into one.
+const FORCED_RANGES: usize = 4096;
+
+/// Checks the request, enters the session here and in the store, starts its thread.
+///
+/// # Errors
+/// [`Kind::Usage`] for a wrong request, [`Kind::NotPermitted`] for a name that another VM
+/// has, [`Kind::Busy`] while the VM has a session.
+pub fn begin(context: &Context, request: Request, now_ms: i64) -> Result<Begun> {
+    check(&request)?;
+    let manifests = &context.manifests;
+    if !request.adopt {
+        manifests.check_name(request.vm, &request.vm_name)?;
+    }
+    let latest = manifests.latest(request.vm)?;
+    if request.adopt && latest.is_none() {
+        return Err(Error::new(
+            Kind::NotFound,
+            format!("there is no VM {} in the store that could be adopted", request.vm),
+        ));
+    }
+    let mut states = Vec::with_capacity(request.disks.len());
+    let mut plans = Vec::with_capacity(request.disks.len());
+    for spec in &request.disks {
+        let (state, plan) = plan_disk(context, request.vm, spec, latest.as_ref())?;
+        states.push(state);
+        plans.push(plan);
+    }
+    let (events, queue) = bounded(QUEUE);
+    let progress = Arc::new(Progress::default());
+    let seq = manifests.next_seq(request.vm)?;
+    let snapshot = new_snapshot_id()?;
+    let id = context.registry.enter(Live {
+        vm: request.vm,
+        vm_name: request.vm_name.clone(),
+        snapshot,
+        since: Instant::now(),
+        progress: Arc::clone(&progress),
+        events: events.clone(),
+    })?;
+    let started =
+        register(context, &request, latest.as_ref(), seq, snapshot, now_ms).and_then(|()| {
+            start(context, request, id, (snapshot, seq), latest, states, &progress, &events, queue)
+        });
+    if let Err(error) = started {
+        context.registry.leave(id);
+        return Err(error);
+    }
+    Ok(Begun { snapshot, disks: plans, events, progress })
+}
+
+fn check(request: &Request) -> Result<()> {
+    let wrong = |what: String| {
+        Err(Error::new(Kind::Usage, format!("backup of VM {}: {what}", request.vm_name)))
+    };
+    if request.vm_name.is_empty() {
+        return wrong("a VM needs a name".into());
+    }
+    if request.disks.is_empty() || request.disks.len() > MAX_DISKS {
+        return wrong(format!("{} disks; 1 to {MAX_DISKS} are possible", request.disks.len()));
+    }
+    if request.config.len() > MAX_CONFIG {
+        return wrong(format!("its configuration is larger than {} KiB", MAX_CONFIG >> 10));
+    }
+    for (i, disk) in request.disks.iter().enumerate() {
+        if request.disks[..i].iter().any(|d| d.uuid == disk.uuid || d.name == disk.name) {
+            return wrong(format!("disk {} ({}) is named twice", disk.name, disk.uuid));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the disk can be read incrementally, from the store's point of view.
+fn plan_disk(
+    context: &Context,
+    vm: VmId,
+    spec: &DiskSpec,
+    latest: Option<&Manifest>,
+) -> Result<(DiskState, DiskPlan)> {
+    let shape = Shape::new(spec.size, context.store.block_size());
+    let before = latest.and_then(|m| m.disks.iter().find(|d| d.uuid == spec.uuid));
+    let mut state = DiskState {
+        spec: spec.clone(),
+        shape,
+        incremental: false,
+        parent_root: None,
+        parent_shape: shape,
+        root: None,
+        covered: 0,
+    };
+    let mut plan = DiskPlan { incremental: false, reason: String::new(), forced: Vec::new() };
+    let Some(before) = before else {
+        if !spec.parent.is_empty() {
+            plan.reason = format!("disk is new since {}", spec.parent);
+        }
+        return Ok((state, plan));
+    };
+    state.parent_root = before.root;
+    state.parent_shape = Shape::new(before.size, context.store.block_size());
+    if spec.parent.is_empty() {
+        return Ok((state, plan));
+    }
+    let newest = latest.map(|m| m.snapshot);
+    let named = newest.filter(|id| id.as_str() == spec.parent);
+    plan.reason = match named {
+        None => match newest {
+            // The newest snapshot may not be the bitmap's: then the bitmap misses changes.
+            Some(newest) => {
+                format!("its bitmap is of {}, the newest snapshot is {newest}", spec.parent)
+            }
+            None => format!("snapshot {} is not in the store", spec.parent),
+        },
+        Some(_) if before.size != spec.size => {
+            format!("its size changed from {} to {} bytes", before.size, spec.size)
+        }
+        Some(_) => String::new(),
+    };
+    if plan.reason.is_empty() {
+        match forced_ranges(context, &state) {
+            Ok(forced) => {
+                plan.incremental = true;
+                plan.forced = forced;
+                state.incremental = true;
+                state.root = before.root;
+            }
+            Err(error) if error.kind() == Kind::Damaged => {
+                plan.reason = format!("the parent's recipe is damaged ({error})");
+                state.parent_root = None;
+            }
+            Err(error) => return Err(error).context(|| format!("disk {} of VM {vm}", spec.name)),
+        }
+    }
+    Ok((state, plan))
+}
+
+/// What is damaged in the parent must be read again, whatever the bitmap says.
+fn forced_ranges(context: &Context, state: &DiskState) -> Result<Vec<(u64, u64)>> {
+    let damage = context.damage.map();
+    if damage.is_empty() {
+        return Ok(Vec::new());
+    }
+    let nodes = context.store.directories();
+    let reader = RecipeReader::new(nodes, state.parent_root, state.parent_shape)?;
+    let mut blocks = damage.forced_ranges(&reader)?;
+    while blocks.len() > FORCED_RANGES {
+        blocks = blocks
+            .chunks(2)
+            .map(|pair| match *pair {
+                [(first, _), (last, count)] => (first, last + count - first),
+                [one] => one,
+                _ => (0, 0),
+            })
+            .collect();
+    }
+    let size = u64::from(context.store.block_size());
+    Ok(blocks.into_iter().map(|(first, count)| (first * size, count * size)).collect())
+}
+
+/// Random: no two sessions of a VM ever have one name, whatever clocks and hosts say.
+fn new_snapshot_id() -> Result<SnapshotId> {
+    let bits = getrandom::u32()
+        .map_err(|e| Error::caused(Kind::Failed, "the system gives no random numbers", e))?;
+    Ok(SnapshotId::from_random(bits))
+}
+
+fn register(
+    context: &Context,
+    request: &Request,
+    latest: Option<&Manifest>,
+    seq: u64,
+    snapshot: SnapshotId,
+    now_ms: i64,
+) -> Result<()> {
+    let record = SessionRecord {
+        snapshot,
+        vm: request.vm,
+        vm_name: request.vm_name.clone(),
+        seq,
+        parent: latest.map(|m| m.snapshot),
+        host: context.host.clone(),
+        engine: env!("CARGO_PKG_VERSION").into(),
+        gc_epoch: 0,
+        started_ms: now_ms,
+        expires_ms: None,
+    };
+    if context.manifests.begin_session(&record)? {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Busy,
+        format!("another host began {}@{snapshot} just now", request.vm_name),
+    ))
+}
+
+#[allow(clippy::too_many_arguments)] // one call, from one place, of what a session is made of
+fn start(
+    context: &Context,
+    request: Request,
+    id: crate::ids::SessionId,
+    (snapshot, seq): (SnapshotId, u64),
+    latest: Option<Manifest>,
+    disks: Vec<DiskState>,
+    progress: &Arc<Progress>,
+    events: &Sender<Event>,
+    queue: crossbeam_channel::Receiver<Event>,
+) -> Result<()> {
+    let answers = Arc::new(Answers::new(&context.work_dir, context.budget.session_sort / 2));
+    let wake = events.clone();
+    // A full queue needs no wake: the session looks at its answers after every event.
+    let wake = Box::new(move || drop(wake.try_send(Event::Wake)));
+    context.owner.register(id, Arc::clone(&answers), wake)?;
+    let label = format!("{}@{snapshot}", request.vm_name);
+    let session = Session {
+        id,
+        context: context.clone(),
+        blocks: Packer::new(&context.store, ContainerKind::Blocks, label.clone()),
+        nodes: Packer::new(&context.store, ContainerKind::Nodes, label),
+        request,
+        snapshot,
+        seq,
+        parent: latest.map(|m| m.snapshot),
+        progress: Arc::clone(progress),
+        disks,
+        windows: std::collections::VecDeque::new(),
+        next_sequence: 0,
+        last_disk: 0,
+        scan_ended: false,
+        committed: false,
+        began: Instant::now(),
+        answers,
+        own_events: events.clone(),
+        calls: Calls::default(),
+        patience: Patience::new(Instant::now()),
+        failure: None,
+    };
+    std::thread::Builder::new()
+        .name(format!("session-{}", id.0))
+        .spawn(move || session.run(&queue))
+        .map(drop)
+        .map_err(|e| Error::caused(Kind::Failed, "cannot start a session's thread", e))
+}
+
+impl Progress {
+    /// The figures as they are kept in a manifest.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let of = |figure: &std::sync::atomic::AtomicU64| figure.load(Ordering::Relaxed);
+        Counts {
+            read: of(&self.read),
+            zero: of(&self.zero),
+            unchanged: of(&self.unchanged),
+            duplicate: of(&self.duplicate),
+            new: of(&self.new),
+            stored: of(&self.stored),
+            undetected: of(&self.undetected),
+        }
+    }
+}

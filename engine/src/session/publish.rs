@@ -1,0 +1,131 @@
+//! The end of the way: places into recipes, recipes and the rest into the manifest.
+
+use super::spool::Position;
+use super::stages::Session;
+use super::window::{Placed, Window};
+use crate::error::{Error, Kind, Result};
+use crate::store::commit::{Commit, Manifests};
+use crate::store::manifest::{Counts, Disk, Manifest};
+use crate::store::recipe::{NodeRef, NodeStore, Placement, RecipeEditor, Shape};
+
+/// A disk of the session on its way into the manifest.
+pub(super) struct DiskState {
+    pub(super) spec: super::begin::DiskSpec,
+    pub(super) shape: Shape,
+    pub(super) incremental: bool,
+    /// The parent's recipe of this disk: what is compared with.
+    pub(super) parent_root: Option<NodeRef>,
+    pub(super) parent_shape: Shape,
+    /// The recipe as far as it is built.
+    pub(super) root: Option<NodeRef>,
+    /// The block after the last one that the scan reported.
+    pub(super) covered: u64,
+}
+
+/// Puts a settled window into the recipes of its disks.
+pub(super) fn place_window<N: NodeStore>(
+    window: Window,
+    disks: &mut [DiskState],
+    nodes: &mut N,
+) -> Result<()> {
+    let mut placements = window.placements()?;
+    let mut next = placements.next()?;
+    while let Some((Position { disk, .. }, _)) = next {
+        let Some(state) = disks.get_mut(usize::from(disk)) else { break };
+        let mut editor = RecipeEditor::new(nodes, state.root, state.shape)?;
+        while let Some((at, placed)) = next.filter(|(at, _)| at.disk == disk) {
+            let (count, placement) = match placed {
+                Placed::Zero(count) => (count, Placement::Zero),
+                Placed::At(address, count) => (count, Placement::At(address)),
+            };
+            editor.put(at.block, count, placement)?;
+            next = placements.next()?;
+        }
+        state.root = editor.finish()?;
+    }
+    Ok(())
+}
+
+impl Session {
+    /// Commits the snapshot: nodes durable, then the manifest, once.
+    pub(super) fn commit(
+        &mut self,
+        point_in_time_ms: i64,
+        bitmaps: Vec<String>,
+    ) -> Result<Manifest> {
+        if !self.scan_ended || !self.windows.is_empty() {
+            return Err(Error::new(Kind::Usage, "commit comes before everything was written"));
+        }
+        for state in &self.disks {
+            if !state.incremental && state.covered < state.shape.blocks() {
+                return Err(Error::new(
+                    Kind::Usage,
+                    format!(
+                        "disk {} was to be read in full, but ends at block {} of {}",
+                        state.spec.name,
+                        state.covered,
+                        state.shape.blocks()
+                    ),
+                ));
+            }
+        }
+        self.seal_nodes()?;
+        let manifest = self.manifest(point_in_time_ms, bitmaps);
+        publish(&self.context.manifests, &manifest)?;
+        self.committed = true;
+        Ok(manifest)
+    }
+
+    fn manifest(&self, point_in_time_ms: i64, bitmaps: Vec<String>) -> Manifest {
+        let disk = |state: &DiskState| Disk {
+            uuid: state.spec.uuid,
+            name: state.spec.name.clone(),
+            size: state.spec.size,
+            root: state.root,
+        };
+        let request = &self.request;
+        Manifest {
+            snapshot: self.snapshot,
+            vm: request.vm,
+            vm_name: request.vm_name.clone(),
+            seq: self.seq,
+            parent: self.parent,
+            point_in_time_ms,
+            disks: self.disks.iter().map(disk).collect(),
+            bitmaps,
+            host: self.context.host.clone(),
+            engine: env!("CARGO_PKG_VERSION").into(),
+            hypervisor: request.hypervisor.clone(),
+            counts: self.counts(),
+            duration_ms: self.began.elapsed().as_millis() as u64,
+            gc_epoch: 0,
+            config: request.config.clone(),
+        }
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        self.progress.counts()
+    }
+}
+
+fn publish(manifests: &Manifests, manifest: &Manifest) -> Result<()> {
+    match manifests.commit(manifest)? {
+        Commit::Committed { warning } => {
+            if let Some(warning) = warning {
+                eprintln!(
+                    "fleece-engine: {}@{} is committed, but without a second copy of its manifest \
+                     (verify makes it): {warning}",
+                    manifest.vm_name, manifest.snapshot
+                );
+            }
+            Ok(())
+        }
+        Commit::Tombstoned => Err(Error::new(
+            Kind::Failed,
+            format!(
+                "{}@{} was ended by someone else (abort, or a later backup); nothing is committed",
+                manifest.vm_name, manifest.snapshot
+            ),
+        )),
+    }
+}

@@ -1,0 +1,164 @@
+//! The sessions that live in this engine.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crossbeam_channel::Sender;
+
+use super::event::Event;
+use crate::error::{Error, Kind, Result};
+use crate::ids::{SessionId, SnapshotId, VmId};
+
+/// Figures of a session that others may read while it runs. Bytes of disk, but for
+/// `stored` (bytes of containers) and `requested` (blocks).
+#[derive(Default, Debug)]
+pub struct Progress {
+    /// Everything the scan reported.
+    pub read: AtomicU64,
+    /// Of it, zeros.
+    pub zero: AtomicU64,
+    /// Of it, equal to the parent at the same place.
+    pub unchanged: AtomicU64,
+    /// Of it, stored already or written by another session.
+    pub duplicate: AtomicU64,
+    /// Of it, packed by this session.
+    pub new: AtomicU64,
+    /// Bytes of the containers written.
+    pub stored: AtomicU64,
+    /// Packed although the index may have it: another writer was silent, or a shard was wrong.
+    pub undetected: AtomicU64,
+    /// Fingerprints that were asked about.
+    pub requested: AtomicU64,
+    stage: AtomicU8,
+}
+
+/// What a session is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum StageName {
+    /// The plugin scans.
+    Scan,
+    /// It waits for answers.
+    Detect,
+    /// The plugin writes what was granted.
+    Write,
+    /// Other sessions write the rest.
+    Settle,
+    /// Recipes and the manifest are written.
+    Publish,
+}
+
+impl Progress {
+    /// Notes the stage.
+    pub fn enter(&self, stage: StageName) {
+        self.stage.store(stage as u8, Ordering::Relaxed);
+    }
+
+    /// The stage's name for people.
+    #[must_use]
+    pub fn stage(&self) -> &'static str {
+        match self.stage.load(Ordering::Relaxed) {
+            0 => "scan",
+            1 => "detect",
+            2 => "write",
+            3 => "settle",
+            _ => "publish",
+        }
+    }
+
+    /// Of `placed` bytes that were asked about, what was not packed here was elsewhere.
+    pub fn set_duplicate(&self, placed: u64) {
+        let new = self.new.load(Ordering::Relaxed);
+        self.duplicate.store(placed.saturating_sub(new), Ordering::Relaxed);
+    }
+
+    /// Adds to a figure.
+    pub fn add(figure: &AtomicU64, n: u64) {
+        figure.fetch_add(n, Ordering::Relaxed);
+    }
+}
+
+/// A session as others see it.
+#[derive(Clone)]
+pub struct Live {
+    /// Whose.
+    pub vm: VmId,
+    /// The VM's name.
+    pub vm_name: String,
+    /// The snapshot it will be.
+    pub snapshot: SnapshotId,
+    /// Since when.
+    pub since: Instant,
+    /// How far it is.
+    pub progress: Arc<Progress>,
+    /// Its queue.
+    pub events: Sender<Event>,
+}
+
+/// All of them.
+#[derive(Default)]
+pub struct Registry {
+    live: Mutex<HashMap<SessionId, Live>>,
+    next: AtomicU32,
+}
+
+impl Registry {
+    fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Live>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters a session.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] while the VM has another one.
+    pub fn enter(&self, live: Live) -> Result<SessionId> {
+        let mut sessions = self.lock();
+        if sessions.values().any(|other| other.vm == live.vm) {
+            return Err(busy(&live.vm_name));
+        }
+        let id = SessionId(self.next.fetch_add(1, Ordering::Relaxed));
+        sessions.insert(id, live);
+        Ok(id)
+    }
+
+    /// Removes a session at its end.
+    pub fn leave(&self, id: SessionId) {
+        self.lock().remove(&id);
+    }
+
+    /// Fails while the VM has a session.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`].
+    pub fn must_be_idle(&self, vm: VmId) -> Result<()> {
+        match self.lock().values().find(|live| live.vm == vm) {
+            Some(live) => Err(busy(&live.vm_name)),
+            None => Ok(()),
+        }
+    }
+
+    /// The queue of a session, if it lives.
+    #[must_use]
+    pub fn events_of(&self, id: SessionId) -> Option<Sender<Event>> {
+        self.lock().get(&id).map(|live| live.events.clone())
+    }
+
+    /// All sessions, oldest first.
+    #[must_use]
+    pub fn list(&self) -> Vec<Live> {
+        let mut all: Vec<Live> = self.lock().values().cloned().collect();
+        all.sort_by_key(|live| live.since);
+        all
+    }
+}
+
+fn busy(vm: &str) -> Error {
+    Error::new(
+        Kind::Busy,
+        format!(
+            "VM {vm} is being backed up already (see `fleecectl sessions`; `fleece abort {vm}` ends it)"
+        ),
+    )
+}

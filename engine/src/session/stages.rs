@@ -1,0 +1,616 @@
+//! The session's thread: events in, and after each one as far as it goes.
+//!
+//! A window is scanned while the one before it is written. Nothing here waits for
+//! another session: what others write is asked about again later.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+
+use super::answers::Answers;
+use super::begin::Request;
+use super::event::{Claim, Event, GrantExtent, Grants, Reply};
+use super::handover::{Handover, PATIENCE, Step};
+use super::publish::{DiskState, place_window};
+use super::registry::{Progress, StageName};
+use super::spool::Position;
+use super::window::{Question, Settled, Window};
+use super::{Context, GRANTS_PER_CALL};
+use crate::detect::{JournalPosition, Verdict};
+use crate::error::{Error, Kind, Result};
+use crate::ids::{Address, SessionId, SnapshotId};
+use crate::store::container::{Packer, SlotInfo};
+use crate::store::manifest::Tombstone;
+use crate::store::recipe::StoredNodes;
+
+/// Windows open at once: one is written while the next is scanned.
+const OPEN_WINDOWS: usize = 2;
+/// How often a session looks at the clock while it waits for others.
+const TICK: Duration = Duration::from_millis(50);
+/// Between two rounds of asking again; doubled up to a second while nothing changes.
+const FIRST_BACKOFF: Duration = Duration::from_millis(20);
+const LAST_BACKOFF: Duration = Duration::from_secs(1);
+/// Requests sent to the owner at once when asking again.
+const REQUESTS: usize = 4096;
+
+/// A session, as its thread knows it.
+pub(super) struct Session {
+    pub(super) id: SessionId,
+    pub(super) context: Context,
+    pub(super) request: Request,
+    pub(super) snapshot: SnapshotId,
+    pub(super) seq: u64,
+    pub(super) parent: Option<SnapshotId>,
+    pub(super) progress: Arc<Progress>,
+    pub(super) disks: Vec<DiskState>,
+    pub(super) windows: VecDeque<Window>,
+    pub(super) next_sequence: u64,
+    pub(super) last_disk: u16,
+    pub(super) scan_ended: bool,
+    pub(super) committed: bool,
+    pub(super) began: Instant,
+    pub(super) answers: Arc<Answers>,
+    pub(super) blocks: Packer,
+    pub(super) nodes: Packer,
+    pub(super) own_events: Sender<Event>,
+    pub(super) calls: Calls,
+    pub(super) patience: Patience,
+    pub(super) failure: Option<(Kind, String)>,
+}
+
+/// Calls of the plugin that are not answered yet.
+#[derive(Default)]
+pub(super) struct Calls {
+    end_window: Option<Reply<()>>,
+    grants: Option<Reply<Grants>>,
+}
+
+/// How the front window waits for other writers.
+pub(super) struct Patience {
+    /// The owner passes at once while we wait for answers only.
+    told_waiting: bool,
+    /// When our own writes of the window ended, at first.
+    own_ended: Option<Instant>,
+    /// When we asked last, and what the owner's progress was then.
+    asked: Instant,
+    seen: u64,
+    backoff: Duration,
+    handover: Option<Handover>,
+    /// Writers that do not answer: their blocks are written by us.
+    silent: Option<SessionId>,
+}
+
+impl Patience {
+    pub(super) fn new(now: Instant) -> Self {
+        Patience {
+            told_waiting: false,
+            own_ended: None,
+            asked: now,
+            seen: 0,
+            backoff: FIRST_BACKOFF,
+            handover: None,
+            silent: None,
+        }
+    }
+}
+
+impl Session {
+    /// Runs until the commit, or until the plugin is gone.
+    pub(super) fn run(mut self, events: &Receiver<Event>) {
+        loop {
+            let event = match events.recv_timeout(TICK) {
+                Ok(Event::Hangup) | Err(RecvTimeoutError::Disconnected) => break,
+                Ok(event) => Some(event),
+                Err(RecvTimeoutError::Timeout) => None,
+            };
+            let ended = event.is_some_and(|event| self.take(event));
+            if self.failure.is_none()
+                && let Err(error) = self.advance()
+            {
+                self.fail(&error);
+            }
+            if ended {
+                break;
+            }
+        }
+        self.end();
+    }
+
+    /// Takes an event in; `true` when the session is over.
+    fn take(&mut self, event: Event) -> bool {
+        match event {
+            Event::Submit { disk, extents, fingerprints, reply } => {
+                let outcome = self.guarded(|s| s.submit(disk, &extents, &fingerprints));
+                let _ = reply.send(outcome);
+            }
+            Event::Write { at, data, reply } => {
+                let outcome = self.guarded(|s| s.write(at, &data));
+                let _ = reply.send(outcome);
+            }
+            Event::EndWindow(reply) => match self.guarded(Session::end_window) {
+                Ok(()) => self.calls.end_window = Some(reply),
+                Err(error) => drop(reply.send(Err(error))),
+            },
+            Event::EndScan(reply) => {
+                let outcome = self.guarded(|s| {
+                    s.scan_ended = true;
+                    s.end_window()
+                });
+                let _ = reply.send(outcome);
+            }
+            Event::Grants(reply) => match self.guarded(|_| Ok(())) {
+                Ok(()) => self.calls.grants = Some(reply),
+                Err(error) => drop(reply.send(Err(error))),
+            },
+            Event::Commit { point_in_time_ms, bitmaps, reply } => {
+                self.progress.enter(StageName::Publish);
+                let outcome = self.guarded(|s| s.commit(point_in_time_ms, bitmaps));
+                let ended = outcome.is_ok();
+                let _ = reply.send(outcome);
+                return ended;
+            }
+            Event::Abort { reason, reply } => {
+                self.failure.get_or_insert((Kind::Failed, reason));
+                self.end_in_store();
+                let _ = reply.send(Ok(()));
+                return true;
+            }
+            Event::GiveUp { to, claims } => {
+                let granted = self.guarded(|s| s.give_up(claims)).unwrap_or_default();
+                // A full queue: the other one asks again.
+                let _ = to.try_send(Event::GaveUp { from: self.id, claims: granted });
+            }
+            Event::GaveUp { from, claims } => {
+                let _ = self.guarded(|s| s.gave_up(from, &claims));
+            }
+            Event::Wake | Event::Hangup => {}
+        }
+        false
+    }
+
+    /// Does something unless the session has failed; an error fails it.
+    fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        if let Some((kind, message)) = &self.failure {
+            return Err(Error::new(*kind, message.clone()));
+        }
+        let outcome = work(self);
+        if let Err(error) = &outcome {
+            self.fail(error);
+        }
+        outcome
+    }
+
+    fn fail(&mut self, error: &Error) {
+        let message = format!("{}@{}: {error}", self.request.vm_name, self.snapshot);
+        eprintln!("fleece-engine: {message}");
+        if let Some(reply) = self.calls.grants.take() {
+            let _ = reply.send(Err(Error::new(error.kind(), message.clone())));
+        }
+        if let Some(reply) = self.calls.end_window.take() {
+            let _ = reply.send(Err(Error::new(error.kind(), message.clone())));
+        }
+        self.failure = Some((error.kind(), message));
+        // Others need not wait for what we will never write.
+        self.context.owner.withdraw(self.id);
+    }
+
+    /// The window that is being scanned.
+    pub(super) fn scanning(&mut self) -> Result<&mut Window> {
+        self.windows
+            .back_mut()
+            .filter(|window| !window.scanned)
+            .ok_or_else(|| Error::new(Kind::Usage, "no window is open"))
+    }
+
+    /// Begins a window if none is being scanned.
+    pub(super) fn open_window(&mut self) -> Result<()> {
+        if self.windows.back().is_some_and(|window| !window.scanned) {
+            return Ok(());
+        }
+        if self.windows.len() >= OPEN_WINDOWS {
+            return Err(Error::new(
+                Kind::Usage,
+                "batch of the scan: the window before is not written yet; wait for endWindow",
+            ));
+        }
+        let run_bytes = self.context.budget.session_sort / 2;
+        let window =
+            Window::begin(&self.context.work_dir, run_bytes, self.next_sequence, &self.answers)?;
+        self.windows.push_back(window);
+        Ok(())
+    }
+
+    fn end_window(&mut self) -> Result<()> {
+        if let Some(window) = self.windows.back_mut() {
+            window.scanned = true;
+        }
+        Ok(())
+    }
+
+    /// Goes as far as it can.
+    fn advance(&mut self) -> Result<()> {
+        if let Some(error) = self.answers.failure() {
+            return Err(error);
+        }
+        while self.advance_front()? {}
+        if self.windows.len() < OPEN_WINDOWS
+            && let Some(reply) = self.calls.end_window.take()
+        {
+            let _ = reply.send(Ok(()));
+        }
+        self.answer_grants()
+    }
+
+    /// One step of the oldest window; `false` when it must wait.
+    fn advance_front(&mut self) -> Result<bool> {
+        self.tell_waiting()?;
+        let Some(window) = self.windows.front_mut() else {
+            self.progress.enter(StageName::Scan);
+            return Ok(false);
+        };
+        if window.is_answered(&self.answers) {
+            self.settle()?;
+            self.progress.enter(StageName::Write);
+            return Ok(true);
+        }
+        if window.waits_for_answers() {
+            self.progress.enter(StageName::Detect);
+            return Ok(false);
+        }
+        if window.is_written()? {
+            window.end_writing()?;
+            self.seal_blocks()?;
+            let first_time = self.patience.own_ended.is_none();
+            self.patience.own_ended.get_or_insert_with(Instant::now);
+            self.patience.silent = None;
+            // Our own duplicates are stored now; others' may be.
+            return if first_time { self.ask_again() } else { Ok(true) };
+        }
+        if window.is_settled() {
+            self.finish_front()?;
+            return Ok(true);
+        }
+        if window.waiting()?.is_some() {
+            self.progress.enter(StageName::Settle);
+            return self.wait_for_others();
+        }
+        Ok(false)
+    }
+
+    fn tell_waiting(&mut self) -> Result<()> {
+        let waiting = self.windows.front().is_some_and(Window::waits_for_answers);
+        if waiting != self.patience.told_waiting {
+            self.context.owner.waiting(self.id, waiting)?;
+            self.patience.told_waiting = waiting;
+        }
+        Ok(())
+    }
+
+    /// Goes through the front window's verdicts: none is used that its container's
+    /// directory does not confirm.
+    fn settle(&mut self) -> Result<()> {
+        let Some(window) = self.windows.front_mut() else { return Ok(()) };
+        let (store, progress) = (&self.context.store, &self.progress);
+        let silent = self.patience.silent;
+        let block = u64::from(store.block_size());
+        window.settle(&self.answers, |question, verdict| match verdict {
+            Verdict::Grant => Ok(Settled::Ours),
+            Verdict::SameAs(session, _) if Some(session) == silent => {
+                Progress::add(&progress.undetected, block);
+                Ok(Settled::Ours)
+            }
+            Verdict::SameAs(session, sequence) => Ok(Settled::Later(session, sequence)),
+            Verdict::Stored(address) => {
+                let mut slot = store.directories().slot(address);
+                let mut at = address;
+                if let Ok(SlotInfo::Forward(further)) = slot {
+                    (at, slot) = (further, store.directories().slot(further));
+                }
+                if matches!(slot, Ok(SlotInfo::Present(f)) if f == question.fingerprint) {
+                    return Ok(Settled::At(at));
+                }
+                // The shard is wrong or the block is damaged: the block is new.
+                Progress::add(&progress.undetected, block);
+                Ok(Settled::Ours)
+            }
+        })
+    }
+
+    /// Takes in blocks that were granted, in the order of the grants.
+    fn write(&mut self, at: Position, data: &[u8]) -> Result<()> {
+        let block_size = self.context.store.block_size() as usize;
+        if data.is_empty() || !data.len().is_multiple_of(block_size) {
+            return Err(Error::new(
+                Kind::Usage,
+                format!("{} bytes written, which are no whole blocks", data.len()),
+            ));
+        }
+        for (n, block) in data.chunks_exact(block_size).enumerate() {
+            let here = Position { block: at.block + n as u64, ..at };
+            let Some(window) = self.windows.front_mut() else { return Err(not_granted(here)) };
+            let granted =
+                window.written(here).map_err(|e| e.unwrap_or_else(|| not_granted(here)))?;
+            if let Some(question) = granted {
+                self.pack(&question, block)?;
+            }
+        }
+        self.learn_sealed(false)
+    }
+
+    /// Fingerprints a block afresh before it enters: a wrong one must never be found
+    /// under a right name.
+    fn pack(&mut self, question: &Question, block: &[u8]) -> Result<()> {
+        if self.context.store.fingerprinter().of(block) != question.fingerprint {
+            return Err(Error::new(
+                Kind::Failed,
+                format!(
+                    "block {} of disk {} is not what the scan saw: the view changed under the \
+                     backup, or the plugin's memory is bad",
+                    question.at.block,
+                    self.disks[usize::from(question.at.disk)].spec.name
+                ),
+            ));
+        }
+        let address = self.blocks.push(question.fingerprint, block)?;
+        Progress::add(&self.progress.new, block.len() as u64);
+        match self.windows.front_mut() {
+            Some(window) => window.place(question.sequence, address),
+            None => Ok(()),
+        }
+    }
+
+    fn seal_blocks(&mut self) -> Result<()> {
+        self.blocks.seal()?;
+        self.learn_sealed(false)
+    }
+
+    pub(super) fn seal_nodes(&mut self) -> Result<()> {
+        self.nodes.seal()?;
+        self.learn_sealed(true)
+    }
+
+    /// Tells the owner of the containers that became durable. Those of nodes hold no
+    /// blocks, but the journal that the index follows has no gaps.
+    fn learn_sealed(&mut self, nodes: bool) -> Result<()> {
+        let sealed = if nodes { self.nodes.take_sealed() } else { self.blocks.take_sealed() }?;
+        for container in sealed {
+            Progress::add(&self.progress.stored, container.stored_bytes);
+            let mut entries = Vec::new();
+            if !nodes {
+                let at = |slot| Address { container: container.id, slot };
+                entries
+                    .extend(container.entries().map(|(fingerprint, slot)| (fingerprint, at(slot))));
+            }
+            self.context.owner.learn(entries, position(container.position))?;
+        }
+        Ok(())
+    }
+
+    /// Answers a waiting call for grants if there is an answer.
+    fn answer_grants(&mut self) -> Result<()> {
+        if self.calls.grants.is_none() {
+            return Ok(());
+        }
+        let mut grants = Grants::default();
+        if let Some(window) = self.windows.front_mut() {
+            while grants.extents.len() < GRANTS_PER_CALL {
+                let Some(question) = window.next_grant()? else { break };
+                let at = question.at;
+                match grants.extents.last_mut() {
+                    Some(last)
+                        if last.at.disk == at.disk
+                            && last.at.block + u64::from(last.blocks) == at.block =>
+                    {
+                        last.blocks += 1;
+                    }
+                    _ => grants.extents.push(GrantExtent { at, blocks: 1 }),
+                }
+            }
+        } else {
+            grants.done = self.scan_ended;
+        }
+        if (grants.done || !grants.extents.is_empty())
+            && let Some(reply) = self.calls.grants.take()
+        {
+            let _ = reply.send(Ok(grants));
+        }
+        Ok(())
+    }
+
+    fn finish_front(&mut self) -> Result<()> {
+        let Some(window) = self.windows.pop_front() else { return Ok(()) };
+        self.answers.close_oldest();
+        let directories = self.context.store.directories();
+        let mut nodes = StoredNodes::new(directories, &mut self.nodes);
+        place_window(window, &mut self.disks, &mut nodes)?;
+        self.seal_nodes()?;
+        self.patience = Patience::new(Instant::now());
+        let open: u64 = self.windows.iter().map(|window| window.end - window.first).sum();
+        let placed = (self.next_sequence - open) * u64::from(self.context.store.block_size());
+        self.progress.set_duplicate(placed);
+        Ok(())
+    }
+
+    /// Asks everything unsettled in the front window again.
+    fn ask_again(&mut self) -> Result<bool> {
+        let handover = self.patience.handover.take();
+        self.patience.asked = Instant::now();
+        let figures = self.context.owner.figures();
+        self.patience.seen = figures.progress.load(std::sync::atomic::Ordering::Acquire);
+        let Some(window) = self.windows.front_mut() else { return Ok(true) };
+        let (owner, id, first) = (&self.context.owner, self.id, window.first);
+        let (mut plain, mut taken) = (Vec::new(), Vec::new());
+        window.ask_again(|question| {
+            let request = (question.fingerprint, question.sequence);
+            let ours = handover.as_ref().filter(|h| h.has(first, question.sequence));
+            if let Some(handover) = ours {
+                taken.push(request);
+                if taken.len() == REQUESTS {
+                    owner.take_over(handover.writer(), id, std::mem::take(&mut taken))?;
+                }
+                return Ok(());
+            }
+            plain.push(request);
+            if plain.len() == REQUESTS {
+                owner.ask(id, std::mem::take(&mut plain))?;
+            }
+            Ok(())
+        })?;
+        if let Some(handover) = handover.filter(|_| !taken.is_empty()) {
+            owner.take_over(handover.writer(), id, taken)?;
+        }
+        if !plain.is_empty() {
+            owner.ask(id, plain)?;
+        }
+        Ok(true)
+    }
+
+    /// What is left is with other writers: ask again when something changed, ask them
+    /// to give it up when it takes too long.
+    fn wait_for_others(&mut self) -> Result<bool> {
+        let now = Instant::now();
+        if let Some(handover) = &self.patience.handover {
+            if handover.is_silent(now) {
+                self.patience.silent = Some(handover.writer());
+                return self.ask_again();
+            }
+            return Ok(false);
+        }
+        let (writer, sequence) =
+            match self.windows.front().map(Window::waiting).transpose()?.flatten() {
+                Some(mut list) => match list.next()? {
+                    Some(unsettled) => unsettled.writer,
+                    None => return Ok(true),
+                },
+                None => return Ok(true),
+            };
+        let later = self.windows.front().is_some_and(|w| sequence.0 >= w.end);
+        let impatient =
+            self.patience.own_ended.is_some_and(|ended| now.duration_since(ended) >= PATIENCE);
+        if (writer == self.id && later) || impatient {
+            return self.begin_handover(now);
+        }
+        let progress =
+            self.context.owner.figures().progress.load(std::sync::atomic::Ordering::Acquire);
+        let due = now.duration_since(self.patience.asked) >= self.patience.backoff;
+        if due && progress != self.patience.seen {
+            self.patience.backoff = (self.patience.backoff * 2).min(LAST_BACKOFF);
+            return self.ask_again();
+        }
+        Ok(false)
+    }
+
+    fn begin_handover(&mut self, now: Instant) -> Result<bool> {
+        let list = self.windows.front().map(Window::waiting).transpose()?.flatten();
+        let Some(list) = list else { return Ok(true) };
+        let Some(mut handover) = Handover::begin(list, now)? else { return Ok(true) };
+        if handover.writer() == self.id {
+            // We hold the grants ourselves, for a later window that waits for this one.
+            loop {
+                let claims = handover.claims()?;
+                if claims.is_empty() {
+                    break;
+                }
+                let granted = self.give_up(claims)?;
+                if let Some(window) = self.windows.front() {
+                    handover.take(window.first, &granted);
+                }
+            }
+            self.patience.handover = Some(handover);
+            return self.ask_again();
+        }
+        match self.context.registry.events_of(handover.writer()) {
+            Some(writer) if handover.ask(&writer, &self.own_events, now)? == Step::Asked => {
+                self.patience.handover = Some(handover);
+                Ok(false)
+            }
+            // It ended, or is overloaded: the owner knows more, a little later.
+            _ if now.duration_since(self.patience.asked) >= LAST_BACKOFF => self.ask_again(),
+            _ => Ok(false),
+        }
+    }
+
+    /// Another session wants blocks of ours: what is not packed is left to it, what is
+    /// packed is sealed, so that it finds it stored.
+    fn give_up(&mut self, claims: Vec<Claim>) -> Result<Vec<Claim>> {
+        let mut granted = Vec::new();
+        let asked = claims.len();
+        for claim in claims {
+            let window =
+                self.windows.iter_mut().find(|w| (w.first..w.end).contains(&claim.theirs.0));
+            if let Some(window) = window
+                && window.give_up(claim.theirs)?
+            {
+                granted.push(claim);
+            }
+        }
+        if granted.len() < asked {
+            self.seal_blocks()?;
+        }
+        Ok(granted)
+    }
+
+    /// What we claimed was given to us.
+    fn gave_up(&mut self, from: SessionId, claims: &[Claim]) -> Result<()> {
+        let first = self.windows.front().map_or(0, |window| window.first);
+        let Some(handover) = self.patience.handover.as_mut().filter(|h| h.writer() == from) else {
+            return Ok(());
+        };
+        handover.take(first, claims);
+        let writer = self.context.registry.events_of(from);
+        let step = match writer {
+            Some(writer) => handover.ask(&writer, &self.own_events, Instant::now())?,
+            None => Step::Complete,
+        };
+        if step != Step::Asked {
+            // The writer gets some more time for what it keeps.
+            self.patience.own_ended = Some(Instant::now());
+            self.ask_again()?;
+        }
+        Ok(())
+    }
+
+    /// Ends a session that did not commit: a tombstone, so that its bitmaps can be merged back.
+    fn end_in_store(&mut self) {
+        if self.committed {
+            return;
+        }
+        let reason = self.failure.as_ref().map_or("the plugin is gone", |(_, message)| message);
+        let tombstone = Tombstone {
+            snapshot: self.snapshot,
+            vm: self.request.vm,
+            seq: self.seq,
+            reason: reason.to_owned(),
+            time_ms: jiff::Timestamp::now().as_millisecond(),
+        };
+        if let Err(error) = self.context.manifests.tombstone(&tombstone) {
+            eprintln!(
+                "fleece-engine: cannot end {}@{} in the store (the next backup does): {error}",
+                self.request.vm_name, self.snapshot
+            );
+        }
+    }
+
+    fn end(mut self) {
+        self.context.owner.withdraw(self.id);
+        self.end_in_store();
+        self.context.registry.leave(self.id);
+    }
+}
+
+/// A place in the store's journal, as detection counts it.
+pub(crate) fn position(at: crate::store::journal::Position) -> JournalPosition {
+    JournalPosition { incarnation: at.incarnation, n: u64::from(at.n) }
+}
+
+fn not_granted(at: Position) -> Error {
+    Error::new(
+        Kind::Usage,
+        format!(
+            "block {} of disk number {} was written, but is not granted now",
+            at.block, at.disk
+        ),
+    )
+}

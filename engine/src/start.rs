@@ -1,0 +1,120 @@
+//! Bringing an engine up: store, index, owner; and down again.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::config::Config;
+use crate::damage::Damage;
+use crate::detect::{DetectOptions, Detector};
+use crate::error::{Context as _, Result};
+use crate::owner::Owner;
+use crate::session::Context;
+use crate::session::event::Event;
+use crate::session::registry::Registry;
+use crate::store::commit::Manifests;
+use crate::store::keys::StoreKey;
+use crate::store::{Location, Store, StoreOptions};
+use crate::upkeep;
+
+/// A running engine but for its socket.
+pub struct Started {
+    /// What sessions and calls work with.
+    pub context: Context,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// Keeps guests' data and keys out of core dumps.
+///
+/// # Errors
+/// When the limit cannot be set.
+pub fn harden() -> Result<()> {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })
+        .context(|| "cannot switch core dumps off".into())
+}
+
+/// Opens the store and the index, and brings the index up to the store's journals.
+///
+/// # Errors
+/// Those of the store and its key; [`Kind::Busy`] when another engine has the state.
+pub fn start(config: &Config) -> Result<Started> {
+    let budget = config.budget()?;
+    let state = &config.state_dir;
+    let work_dir = state.join("sessions");
+    for dir in [state, &work_dir] {
+        create_private_dir(dir)?;
+    }
+    let key = StoreKey::load(&config.key)?;
+    let location = Location::parse(&config.store)?;
+    let options = StoreOptions { budget: budget.store(), compression: config.compression_level };
+    let store = Store::open(&location, key, state, options)?;
+    sweep(&work_dir);
+    let mut options = DetectOptions::new(store.id());
+    options.partition_bits = config.partition_bits;
+    options.pass_memory = budget.pass;
+    let (mut detector, report) = Detector::open(&state.join("index"), options)?;
+    if let Some(reason) = &report.set_aside {
+        eprintln!("fleece-engine: the index is built anew from the store: {reason}");
+    }
+    upkeep::refill(&store, &mut detector, &report.watermark)?;
+    let (owner, thread) = Owner::start(detector)?;
+    let damage = Arc::new(Damage::load(&store)?);
+    let manifests = Manifests::new(store.objects().clone(), store.sealer().clone(), &work_dir);
+    let context = Context {
+        store,
+        manifests,
+        damage,
+        owner,
+        registry: Arc::new(Registry::default()),
+        budget,
+        work_dir,
+        host: host_name(),
+    };
+    Ok(Started { context, thread: Some(thread) })
+}
+
+impl Started {
+    /// Hangs up on all sessions and waits until they ended themselves.
+    pub fn wait_for_sessions(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline {
+            let live = self.context.registry.list();
+            if live.is_empty() {
+                return;
+            }
+            for session in live {
+                let _ = session.events.try_send(Event::Hangup);
+            }
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+    }
+
+    /// Ends the owner: what it learned is written out.
+    pub fn stop(mut self) {
+        self.context.owner.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn create_private_dir(dir: &Path) -> Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .context(|| format!("cannot create {}", dir.display()))
+}
+
+/// Working files have no names; whatever has one here is from another version.
+fn sweep(work_dir: &Path) {
+    for entry in std::fs::read_dir(work_dir).into_iter().flatten().flatten() {
+        let _ = std::fs::remove_file(entry.path());
+    }
+}
+
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
