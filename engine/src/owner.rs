@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
-use crate::detect::{Detector, JournalPosition, Partition, Watermark};
+use crate::detect::{Detector, JournalPosition, Partition, Rebuild, Rebuilt};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, Fingerprint, Sequence, SessionId};
 use crate::session::answers::Answers;
@@ -26,6 +26,9 @@ const EXPORT_ENTRIES: usize = 4096;
 /// How a session hears that it has new answers; must not block.
 pub type Wake = Box<dyn Fn() + Send>;
 
+/// Brings an index up to the store's journals.
+pub type Refill = Box<dyn FnMut(&mut Detector) -> Result<()> + Send>;
+
 enum Command {
     Register { session: SessionId, answers: Arc<Answers>, wake: Wake },
     Ask { session: SessionId, requests: Vec<(Fingerprint, Sequence)> },
@@ -34,19 +37,12 @@ enum Command {
     Learn { entries: Vec<(Fingerprint, Address)>, position: JournalPosition },
     Withdraw { session: SessionId },
     Entries { partition: Partition, after: Option<Fingerprint>, reply: Sender<Result<Vec<Entry>>> },
-    Rebuild { feed: Receiver<Feed>, reply: Sender<Result<u64>> },
+    Rebuild { reply: Sender<Rebuild> },
+    Install { rebuilt: Rebuilt, reply: Sender<Result<()>> },
     Stop,
 }
 
 type Entry = (Fingerprint, Address);
-
-/// What a rebuild feeds to the owner.
-pub enum Feed {
-    /// Entries in any order.
-    Entries(Vec<Entry>),
-    /// All were fed; the journals they cover.
-    Done(Watermark),
-}
 
 /// Figures of the index that others may read at any time.
 #[derive(Default)]
@@ -68,11 +64,15 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// Starts the thread; join it after [`Owner::stop`].
+    /// Starts the thread; join it after [`Owner::stop`]. An index that turns out to be
+    /// damaged is begun anew and refilled.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn start(detector: Detector) -> Result<(Self, std::thread::JoinHandle<()>)> {
+    pub fn start(
+        detector: Detector,
+        refill: Refill,
+    ) -> Result<(Self, std::thread::JoinHandle<()>)> {
         let (commands, queue) = bounded(QUEUE);
         let figures = Arc::new(Figures::default());
         let partitions = detector.partitions().count() as u16;
@@ -82,6 +82,7 @@ impl Owner {
             waiting: HashSet::new(),
             figures: Arc::clone(&figures),
             failed_passes: 0,
+            refill,
         };
         thread.publish_figures();
         let handle = std::thread::Builder::new()
@@ -172,14 +173,24 @@ impl Owner {
         answer.recv().map_err(|_| stopped())?
     }
 
-    /// Builds the index anew from what is fed; gives the number of its entries.
-    /// Requests wait meanwhile.
+    /// Begins a new index beside the present one; it is fed and built by the caller, and
+    /// detection goes on meanwhile.
     ///
     /// # Errors
-    /// When the index cannot be written, the feeder gives up, or the engine is ending.
-    pub fn rebuild(&self, feed: Receiver<Feed>) -> Result<u64> {
+    /// When the engine is ending.
+    pub fn begin_rebuild(&self) -> Result<Rebuild> {
         let (reply, answer) = bounded(1);
-        self.send(Command::Rebuild { feed, reply })?;
+        self.send(Command::Rebuild { reply })?;
+        answer.recv().map_err(|_| stopped())
+    }
+
+    /// Puts a new index in place of the present one.
+    ///
+    /// # Errors
+    /// When it cannot be made durable or the engine is ending.
+    pub fn install(&self, rebuilt: Rebuilt) -> Result<()> {
+        let (reply, answer) = bounded(1);
+        self.send(Command::Install { rebuilt, reply })?;
         answer.recv().map_err(|_| stopped())?
     }
 
@@ -199,6 +210,7 @@ struct OwnerThread {
     waiting: HashSet<SessionId>,
     figures: Arc<Figures>,
     failed_passes: u32,
+    refill: Refill,
 }
 
 impl OwnerThread {
@@ -229,6 +241,7 @@ impl OwnerThread {
                 Ok(()) => self.failed_passes = 0,
                 Err(error) => {
                     report("a pass failed; it is made again", &error);
+                    self.heal(&error);
                     self.failed_passes += 1;
                     if self.failed_passes >= PASS_TRIES {
                         self.fail_all(&error);
@@ -247,8 +260,19 @@ impl OwnerThread {
             }
             Err(error) => {
                 report("merging the index failed; it is tried again", &error);
+                self.heal(&error);
                 false
             }
+        }
+    }
+
+    /// A damaged index was set aside by the detector: the store's journals have it all.
+    fn heal(&mut self, error: &Error) {
+        if error.kind() == Kind::Damaged
+            && self.detector.watermark().is_empty()
+            && let Err(error) = (self.refill)(&mut self.detector)
+        {
+            report("the index could not be refilled; duplicates are missed until it is", &error);
         }
     }
 
@@ -319,10 +343,13 @@ impl OwnerThread {
                 let _ = reply.send(self.entries(partition, after));
                 Ok(())
             }
-            Command::Rebuild { feed, reply } => {
-                let rebuilt = self.rebuild(&feed);
+            Command::Rebuild { reply } => {
+                let _ = reply.send(self.detector.rebuild());
+                Ok(())
+            }
+            Command::Install { rebuilt, reply } => {
+                let _ = reply.send(self.detector.install(rebuilt));
                 self.publish_figures();
-                let _ = reply.send(rebuilt);
                 Ok(())
             }
             Command::Stop => Ok(()),
@@ -342,23 +369,7 @@ impl OwnerThread {
     }
 
     fn entries(&mut self, partition: Partition, after: Option<Fingerprint>) -> Result<Vec<Entry>> {
-        let mut entries = Vec::with_capacity(EXPORT_ENTRIES);
-        let _ = (partition, after, &mut entries, EXPORT_ENTRIES);
-        Ok(entries)
-    }
-
-    fn rebuild(&mut self, feed: &Receiver<Feed>) -> Result<u64> {
-        let mut rebuild = self.detector.rebuild()?;
-        loop {
-            match feed.recv() {
-                Ok(Feed::Entries(entries)) => rebuild.feed(&entries)?,
-                Ok(Feed::Done(watermark)) => {
-                    self.detector.install(rebuild, &watermark)?;
-                    return Ok(self.detector.entries());
-                }
-                Err(_) => return Err(Error::new(Kind::Failed, "the rebuild was given up")),
-            }
-        }
+        self.detector.export(partition, after, EXPORT_ENTRIES)
     }
 
     fn publish_figures(&self) {

@@ -58,7 +58,12 @@ pub fn start(config: &Config) -> Result<Started> {
         eprintln!("fleece-engine: the index is built anew from the store: {reason}");
     }
     upkeep::refill(&store, &mut detector, &report.watermark)?;
-    let (owner, thread) = Owner::start(detector)?;
+    let refilled = store.clone();
+    let refill = move |detector: &mut Detector| {
+        let watermark = detector.watermark();
+        upkeep::refill(&refilled, detector, &watermark)
+    };
+    let (owner, thread) = Owner::start(detector, Box::new(refill))?;
     let damage = Arc::new(Damage::load(&store)?);
     let manifests = Manifests::new(store.objects().clone(), store.sealer().clone(), &work_dir);
     let context = Context {

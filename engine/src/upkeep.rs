@@ -1,22 +1,16 @@
 //! What needs both the store and the index: refill at the start, rebuild, verify; and
 //! restore, which notes the damage that it meets.
 
-use crossbeam_channel::bounded;
-
 use crate::detect::{Detector, Watermark};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint};
 use crate::jobs::restore::{Options, Outcome, Restorer, Sink};
-use crate::owner::Feed;
 use crate::session::Context;
 use crate::store::Store;
 use crate::store::container::{ContainerKind, SlotInfo};
 use crate::store::journal::Position;
 use crate::store::manifest::{Disk, Manifest};
 use crate::store::recipe::RecipeReader;
-
-/// Batches that wait between a rebuild's reader and the owner.
-const BATCHES: usize = 2;
 
 /// Restores with this engine's means.
 #[must_use]
@@ -64,45 +58,32 @@ pub fn refill(store: &Store, detector: &mut Detector, after: &Watermark) -> Resu
     })
 }
 
-/// Builds the index anew, while backups go on; their questions wait for the end.
+/// Builds the index anew, while backups go on with the present one.
 ///
 /// # Errors
 /// When the journals cannot be read or the index cannot be written.
 pub fn rebuild_index(context: &Context, emit: &mut dyn FnMut(String) -> Result<()>) -> Result<u64> {
-    let (feed, fed) = bounded(BATCHES);
-    std::thread::scope(|scope| {
-        let owner = &context.owner;
-        let rebuilt = scope.spawn(move || owner.rebuild(fed));
-        let mut watermark = Watermark::default();
-        let mut containers = 0_u64;
-        let read = each_container(&context.store, &Watermark::default(), &mut |at, entries| {
-            let at = crate::session::position(at);
-            watermark.raise(at.incarnation, at.n);
-            containers += 1;
-            if containers.is_multiple_of(PROGRESS_CONTAINERS) {
-                let line = serde_json::json!({
-                    "message_type": "progress", "containers": containers,
-                });
-                emit(line.to_string())?;
-            }
-            feed.send(Feed::Entries(entries)).map_err(|_| gave_up())
-        });
-        if read.is_ok() {
-            let _ = feed.send(Feed::Done(watermark));
+    let mut rebuild = context.owner.begin_rebuild()?;
+    let mut watermark = Watermark::default();
+    let mut containers = 0_u64;
+    each_container(&context.store, &Watermark::default(), &mut |at, entries| {
+        let at = crate::session::position(at);
+        watermark.raise(at.incarnation, at.n);
+        containers += 1;
+        if containers.is_multiple_of(PROGRESS_CONTAINERS) {
+            let line = serde_json::json!({ "message_type": "progress", "containers": containers });
+            emit(line.to_string())?;
         }
-        // Without `Done` the owner keeps the index it has.
-        drop(feed);
-        let rebuilt = rebuilt.join().map_err(|_| gave_up())?;
-        read.and(rebuilt)
-    })
+        rebuild.feed(&entries)
+    })?;
+    let rebuilt = rebuild.build(watermark)?;
+    let entries = rebuilt.entries();
+    context.owner.install(rebuilt)?;
+    Ok(entries)
 }
 
 /// Between two lines of progress: some seconds.
 const PROGRESS_CONTAINERS: u64 = 500;
-
-fn gave_up() -> Error {
-    Error::new(Kind::Failed, "the index could not be rebuilt (see the engine's log)")
-}
 
 /// What the containers of blocks that are journaled after a watermark hold, one container
 /// at a time: at most 65,535 entries.

@@ -1,6 +1,7 @@
 //! The detector: what the detector thread owns and calls.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -270,24 +271,28 @@ impl Detector {
         self.index.current.watermark.clone()
     }
 
-    /// All entries of `partition`, ascending, the newest address of each.
-    /// [`Kind::Damaged`] as in [`Detector::pass`].
+    /// Entries of `partition` after a fingerprint, ascending, the newest address of each, at
+    /// most `limit` of them; none at the end. [`Kind::Damaged`] as in [`Detector::pass`].
     pub fn export(
         &mut self,
         partition: Partition,
-        each: &mut dyn FnMut(Fingerprint, Address) -> Result<()>,
-    ) -> Result<()> {
+        after: Option<Fingerprint>,
+        limit: usize,
+    ) -> Result<Vec<(Fingerprint, Address)>> {
         let range = range_of(partition, self.options.partition_bits);
         let runs = match self.index.open_runs(partition, |_| true) {
             Ok(runs) => runs,
             Err(error) => return Err(self.set_damaged_aside(error)),
         };
-        let first = std::ops::Bound::Included(range.0);
+        let first = after.map_or(Bound::Included(range.0), Bound::Excluded);
         let mut merge = Merge::new(self.index.fresh(&range), &runs, first, range.1)?;
-        while let Some((fingerprint, address)) = merge.next()? {
-            each(fingerprint, address)?;
+        let mut entries = Vec::new();
+        while entries.len() < limit
+            && let Some(entry) = merge.next()?
+        {
+            entries.push(entry);
         }
-        Ok(())
+        Ok(entries)
     }
 
     /// Looks ascending `fingerprints` up, whatever their partitions; calls `each` for every one.

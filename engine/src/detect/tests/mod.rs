@@ -79,10 +79,14 @@ pub(super) fn refill(detector: &mut Detector, journal: &Journal) {
 pub(super) fn export(detector: &mut Detector) -> crate::error::Result<Vec<(Fingerprint, Address)>> {
     let mut all = Vec::new();
     for partition in detector.partitions().collect::<Vec<_>>() {
-        detector.export(partition, &mut |fingerprint, address| {
-            all.push((fingerprint, address));
-            Ok(())
-        })?;
+        // Small pieces, so that every test goes over their seams.
+        let mut after = None;
+        loop {
+            let entries = detector.export(partition, after, 100)?;
+            let Some((last, _)) = entries.last() else { break };
+            after = Some(*last);
+            all.extend(entries);
+        }
     }
     Ok(all)
 }
