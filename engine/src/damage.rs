@@ -23,6 +23,16 @@ impl Damage {
         Ok(Damage { map: Mutex::new(Arc::new(map)) })
     }
 
+    /// Loads the marks again, after a job that made some.
+    ///
+    /// # Errors
+    /// When the marks cannot be listed.
+    pub fn reload(&self, store: &Store) -> Result<()> {
+        let fresh = Damage::load(store)?.map();
+        *self.map.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
+        Ok(())
+    }
+
     /// What is known now.
     #[must_use]
     pub fn map(&self) -> Arc<DamageMap> {

@@ -1,16 +1,25 @@
 //! What needs both the store and the index: refill at the start, rebuild, verify; and
 //! restore, which notes the damage that it meets.
 
-use crate::detect::{Detector, Watermark};
-use crate::error::{Kind, Result};
+use std::cell::RefCell;
+
+use crate::detect::{Detector, Partition, Watermark};
+use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint};
+use crate::jobs::rebuild::each_entry;
 use crate::jobs::restore::{Options, Outcome, Restorer, Sink};
+use crate::jobs::verify::{self, Event, Scope};
 use crate::session::Context;
+use crate::sort::{Sorted, Sorter};
 use crate::store::Store;
+use crate::store::commit::SnapshotKey;
 use crate::store::container::{ContainerKind, SlotInfo};
 use crate::store::journal::Position;
 use crate::store::manifest::{Disk, Manifest};
 use crate::store::recipe::RecipeReader;
+
+/// Where a job puts its lines of JSON.
+pub type Emit<'a> = &'a mut dyn FnMut(String) -> Result<()>;
 
 /// Restores with this engine's means.
 #[must_use]
@@ -58,32 +67,170 @@ pub fn refill(store: &Store, detector: &mut Detector, after: &Watermark) -> Resu
     })
 }
 
-/// Builds the index anew, while backups go on with the present one.
+/// Builds the index anew, while backups go on with the present one; gives its entries.
 ///
 /// # Errors
 /// When the journals cannot be read or the index cannot be written.
-pub fn rebuild_index(context: &Context, emit: &mut dyn FnMut(String) -> Result<()>) -> Result<u64> {
+pub fn rebuild_index(context: &Context, emit: Emit<'_>) -> Result<u64> {
     let mut rebuild = context.owner.begin_rebuild()?;
+    let (store, damage) = (&context.store, context.damage.map());
+    let read =
+        each_entry(store, &damage, &context.work_dir, &[], &mut |entries| rebuild.feed(entries))?;
+    for problem in &read.problems {
+        let line = serde_json::json!({ "message_type": "problem", "message": problem });
+        emit(line.to_string())?;
+    }
     let mut watermark = Watermark::default();
-    let mut containers = 0_u64;
-    each_container(&context.store, &Watermark::default(), &mut |at, entries| {
-        let at = crate::session::position(at);
-        watermark.raise(at.incarnation, at.n);
-        containers += 1;
-        if containers.is_multiple_of(PROGRESS_CONTAINERS) {
-            let line = serde_json::json!({ "message_type": "progress", "containers": containers });
-            emit(line.to_string())?;
-        }
-        rebuild.feed(&entries)
-    })?;
+    for at in read.watermark {
+        watermark.raise(at.incarnation, at.n.into());
+    }
     let rebuilt = rebuild.build(watermark)?;
     let entries = rebuilt.entries();
     context.owner.install(rebuilt)?;
     Ok(entries)
 }
 
-/// Between two lines of progress: some seconds.
-const PROGRESS_CONTAINERS: u64 = 500;
+/// Verifies what `vm` and `snapshot` name, everything for "" and "", and then the index
+/// as well. `true`: nothing is wrong.
+///
+/// # Errors
+/// [`Kind::NotFound`] for an unknown VM or snapshot; when the store cannot be read.
+pub fn verify(
+    context: &Context,
+    vm: &str,
+    snapshot: &str,
+    now_ms: i64,
+    emit: Emit<'_>,
+) -> Result<bool> {
+    let scope = scope(context, vm, snapshot)?;
+    let emit = RefCell::new(emit);
+    let say = |event: &Event| {
+        let line = serde_json::to_string(event)
+            .map_err(|e| Error::caused(Kind::Failed, "cannot encode an event", e))?;
+        (emit.borrow_mut())(line)
+    };
+    let options = verify::Options { scope, scratch: context.work_dir.clone(), now_ms };
+    if scope != Scope::All {
+        let report = verify::verify(&context.store, &options, &mut |e| say(e), &mut |_| Ok(()))?;
+        context.damage.reload(&context.store)?;
+        return Ok(report.clean());
+    }
+    let mut index = IndexCheck::new(context, &say)?;
+    let report =
+        verify::verify(&context.store, &options, &mut |event| say(event), &mut |entries| {
+            entries.iter().try_for_each(|entry| index.compare(entry))
+        })?;
+    let index_clean = index.finish()?;
+    context.damage.reload(&context.store)?;
+    Ok(report.clean() && index_clean)
+}
+
+fn scope(context: &Context, vm: &str, snapshot: &str) -> Result<Scope> {
+    if vm.is_empty() {
+        return Ok(Scope::All);
+    }
+    let id = context.manifests.find_vm(vm)?;
+    if snapshot.is_empty() {
+        return Ok(Scope::Vm(id));
+    }
+    let zone = jiff::tz::TimeZone::system();
+    let manifest = context.manifests.find_snapshot(id, snapshot, &zone)?;
+    Ok(Scope::Snapshot(SnapshotKey {
+        vm: manifest.vm,
+        seq: manifest.seq,
+        snapshot: manifest.snapshot,
+    }))
+}
+
+/// Container 8, slot 2, fingerprint 20: sorts by address.
+const BY_ADDRESS: usize = 10 + Fingerprint::LEN;
+/// Wrong entries that are named one by one.
+const NAMED: u64 = 20;
+
+/// The index beside the directories, which are the truth: both ascend by address.
+struct IndexCheck<'c> {
+    index: Sorted<BY_ADDRESS>,
+    next: Option<[u8; BY_ADDRESS]>,
+    wrong: u64,
+    missing: u64,
+    say: &'c dyn Fn(&Event) -> Result<()>,
+}
+
+impl<'c> IndexCheck<'c> {
+    /// Takes the index as it is now; containers sealed later are not missed.
+    fn new(context: &Context, say: &'c dyn Fn(&Event) -> Result<()>) -> Result<Self> {
+        let mut sorter = Sorter::new(&context.work_dir, context.budget.pass / 4);
+        for partition in (0..context.owner.partitions()).map(Partition) {
+            let mut after = None;
+            loop {
+                let entries = context.owner.entries_after(partition, after)?;
+                let Some((last, _)) = entries.last() else { break };
+                after = Some(*last);
+                for entry in &entries {
+                    sorter.push(&by_address(entry))?;
+                }
+            }
+        }
+        let mut index = sorter.finish()?;
+        let next = index.next()?;
+        Ok(IndexCheck { index, next, wrong: 0, missing: 0, say })
+    }
+
+    fn compare(&mut self, sound: &(Fingerprint, Address)) -> Result<()> {
+        let sound = by_address(sound);
+        while self.next.is_some_and(|next| next < sound) {
+            self.wrong_entry()?;
+        }
+        if self.next == Some(sound) {
+            self.next = self.index.next()?;
+        } else {
+            // Written twice, or sealed just now, or an index that is being refilled.
+            self.missing += 1;
+        }
+        Ok(())
+    }
+
+    fn wrong_entry(&mut self) -> Result<()> {
+        let Some(entry) = self.next else { return Ok(()) };
+        self.wrong += 1;
+        self.next = self.index.next()?;
+        if self.wrong > NAMED {
+            return Ok(());
+        }
+        let number = |range: std::ops::Range<usize>| {
+            entry[range].iter().fold(0_u64, |n, &byte| n << 8 | u64::from(byte))
+        };
+        (self.say)(&Event::Problem {
+            what: "index",
+            object: format!("{:08x}-{:08x}/{}", number(0..4), number(4..8), number(8..10)),
+            message: "an entry of the index names a slot that does not hold its block; no harm \
+                      is done, fleecectl rebuild-index mends it"
+                .into(),
+        })
+    }
+
+    fn finish(mut self) -> Result<bool> {
+        while self.next.is_some() {
+            self.wrong_entry()?;
+        }
+        if self.missing > 0 {
+            (self.say)(&Event::Note {
+                object: "index".into(),
+                message: format!("{} stored blocks are not in the index", self.missing),
+            })?;
+        }
+        Ok(self.wrong == 0)
+    }
+}
+
+fn by_address((fingerprint, address): &(Fingerprint, Address)) -> [u8; BY_ADDRESS] {
+    let mut record = [0; BY_ADDRESS];
+    record[..4].copy_from_slice(&address.container.incarnation.0.to_be_bytes());
+    record[4..8].copy_from_slice(&address.container.counter.to_be_bytes());
+    record[8..10].copy_from_slice(&address.slot.0.to_be_bytes());
+    record[10..].copy_from_slice(&fingerprint.0);
+    record
+}
 
 /// What the containers of blocks that are journaled after a watermark hold, one container
 /// at a time: at most 65,535 entries.
@@ -165,50 +312,4 @@ pub fn is_damaged(context: &Context, manifest: &Manifest) -> bool {
             .and_then(|reader| damage.forced_ranges(&reader))
             .map_or(true, |ranges| !ranges.is_empty())
     })
-}
-
-/// What the store takes and holds.
-#[derive(Default)]
-pub struct Usage {
-    #[allow(missing_docs)]
-    pub logical_bytes: u64,
-    #[allow(missing_docs)]
-    pub stored_bytes: u64,
-    #[allow(missing_docs)]
-    pub snapshots: u64,
-    #[allow(missing_docs)]
-    pub vms: u64,
-    #[allow(missing_docs)]
-    pub undetected_bytes: u64,
-}
-/// temp
-pub fn usage(context: &Context) -> Result<Usage> {
-    let mut u = Usage::default();
-    context.store.objects().list("", |_, n| {
-        u.stored_bytes += n;
-        Ok(())
-    })?;
-    for vm in context.manifests.vms()? {
-        let before = u.snapshots;
-        let mut all = context.manifests.list(vm)?;
-        while let Some(m) = all.next()? {
-            u.snapshots += 1;
-            u.logical_bytes += m.disks.iter().map(|d| d.size).sum::<u64>();
-            u.undetected_bytes += m.counts.undetected;
-        }
-        if u.snapshots > before {
-            u.vms += 1;
-        }
-    }
-    Ok(u)
-}
-/// temp
-pub fn verify(
-    _c: &Context,
-    _vm: &str,
-    _s: &str,
-    _now: i64,
-    _emit: &mut dyn FnMut(String) -> Result<()>,
-) -> Result<bool> {
-    Ok(true)
 }

@@ -17,6 +17,8 @@ pub struct Usage {
     pub vms: u64,
     /// All objects of the store.
     pub stored_bytes: u64,
+    /// Bytes of disk that were stored although they may have been there already.
+    pub undetected: u64,
 }
 
 /// Counts; a manifest that is damaged is left out.
@@ -37,6 +39,7 @@ pub fn usage(store: &Store, manifests: &Manifests) -> Result<Usage> {
                 Ok(None) => break,
                 Ok(Some(manifest)) => {
                     usage.snapshots += 1;
+                    usage.undetected += manifest.counts.undetected;
                     usage.logical_bytes += manifest.disks.iter().map(|disk| disk.size).sum::<u64>();
                 }
                 Err(error) if error.kind() == Kind::Damaged => {}

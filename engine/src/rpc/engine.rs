@@ -11,6 +11,7 @@ use super::server::Services;
 use super::{convert, to_wire};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{SnapshotId, VmId};
+use crate::jobs::usage::usage;
 use crate::session::Context;
 use crate::session::begin::begin;
 use crate::store::manifest::Manifest;
@@ -239,7 +240,7 @@ impl engine::Server for EngineServer {
     ) -> Answer {
         let context = self.context()?;
         let reading = context.clone();
-        let usage = blocking(move || upkeep::usage(&reading)).await?;
+        let usage = blocking(move || usage(&reading.store, &reading.manifests)).await?;
         let store = &context.store;
         let figures = context.owner.figures();
         let unique = figures.unique_blocks.load(std::sync::atomic::Ordering::Relaxed);
@@ -257,7 +258,7 @@ impl engine::Server for EngineServer {
         status.set_encrypted(store.encrypted());
         status.set_memory_budget(context.budget.total);
         status.set_peak_anonymous(crate::memory::peak_anonymous());
-        status.set_undetected_blocks(usage.undetected_bytes / u64::from(store.block_size()));
+        status.set_undetected_blocks(usage.undetected / u64::from(store.block_size()));
         status.set_damaged_blocks(context.damage.map().slots());
         status.set_version(env!("CARGO_PKG_VERSION"));
         let live = context.registry.list();

@@ -147,13 +147,10 @@ fn gone() -> Error {
     Error::new(Kind::Failed, "whoever asked is gone")
 }
 
-/// Where a job puts its lines.
-pub(super) type Emit<'a> = &'a mut dyn FnMut(String) -> Result<()>;
-
 /// Runs a long job away from the LocalSet thread; its lines go to `sink` as they come.
 pub(super) async fn with_events<T: Send + 'static>(
     sink: event_sink::Client,
-    work: impl FnOnce(Emit<'_>) -> Result<T> + Send + 'static,
+    work: impl FnOnce(upkeep::Emit<'_>) -> Result<T> + Send + 'static,
 ) -> std::result::Result<T, capnp::Error> {
     let (lines, mut waiting) = mpsc::channel::<String>(LINES);
     let job = tokio::task::spawn_blocking(move || {
