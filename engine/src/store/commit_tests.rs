@@ -281,3 +281,19 @@ fn damage_marks_add_up_and_survive() {
     damage_file(&f, &super::names::damage(container, 1));
     assert!(DamageMap::load(&f.objects, &f.sealer).unwrap().has(at(50)));
 }
+
+proptest::proptest! {
+    #[test]
+    fn no_bytes_make_the_decoder_panic(
+        kind in proptest::sample::select(vec![b'M', b'T', b'X']),
+        length in proptest::num::u32::ANY,
+        body in proptest::collection::vec(proptest::num::u8::ANY, 0..100),
+    ) {
+        for length in [length, body.len() as u32, 2] {
+            let mut bytes = vec![kind, 1];
+            bytes.extend(length.to_le_bytes());
+            bytes.extend(&body);
+            proptest::prop_assert!(Record::decode(&bytes, "some object").is_err());
+        }
+    }
+}

@@ -167,6 +167,7 @@ impl Store {
             budget.directory_cache,
             budget.frame_cache,
         );
+        damage::DamageMap::load(&objects, &sealer)?.apply(&directories);
         let pool = Pool::new(budget.cpu_threads)?;
         let location = location.clone();
         let inner = Inner {

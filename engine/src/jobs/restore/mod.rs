@@ -26,7 +26,7 @@ use crate::pool::Pool;
 use crate::store::Store;
 use crate::store::container::{Directories, FRAME_BYTES};
 use crate::store::damage::{DamageMap, Found};
-use crate::store::manifest::Disk;
+use crate::store::manifest::{Disk, Manifest};
 use crate::store::recipe::{Lost, NodeSource, RecipeReader};
 
 /// The longest piece that is handed out: what one message of the protocol carries.
@@ -90,6 +90,22 @@ impl Restorer {
             scratch: scratch.into(),
             block_size: store.block_size(),
         })
+    }
+
+    /// Whether a snapshot touches damage that is known; reads nothing while there is none.
+    ///
+    /// # Errors
+    /// When its recipes cannot be read for another reason than damage.
+    pub fn is_damaged(&self, manifest: &Manifest) -> Result<bool> {
+        if self.damage.is_empty() {
+            return Ok(false);
+        }
+        for disk in &manifest.disks {
+            if !self.damage.forced_ranges(&self.recipe(disk)?)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Hands out everything of a disk that is not zero, in pieces of at most [`MAX_WRITE`]

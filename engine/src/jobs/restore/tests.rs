@@ -7,7 +7,6 @@ use rand::{RngExt, SeedableRng};
 use super::*;
 use crate::jobs::fixture::{Fixture, image};
 use crate::store::Store;
-use crate::store::manifest::Manifest;
 use crate::store::recipe::Placement;
 
 /// Restores into memory; every byte is written at most once.
@@ -133,7 +132,7 @@ fn a_damaged_frame_fails_or_leaves_a_hole() {
     assert!(damage.record(&f.store, &outcome.found, 5).unwrap() > 0);
     assert_eq!(damage.record(&f.store, &outcome.found, 5).unwrap(), 0);
     let again = Restorer::new(&f.store, &f.scratch()).unwrap();
-    assert!(again.damage.has(address));
+    assert!(again.damage.has(address) && again.is_damaged(&manifest).unwrap());
     let recipe = again.recipe(disk).unwrap();
     let forced = again.damage.forced_ranges(&recipe).unwrap();
     let forced: Vec<(u64, u64)> = forced.iter().map(|(b, n)| (b * 4096, n * 4096)).collect();
@@ -178,5 +177,46 @@ fn a_sink_that_fails_ends_the_restore() {
         let fail = &mut |_: u64, _: &[u8]| Err(Error::new(Kind::Failed, "the target is full"));
         let error = restorer.restore(&manifest.disks[0], options, fail).unwrap_err();
         assert_eq!(error.to_string(), "the target is full");
+    }
+}
+
+/// Measures: `cargo test --release -p fleece-engine restore_speed -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn restore_speed() {
+    let mut f = Fixture::new(4096);
+    let mut rng = StdRng::seed_from_u64(1);
+    let size = 512 << 20;
+    let mut bytes = vec![0_u8; size];
+    // Half of every block is random, so that it compresses about as well as a guest's.
+    for block in bytes.chunks_mut(4096) {
+        rng.fill(&mut block[..1400]);
+    }
+    let manifest = f.backup(1, &bytes, None);
+    // A second disk of the same blocks, in pieces of eight, shuffled: as fragmented as it gets.
+    let mut pieces: Vec<&[u8]> = bytes.chunks(8 * 4096).collect();
+    for i in (1..pieces.len()).rev() {
+        pieces.swap(i, rng.random_range(0..=i));
+    }
+    let shuffled = f.backup(2, &pieces.concat(), None);
+    for (name, disk) in [("in order", &manifest.disks[0]), ("shuffled", &shuffled.disks[0])] {
+        for ordered in BOTH {
+            let store = f.reopened();
+            let restorer = Restorer::new(&store, &f.scratch()).unwrap();
+            let start = std::time::Instant::now();
+            let options = Options { ordered, damaged_zero: false };
+            let (mut calls, mut sum) = (0_u64, 0_u64);
+            let sink = &mut |_: u64, bytes: &[u8]| {
+                calls += 1;
+                sum += bytes.len() as u64;
+                Ok(())
+            };
+            restorer.restore(disk, options, sink).unwrap();
+            let rate = (sum >> 20) as f64 / start.elapsed().as_secs_f64();
+            println!(
+                "{name}, ordered {ordered}: {rate:.0} MiB/s, {} KiB a write",
+                (sum / calls) >> 10
+            );
+        }
     }
 }

@@ -160,9 +160,15 @@ impl Verifier<'_> {
     /// Reads a container whole. `must` says whether it has to be there.
     fn check_container(&mut self, id: ContainerId, must: bool) -> Result<Slots> {
         self.report.containers += 1;
+        // What the engine has in its caches says nothing about the store.
+        self.store.directories().forget(id);
         let name = format!("container {id}");
         match self.read_slots(id) {
             Ok(mut slots) => {
+                if let Err(error) = self.store.directories().check_lead(id) {
+                    // No restore needs it: nothing is marked.
+                    self.problem("container", &name, &error.to_string())?;
+                }
                 self.check_frames(id, &mut slots)?;
                 self.hand_on_sound(id, &slots)?;
                 Ok(slots)

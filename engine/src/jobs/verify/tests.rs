@@ -177,6 +177,11 @@ fn a_damaged_node_directory_journal_or_manifest_is_found() {
     let (_, events, _) = run(&f, Scope::All);
     assert_eq!(problems(&events), ["container", "reference"]);
 
+    let (f, manifests) = filled();
+    f.flip(&f.object(shared_block(&f, &manifests)), 90); // The lead, which no restore needs.
+    let (report, events, _) = run(&f, Scope::All);
+    assert_eq!((problems(&events), report.affected_snapshots), (vec!["container"], 0));
+
     let (f, _) = filled();
     f.flip(&names::journal(f.store.journal().unwrap().incarnation(), 2), 90);
     let (report, events, _) = run(&f, Scope::All);
