@@ -12,6 +12,7 @@ use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FlockOperation;
@@ -135,8 +136,10 @@ pub struct Journal {
     journals: Journals,
     file: PathBuf,
     incarnation: Incarnation,
-    /// The last entry that certainly exists.
-    last: Mutex<u32>,
+    /// The last entry that certainly exists; changes only under `writing`.
+    last: AtomicU32,
+    /// Held while an entry is created: that is what makes the journal free of gaps.
+    writing: Mutex<()>,
     counter: Mutex<Counter>,
     /// Held locked for the life of the engine.
     _lock: fs::File,
@@ -192,7 +195,8 @@ impl Journal {
             journals,
             file,
             incarnation: state.incarnation,
-            last: Mutex::new(last),
+            last: AtomicU32::new(last),
+            writing: Mutex::new(()),
             counter: Mutex::new(Counter { state, next }),
             _lock: lock,
         };
@@ -209,7 +213,7 @@ impl Journal {
     /// The last entry of this engine's journal.
     #[must_use]
     pub fn last(&self) -> Position {
-        Position { incarnation: self.incarnation, n: *lock_mutex(&self.last) }
+        Position { incarnation: self.incarnation, n: self.last.load(Ordering::Acquire) }
     }
 
     /// A container id that was never given out before.
@@ -217,7 +221,6 @@ impl Journal {
     /// # Errors
     /// When the state directory cannot be written, or all numbers are used up.
     pub fn next_container(&self) -> Result<ContainerId> {
-        let recorded = *lock_mutex(&self.last);
         let mut counter = lock_mutex(&self.counter);
         let used_up = || {
             Error::new(
@@ -227,7 +230,7 @@ impl Journal {
         };
         if counter.next >= counter.state.reserved {
             let reserved = counter.next.checked_add(BATCH).ok_or_else(used_up)?;
-            let state = State { reserved, journal: recorded, ..counter.state.clone() };
+            let state = State { reserved, journal: self.last().n, ..counter.state.clone() };
             state.save(&self.file)?;
             counter.state = state;
         }
@@ -255,14 +258,13 @@ impl Journal {
             ));
         }
         let plain = encode_entries(entries);
-        // Held while the entry is created: that is what makes the journal free of gaps.
-        let mut last = lock_mutex(&self.last);
+        let _writing = lock_mutex(&self.writing);
         loop {
-            let position = Position { incarnation: self.incarnation, n: *last + 1 };
+            let position = Position { incarnation: self.incarnation, n: self.last().n + 1 };
             let key = names::journal(position.incarnation, position.n);
             let bytes = self.journals.sealer.seal(ObjectKind::Journal, &key, &plain)?;
             let created = self.journals.objects.create(&key, bytes)?;
-            *last = position.n;
+            self.last.store(position.n, Ordering::Release);
             if created == Created::Ours {
                 return Ok(position);
             }
@@ -398,7 +400,7 @@ fn lock_directory(state_dir: &Path) -> Result<fs::File> {
 }
 
 fn lock_mutex<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Both values change only after what they stand for has happened.
+    // What is behind it changes only after what it stands for has happened.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

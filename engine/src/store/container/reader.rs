@@ -60,6 +60,8 @@ struct State {
     chunks: Cache<(ContainerId, u32), Vec<u8>>,
     frames: Cache<(ContainerId, u32), Vec<u8>>,
     absent: Vec<ContainerId>,
+    /// Counts [`Directories::forget`]: what was looked up before is not remembered after.
+    forgotten: u64,
     /// Marks from the damage records. Damage is rare; ranges are kept as they come.
     damaged: HashMap<ContainerId, Vec<RangeInclusive<u16>>>,
     last_chunk: (Option<ContainerId>, u32),
@@ -80,6 +82,7 @@ impl Directories {
             chunks: Cache::new(directory_bytes / 2),
             frames: Cache::new(frame_bytes),
             absent: Vec::new(),
+            forgotten: 0,
             damaged: HashMap::new(),
             last_chunk: (None, 0),
         };
@@ -364,6 +367,7 @@ impl Directories {
     /// Forgets what is cached of a container: it has just appeared, or was rewritten.
     pub fn forget(&self, container: ContainerId) {
         let mut state = self.state();
+        state.forgotten += 1;
         state.absent.retain(|absent| *absent != container);
         state.directories.remove_if(|id| *id == container);
         state.chunks.remove_if(|(id, _)| *id == container);
@@ -377,7 +381,7 @@ impl Directories {
     }
 
     fn directory(&self, container: ContainerId) -> Result<Option<Arc<Directory>>> {
-        {
+        let before = {
             let mut state = self.state();
             if let Some(directory) = state.directories.get(&container) {
                 return Ok(Some(directory));
@@ -385,9 +389,14 @@ impl Directories {
             if state.absent.contains(&container) {
                 return Ok(None);
             }
-        }
+            state.forgotten
+        };
         let found = self.inner.finder.open(container)?.map(Arc::new);
         let mut state = self.state();
+        if state.forgotten != before {
+            // It may have appeared or been rewritten since it was looked for.
+            return Ok(found);
+        }
         match &found {
             Some(directory) => {
                 state.directories.put(container, directory.clone(), directory.memory());
