@@ -150,8 +150,6 @@ pub enum BitmapChange<'a> {
 pub struct OpenImage {
     disk: NbdDisk,
     child: Child,
-    /// Holds the socket; gone with us.
-    _dir: PrivateDir,
 }
 
 /// How to open an image.
@@ -200,7 +198,9 @@ impl OpenImage {
         match NbdDisk::connect(&target, connect, options.bitmap.as_deref(), true).await {
             Ok(disk) => {
                 drain(child.stderr.take());
-                Ok(OpenImage { disk, child, _dir: dir })
+                // Nobody else is to connect, and a kill of us leaves no directory behind.
+                drop(dir);
+                Ok(OpenImage { disk, child })
             }
             // It listens before it opens the image; why it could not, it says at its end.
             Err(error) => match timeout(END_LIMIT, child.wait()).await {
@@ -217,8 +217,9 @@ impl OpenImage {
     }
 
     /// Ends it and waits until the image is free again; what was written and flushed stays.
+    /// Clones of its export must be gone by then: qemu-nbd ends with the last connection.
     pub async fn close(self) -> Result<()> {
-        let OpenImage { disk, mut child, _dir } = self;
+        let OpenImage { disk, mut child } = self;
         // It ends by itself after the last connection; then everything is written back.
         drop(disk);
         if let Ok(ended) = timeout(END_LIMIT, child.wait()).await {

@@ -297,3 +297,29 @@ fn the_nbd_crate_serves_us() {
     });
     server.join().unwrap();
 }
+
+#[test]
+fn tcp_works_too() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = Address::Tcp(listener.local_addr().unwrap().to_string());
+    let data = noise(8, MIB as usize);
+    let content = data.clone();
+    let server = std::thread::spawn(move || {
+        for socket in listener.incoming().take(2) {
+            let mut socket = socket.unwrap();
+            let size = content.len() as u64;
+            let export: nbd::Export =
+                nbd::Export { size, readonly: true, ..nbd::Export::default() };
+            if nbd::server::handshake(&mut socket, |_| Ok(export)).is_ok() {
+                let memory = std::io::Cursor::new(content.clone());
+                let _ = nbd::server::transmission(&mut socket, memory);
+            }
+        }
+    });
+    run(async {
+        let target = fleece::nbd::NbdTarget { address, export: String::new() };
+        let export = connect(&target, &[]).await.unwrap();
+        assert!(read_all(&export).await.unwrap() == data);
+    });
+    server.join().unwrap();
+}

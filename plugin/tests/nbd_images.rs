@@ -234,8 +234,10 @@ fn throughput_beside_nbdcopy() {
     let name = file.to_str().unwrap().to_owned();
     let size = mib * MIB;
     tool("qemu-img", &["create", "-f", "qcow2", &name, &format!("{mib}M")]);
-    let fill = format!("write -P 170 0 {size}");
-    tool("qemu-io", &["-f", "qcow2", "-t", "none", "-c", &fill, &name]);
+    for start in (0..mib).step_by(128) {
+        let fill = format!("write -P 170 {start}M {}M", (mib - start).min(128));
+        tool("qemu-io", &["-f", "qcow2", "-c", &fill, &name]);
+    }
     let _server = place.qemu_nbd(&["-r", "-f", "qcow2", "-e", "8", &name]);
     let uri = place.uri("vda");
     tool("nbdcopy", &[&uri, "null:"]);
