@@ -127,11 +127,15 @@ pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
         return offline(&session.report, &engine, (name, &images), &options, &stop).await;
     }
     for vm in &found {
+        // Between two VMs nothing is undone that an error would have to tell.
+        stop.check()?;
         let result = live(&session.report, &engine, vm, &options, &stop).await;
         if let Err(error) = result.context(|| vm.name.clone()) {
             session.fail(&error);
+            if error.kind() == Kind::Interrupted {
+                break;
+            }
         }
-        stop.check()?;
     }
     Ok(())
 }

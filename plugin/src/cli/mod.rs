@@ -156,6 +156,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let result = runtime.and_then(|runtime| {
         let local = tokio::task::LocalSet::new();
         let result = local.block_on(&runtime, cli.verb.run(&session));
+        // Tasks hold temporary files and connections: they go first.
+        drop(local);
         // A helper thread may hang in a file system; the exit need not wait for it.
         runtime.shutdown_background();
         result

@@ -2,12 +2,17 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::Duration;
 
 use fleece_schema::engine_capnp as wire;
+use tokio::sync::oneshot;
 
 use super::convert::{self, engine_error, wire_error};
 use super::types::{ImageExtent, Range};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+
+/// How long the last writes may take after the engine has sent everything: they are few.
+const RELEASE_LIMIT: Duration = Duration::from_secs(120);
 
 /// Where the bytes of a stored disk go; called in any order of offsets.
 pub trait BlockTarget {
@@ -88,7 +93,8 @@ impl DiskImage for Image {
         damaged_zero: bool,
     ) -> Result<(u64, Vec<Range>)> {
         let failure = Rc::new(RefCell::new(None));
-        let sink = Sink { target, failure: Rc::clone(&failure) };
+        let (done, released) = oneshot::channel();
+        let sink = Sink { target, failure: Rc::clone(&failure), _done: done };
         let mut request = self.client.stream_request();
         let mut params = request.get();
         params.set_sink(capnp_rpc::new_client(sink));
@@ -100,11 +106,18 @@ impl DiskImage for Image {
             Ok((response.get_written(), response.get_holes()?.iter().map(convert::range).collect()))
         };
         let answer = decode.await;
+        // The last writes may still be under way: they hold the sink.
+        let released = tokio::time::timeout(RELEASE_LIMIT, released).await;
         // What went wrong here says more than what the engine made of it.
         if let Some(error) = failure.take() {
             return Err(error);
         }
-        answer.map_err(|error| engine_error(&error, "cannot restore the disk"))
+        let answer = answer.map_err(|error| engine_error(&error, "cannot restore the disk"))?;
+        match released {
+            // Nobody ever sends: the sink's end is the message.
+            Ok(_) => Ok(answer),
+            Err(_) => Err(Error::new(Kind::Failed, "the target does not take the last writes")),
+        }
     }
 }
 
@@ -112,6 +125,8 @@ impl DiskImage for Image {
 struct Sink<T> {
     target: Rc<T>,
     failure: Rc<RefCell<Option<Error>>>,
+    /// Dropped with the sink, after its last write.
+    _done: oneshot::Sender<()>,
 }
 
 impl<T: BlockTarget + 'static> wire::block_sink::Server for Sink<T> {

@@ -248,8 +248,9 @@ async fn run<T: Target>(
     let (_, holes) = watch(stream, &counted, &progress).await?;
     drop(progress);
     let written = counted.written.get();
-    // The connection lets go of its reference when it has told the engine so.
-    let target = unwrap_soon(counted).await?.target;
+    let target = Rc::try_unwrap(counted)
+        .map_err(|_| Error::new(Kind::Failed, "the target is still in use after the end"))?
+        .target;
     target.finish(&holes).await?;
     Ok((written, holes))
 }
@@ -267,26 +268,6 @@ async fn watch<T, R>(
             result = &mut stream => return result,
             _ = ticks.tick() => progress.update(counted.written.get(), None),
         }
-    }
-}
-
-/// The sole owner's value, once the others have dropped theirs.
-async fn unwrap_soon<T>(mut shared: Rc<T>) -> Result<T> {
-    /// The engine releases the sink within a round trip.
-    const PATIENCE: Duration = Duration::from_secs(30);
-    let begun = Instant::now();
-    loop {
-        shared = match Rc::try_unwrap(shared) {
-            Ok(value) => return Ok(value),
-            Err(shared) => shared,
-        };
-        if begun.elapsed() > PATIENCE {
-            return Err(Error::new(
-                Kind::Failed,
-                "the engine still holds the target after the end",
-            ));
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
