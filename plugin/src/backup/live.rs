@@ -278,7 +278,7 @@ async fn backup(
         snapshot: plan.snapshot.0.clone(),
         time_ms: view.point_in_time_ms(),
         frozen_seconds: view.frozen().map(|time| time.as_secs_f64()),
-        stopped_seconds: view.stopped().as_secs_f64(),
+        stopped_seconds: Some(view.stopped().as_secs_f64()),
     });
     view.warnings().iter().for_each(|warning| report.warn(warning));
 

@@ -90,7 +90,8 @@ pub(super) struct PointInTime {
     pub(super) snapshot: String,
     pub(super) time_ms: i64,
     pub(super) frozen_seconds: Option<f64>,
-    pub(super) stopped_seconds: f64,
+    /// Of a running guest's CPUs.
+    pub(super) stopped_seconds: Option<f64>,
 }
 
 impl Message for PointInTime {
@@ -98,10 +99,13 @@ impl Message for PointInTime {
 
     fn human(&self) -> String {
         let frozen = self.frozen_seconds.map_or_else(String::new, |seconds| {
-            format!("frozen {}, ", human_duration(Duration::from_secs_f64(seconds)))
+            format!("   frozen {}", human_duration(Duration::from_secs_f64(seconds)))
         });
-        let stopped = self.stopped_seconds * 1000.0;
-        format!("point in time {}   {frozen}stopped {stopped:.0} ms", local_time(self.time_ms))
+        let stopped = self.stopped_seconds.map_or_else(String::new, |seconds| {
+            let comma = if frozen.is_empty() { "  " } else { "," };
+            format!("{comma} stopped {:.0} ms", seconds * 1000.0)
+        });
+        format!("point in time {}{frozen}{stopped}", local_time(self.time_ms))
     }
 }
 

@@ -374,7 +374,7 @@ async fn held(
         snapshot: plan.snapshot.0.clone(),
         time_ms,
         frozen_seconds: None,
-        stopped_seconds: 0.0,
+        stopped_seconds: None,
     });
     let result = read(report, engine, found, (plan, session), &opened, options, stop).await;
     // An image that could not be closed was read to its end all the same.
