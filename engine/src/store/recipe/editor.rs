@@ -24,6 +24,10 @@ struct OpenNode {
     children: Box<Children>,
     /// The parent's tree has this here.
     old: Option<NodeRef>,
+    /// Why the parent's node cannot be read: then all below it must be put.
+    lost: Option<Error>,
+    /// Blocks put below it since it was opened.
+    covered: u64,
 }
 
 /// A segment with what was put into it.
@@ -48,7 +52,8 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
         }
         let mut children = Box::new([None; FAN_OUT]);
         children[0] = parent;
-        let top = OpenNode { level: height + 1, index: 0, children, old: None };
+        let top =
+            OpenNode { level: height + 1, index: 0, children, old: None, lost: None, covered: 0 };
         Ok(RecipeEditor { nodes, shape, next: 0, open: vec![top], segment: None, written: 0 })
     }
 
@@ -107,6 +112,7 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
         let open = self.open_segment(segment)?;
         open.puts.push((start, count, placement));
         open.covered += count;
+        self.cover(u64::from(count));
         Ok(u64::from(count))
     }
 
@@ -126,7 +132,13 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
         self.close_segment()?;
         let node = self.open_path(segment, level + 1)?;
         node.children[child_of(segment, level)] = None;
+        self.cover(done);
         Ok(done)
+    }
+
+    /// Counts blocks that were put below all open nodes.
+    fn cover(&mut self, blocks: u64) {
+        self.open.iter_mut().for_each(|node| node.covered += blocks);
     }
 
     fn open_segment(&mut self, segment: u64) -> Result<&mut OpenSegment> {
@@ -152,9 +164,16 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
         {
             let below = lowest.level - 1;
             let old = lowest.children[child_of(segment, below)];
-            let children = self.children_of(old, below)?;
+            // A damaged node does not keep a backup from being made that puts all below it.
+            let (children, lost) = match self.children_of(old, below) {
+                Ok(children) => (children, None),
+                Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {
+                    (Box::new([None; FAN_OUT]), Some(error))
+                }
+                Err(error) => return Err(error),
+            };
             let index = segment / Shape::span(below);
-            self.open.push(OpenNode { level: below, index, children, old });
+            self.open.push(OpenNode { level: below, index, children, old, lost, covered: 0 });
         }
         self.open.last_mut().ok_or_else(|| Error::new(Kind::Failed, "no node is open"))
     }
@@ -176,6 +195,13 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
 
     fn close_node(&mut self) -> Result<()> {
         let Some(mut node) = self.open.pop() else { return Ok(()) };
+        let below = self.shape.blocks_below(node.index * Shape::span(node.level), node.level);
+        if let Some(lost) = node.lost {
+            if node.covered < below.end - below.start {
+                return Err(lost);
+            }
+            node.old = None; // Not to be named again, even if the new one is equal.
+        }
         if let Some(first) = node.children[0] {
             node.children[0] = Some(self.lift(first, node.level - 1)?);
         }
@@ -207,12 +233,26 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
         let new = if runs.is_empty() {
             None
         } else {
-            Some(self.keep(0, &encode_segment(&runs), segment.old)?)
+            let bytes = encode_segment(&runs);
+            let sound = match segment.old.filter(|old| old.level == 0 && old.tag == tag(&bytes)) {
+                // Equal and not read yet: a damaged one must not be named again.
+                Some(old) if old_runs.is_empty() => self.is_sound(&old)?,
+                _ => true,
+            };
+            Some(self.keep(0, &bytes, segment.old.filter(|_| sound))?)
         };
         if let Some(above) = self.open.last_mut() {
             above.children[child_of(segment.index, 0)] = new;
         }
         Ok(())
+    }
+
+    fn is_sound(&self, node: &NodeRef) -> Result<bool> {
+        match read(self.nodes, node, &self.shape) {
+            Ok(_) => Ok(true),
+            Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Names the old node if it has these bytes, or writes a new one.

@@ -19,6 +19,8 @@ pub use node::{NodeRef, decode_node_for_fuzzing, fingerprint};
 pub use reader::{Lost, RecipeReader, Runs, Visit};
 pub use stored::StoredNodes;
 
+use std::ops::Range;
+
 use crate::error::Result;
 use crate::ids::Address;
 
@@ -137,6 +139,13 @@ impl Shape {
     /// Segments below one node of a level.
     fn span(level: u8) -> u64 {
         1 << (FAN_OUT_BITS * u32::from(level))
+    }
+
+    /// The blocks below the node of a level that begins with `segment`.
+    fn blocks_below(&self, segment: u64, level: u8) -> Range<u64> {
+        let blocks = u64::from(self.segment_blocks);
+        let first = segment * blocks;
+        first..first.saturating_add(Shape::span(level) * blocks).min(self.blocks)
     }
 
     /// Blocks of a segment that the disk has: the last segment may have fewer.

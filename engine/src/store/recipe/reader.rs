@@ -96,7 +96,7 @@ impl<S: NodeSource> RecipeReader<S> {
         if old == Some(node) {
             return Ok(());
         }
-        let below = self.blocks_below(segment, node.level);
+        let below = self.shape.blocks_below(segment, node.level);
         let children = match self.node(&node) {
             Err(error) => return visit(&node, below, Err(error)),
             Ok(read) => match &*read {
@@ -131,12 +131,6 @@ impl<S: NodeSource> RecipeReader<S> {
             Node::Index(children) => Some(children.clone()),
             Node::Segment(_) => None,
         }
-    }
-
-    fn blocks_below(&self, segment: u64, level: u8) -> Range<u64> {
-        let blocks = u64::from(self.shape.segment_blocks);
-        let first = segment * blocks;
-        first..first.saturating_add(Shape::span(level) * blocks).min(self.shape.blocks)
     }
 
     /// A node, from the cache if it is there.
@@ -241,7 +235,7 @@ impl<S: NodeSource> Runs<'_, S> {
                     }
                 }
             };
-            let below = self.reader.blocks_below(child_segment, level);
+            let below = self.reader.shape.blocks_below(child_segment, level);
             let Some(child) = child else { return Ok(self.zeros(below.end)) };
             if child.level != level {
                 return Err(misplaced(&child));

@@ -14,6 +14,7 @@ use crate::ids::{ContainerId, Incarnation, Slot};
 struct Memory {
     nodes: HashMap<Address, Vec<u8>>,
     bytes: u64,
+    written: u32,
 }
 
 impl NodeSource for Memory {
@@ -25,7 +26,8 @@ impl NodeSource for Memory {
 
 impl NodeStore for Memory {
     fn put(&mut self, _level: u8, bytes: &[u8]) -> Result<Address> {
-        let n = self.nodes.len() as u32;
+        let n = self.written;
+        self.written += 1;
         let container = ContainerId { incarnation: Incarnation(7), counter: 1 + n / 1000 };
         let address = Address { container, slot: Slot((n % 1000) as u16) };
         self.nodes.insert(address, bytes.to_vec());
@@ -42,7 +44,7 @@ fn address(counter: u32, slot: u16) -> Address {
 }
 
 /// What `range` must read as: runs from the model, block by block.
-fn expected(model: &Model, range: std::ops::Range<u64>) -> Vec<Run> {
+fn expected(model: &Model, range: Range<u64>) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for block in range {
         let placement = model.get(&block).map_or(Placement::Zero, |at| Placement::At(*at));
@@ -199,7 +201,7 @@ fn only_what_is_new_is_visited() {
     let reader = RecipeReader::new(&nodes, new, shape).unwrap();
     let visited = |old| {
         let (mut count, mut runs) = (0, Vec::new());
-        let mut visit = |_: &NodeRef, _: std::ops::Range<u64>, seen: Result<&[Run]>| {
+        let mut visit = |_: &NodeRef, _: Range<u64>, seen: Result<&[Run]>| {
             count += 1;
             runs.extend_from_slice(seen?);
             Ok(())
@@ -238,6 +240,41 @@ fn a_damaged_node_is_found_and_the_rest_is_read() {
     let lost = runs.take_lost();
     assert_eq!(lost.len(), 1);
     assert_eq!((lost[0].node.address, lost[0].count), (victim, 512));
+}
+
+#[test]
+fn a_damaged_node_is_healed_by_putting_all_below_it() {
+    let shape = Shape::new((3 << 30) + 5000, 4096);
+    for damaged_level in [0, 1, 2] {
+        let (mut nodes, mut model) = (Memory::default(), Model::new());
+        let mut rng = StdRng::seed_from_u64(u64::from(damaged_level));
+        let old = edit(&mut rng, &mut nodes, &mut model, None, shape);
+        // The last one written of a level: of level 2 that is the root.
+        let magic = |bytes: &[u8]| if bytes[0] == b'S' { 0 } else { bytes[2] };
+        let of_level = nodes.nodes.iter().filter(|(_, bytes)| magic(bytes) == damaged_level);
+        let victim = *of_level.map(|(address, _)| address).max_by_key(|a| a.to_string()).unwrap();
+        nodes.nodes.remove(&victim);
+        let lost = {
+            let reader = RecipeReader::new(&nodes, old, shape).unwrap();
+            let mut runs = reader.all_runs().tolerant();
+            while runs.next().unwrap().is_some() {}
+            runs.take_lost()
+        };
+        assert_eq!(lost.len(), 1);
+        let below = lost[0].first_block..lost[0].first_block + lost[0].count;
+        // One block less is not enough.
+        for missing in [1, 0] {
+            let mut editor = RecipeEditor::new(&mut nodes, old, shape).unwrap();
+            let all = expected(&model, below.start..below.end - missing);
+            let put = all.iter().try_for_each(|r| editor.put(r.first_block, r.count, r.placement));
+            let finished = put.and_then(|()| editor.finish());
+            assert_eq!(finished.is_err(), missing == 1, "level {damaged_level}");
+            if let Ok(new) = finished {
+                let reader = RecipeReader::new(&nodes, new, shape).unwrap();
+                assert!(read_all(reader.all_runs()) == expected(&model, 0..shape.blocks()));
+            }
+        }
+    }
 }
 
 #[test]
