@@ -16,6 +16,7 @@ pub mod objects;
 mod options;
 pub mod recipe;
 pub mod sessions;
+mod staging;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub(crate) mod testing;
@@ -67,6 +68,8 @@ struct Inner {
     /// None where the store is only read.
     journal: Option<Journal>,
     budget: StoreBudget,
+    /// What registers us as a writer of a local directory.
+    _writer: Option<fs::File>,
 }
 
 impl Store {
@@ -158,6 +161,7 @@ impl Store {
         let codecs = Arc::new(Codecs::new(options.compression));
         let budget = options.budget;
         let journals = Journals::new(objects.clone(), sealer.clone());
+        let writer = if state_dir.is_some() { objects.join_writers()? } else { None };
         let journal = state_dir.map(|state_dir| Journal::open(journals, state_dir)).transpose()?;
         let directories = Directories::new(
             objects.clone(),
@@ -181,6 +185,7 @@ impl Store {
             directories,
             journal,
             budget,
+            _writer: writer,
         };
         Ok(Store { inner: Arc::new(inner) })
     }

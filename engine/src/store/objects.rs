@@ -10,7 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -23,6 +23,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use super::staging;
 use crate::error::{Error, Kind, Result};
 
 /// Reads in flight of one [`Objects::read_many`]: what it took PBS to go from 573 to 2,386 MB/s.
@@ -305,16 +306,13 @@ impl Objects {
         Ok(listed.common_prefixes.iter().filter_map(|p| p.filename().map(str::to_owned)).collect())
     }
 
-    /// Removes what writers that died left behind (`name#N`), if older than `before`;
-    /// returns how many. Only for the one engine that writes into a local directory.
+    /// Registers as a writer of a local directory, for as long as the file is kept. The only
+    /// one sweeps what writers that died left behind.
     ///
     /// # Errors
-    /// When a folder cannot be read.
-    pub fn sweep_staging(&self, before: SystemTime) -> Result<u64> {
-        match &self.inner.local {
-            Some(root) => sweep(root, before),
-            None => Ok(0),
-        }
+    /// When the directory cannot be opened.
+    pub fn join_writers(&self) -> Result<Option<fs::File>> {
+        self.inner.local.as_deref().map(staging::join_writers).transpose()
     }
 
     /// Says "shorter than expected" where the cause is that, not "invalid range".
@@ -552,33 +550,6 @@ fn failed(what: &str, key: &str, error: object_store::Error) -> Error {
         _ => (Kind::Failed, ""),
     };
     Error::caused(kind, format!("cannot {what} object {key}{advice}"), error)
-}
-
-/// Whether a file name is one of `object_store`'s staging names, `name#N`.
-fn is_staging(name: &str) -> bool {
-    name.rsplit_once('#')
-        .is_some_and(|(_, n)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
-}
-
-fn sweep(folder: &FsPath, before: SystemTime) -> Result<u64> {
-    let cannot =
-        |error| Error::caused(Kind::Failed, format!("cannot sweep {}", folder.display()), error);
-    let mut swept = 0;
-    for entry in fs::read_dir(folder).map_err(cannot)? {
-        let entry = entry.map_err(cannot)?;
-        let kind = entry.file_type().map_err(cannot)?;
-        if kind.is_dir() {
-            swept += sweep(&entry.path(), before)?;
-        } else if kind.is_file() && entry.file_name().to_str().is_some_and(is_staging) {
-            let modified =
-                entry.metadata().and_then(|metadata| metadata.modified()).map_err(cannot)?;
-            if modified < before {
-                fs::remove_file(entry.path()).map_err(cannot)?;
-                swept += 1;
-            }
-        }
-    }
-    Ok(swept)
 }
 
 #[cfg(test)]

@@ -179,7 +179,10 @@ fn what_is_not_sealed_never_was() {
     let mut objects = Vec::new();
     test.store
         .objects()
-        .list(names::CONTAINERS, |key, _| Ok(objects.push(key.to_owned())))
+        .list(names::CONTAINERS, |key, _| {
+            objects.push(key.to_owned());
+            Ok(())
+        })
         .unwrap();
     assert!(objects.is_empty(), "{objects:?}");
     assert_eq!(

@@ -163,7 +163,7 @@ fn stores_of_every_version_still_open() {
                 let mut out = vec![0; 4096];
                 match entry.kind {
                     ContainerKind::Blocks => {
-                        store.directories().read_block(address, &mut out).unwrap()
+                        store.directories().read_block(address, &mut out).unwrap();
                     }
                     ContainerKind::Nodes => out = store.directories().read_node(address).unwrap(),
                 }

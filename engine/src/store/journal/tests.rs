@@ -58,7 +58,8 @@ fn a_restart_goes_on_with_its_incarnation_and_skips_what_was_reserved() {
 
 #[test]
 fn any_doubt_claims_a_new_incarnation() {
-    let doubts: [(&str, fn(&Path)); 5] = [
+    type Doubt = (&'static str, fn(&Path));
+    let doubts: [Doubt; 5] = [
         ("no file", |state| fs::remove_file(state.join(STATE)).unwrap()),
         ("not a state", |state| fs::write(state.join(STATE), "nonsense").unwrap()),
         ("checksum", |state| edit(state, |text| text.replace("reserved = 64", "reserved = 65"))),
@@ -164,7 +165,13 @@ fn a_journal_has_no_gaps_whoever_writes_it() {
     assert_eq!(last.unwrap(), 32);
     assert_eq!(read, positions);
     let mut after = 0;
-    test.store.journals().each_after(Incarnation(1), 30, |_, _| Ok(after += 1)).unwrap();
+    test.store
+        .journals()
+        .each_after(Incarnation(1), 30, |_, _| {
+            after += 1;
+            Ok(())
+        })
+        .unwrap();
     assert_eq!(after, 2);
     assert!(journal.record_all(&[]).is_err());
 }

@@ -1,0 +1,79 @@
+//! What writers that died left behind in a local directory: the staging files `name#N` of
+//! the objects that they were writing.
+//!
+//! Every engine that writes holds a shared lock on the directory itself. Whoever gets it
+//! for itself alone knows that no staging file is in use.
+
+use std::fs;
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::error::{Context, Result};
+
+/// Joins the writers of `root`; the only one sweeps first. The lock lasts as long as the file.
+pub(crate) fn join_writers(root: &Path) -> Result<fs::File> {
+    let failed = || format!("cannot open the store's directory {}", root.display());
+    let lock = fs::File::open(root).context(failed)?;
+    // Where directories cannot be locked nobody sweeps: leftovers only take space.
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        sweep(root);
+    }
+    let _ = flock(&lock, FlockOperation::NonBlockingLockShared);
+    Ok(lock)
+}
+
+/// Removes the staging files below a folder. What cannot be read or removed stays.
+fn sweep(folder: &Path) -> u64 {
+    let mut swept = 0;
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let Ok(kind) = entry.file_type() else { continue };
+        if kind.is_dir() {
+            swept += sweep(&entry.path());
+        } else if kind.is_file() && entry.file_name().to_str().is_some_and(is_staging) {
+            swept += u64::from(fs::remove_file(entry.path()).is_ok());
+        }
+    }
+    swept
+}
+
+/// Whether a file name is one of `object_store`'s staging names.
+fn is_staging(name: &str) -> bool {
+    name.rsplit_once('#')
+        .is_some_and(|(_, n)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_leftovers_are_swept_and_only_by_a_writer_that_is_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("containers/00000001");
+        fs::create_dir_all(&folder).unwrap();
+        for name in ["a", "b#1", "b#17", "c#x", "d#"] {
+            fs::write(folder.join(name), b"x").unwrap();
+        }
+        let names = || {
+            let mut names: Vec<_> =
+                fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        let other = fs::File::open(dir.path()).unwrap();
+        flock(&other, FlockOperation::NonBlockingLockShared).unwrap();
+        drop(join_writers(dir.path()).unwrap());
+        assert_eq!(names().len(), 5, "another writer may be using them");
+        drop(other);
+        let first = join_writers(dir.path()).unwrap();
+        assert_eq!(names(), ["a", "c#x", "d#"]);
+        fs::write(folder.join("e#1"), b"of the first").unwrap();
+        drop(join_writers(dir.path()).unwrap());
+        assert_eq!(names().len(), 4);
+        drop(first);
+        drop(join_writers(dir.path()).unwrap());
+        assert_eq!(names().len(), 3);
+    }
+}
