@@ -114,7 +114,7 @@ impl Index {
             }
         };
         let first = output.after.map_or(Bound::Included(range.0), Bound::Excluded);
-        let mut merge = Merge::new(&[], &runs, first, range.1)?;
+        let mut merge = Merge::new(&[], runs, first, range.1)?;
         let after = &mut output.after;
         let more = output.writer.append(self.options.step_entries.max(1), || {
             let entry = merge.next()?;
@@ -127,7 +127,6 @@ impl Index {
             return Ok(true);
         }
         drop(merge);
-        drop(runs);
         self.end_output(work)
     }
 
@@ -137,7 +136,8 @@ impl Index {
             if writer.entries() == 0 {
                 writer.discard();
             } else {
-                work.done.push(self.finish_run(writer, number, work.goal)?);
+                let watermark = self.current.watermark.clone();
+                work.done.push(self.finish_run(writer, number, work.goal, &watermark)?);
             }
         }
         if let Level::Delta(Partition(partition)) = work.goal

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::format::{Decoder, Encoder};
@@ -164,7 +165,9 @@ impl Current {
     pub(super) fn store(&self, dir: &Path) -> Result<()> {
         let (temporary, path) = (dir.join(TEMPORARY), dir.join(NAME));
         let write = || -> std::io::Result<()> {
-            let mut file = File::create(&temporary)?;
+            let mut options = File::options();
+            options.write(true).create(true).truncate(true).mode(0o600);
+            let mut file = options.open(&temporary)?;
             file.write_all(&self.encode())?;
             file.sync_all()?;
             std::fs::rename(&temporary, &path)?;
@@ -248,4 +251,108 @@ pub(super) fn range_of(partition: Partition, bits: u8) -> (Fingerprint, Fingerpr
     range.0[..2].copy_from_slice(&first.to_be_bytes());
     range.1[..2].copy_from_slice(&last.to_be_bytes());
     (Fingerprint(range.0), Fingerprint(range.1))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::detect::header::Header;
+    use crate::ids::Incarnation;
+
+    fn current() -> Current {
+        let store = StoreId(Uuid::from_u128(5));
+        let identity = Identity { store, partition_bits: 4, map_epoch: 1, gc_epoch: 2 };
+        let mut current = Current::new(identity, 77);
+        current.watermark.raise(Incarnation(4), 1 << 40);
+        let levels = [Level::Base(Partition(0)), Level::Delta(Partition(15)), Level::Young];
+        for (number, level) in (3..).zip(levels) {
+            current.runs.push(RunMeta { number, level, entries: 9, bytes: 8192, crc: 7 });
+        }
+        current.next_run = 6;
+        current
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Current::load(dir.path()).unwrap(), None);
+        let current = current();
+        current.store(dir.path()).unwrap();
+        assert_eq!(Current::load(dir.path()).unwrap(), Some(Ok(current.clone())));
+        let header = Header {
+            identity: current.identity,
+            number: 4,
+            level: Level::Delta(Partition(15)),
+            entries: 9,
+            watermark: current.watermark.clone(),
+        };
+        assert_eq!(Header::decode(&header.encode()), Ok(header.clone()));
+        assert!(header.fits(&current.identity, &current.runs[1]));
+        assert!(!header.fits(&current.identity, &current.runs[0]));
+    }
+
+    #[test]
+    fn contradictions_and_newer_formats_are_refused() {
+        let decode = |current: &Current| Current::decode(&current.encode());
+        let mut wrong = current();
+        wrong.next_run = 5;
+        assert!(decode(&wrong).is_err());
+        let mut wrong = current();
+        wrong.runs[0].level = Level::Base(Partition(16));
+        assert!(decode(&wrong).is_err());
+        let mut wrong = current();
+        wrong.runs.swap(0, 1);
+        assert!(decode(&wrong).is_err());
+        let newer = Encoder::begin(MAGIC, VERSION + 1).finish();
+        assert!(Current::decode(&newer).unwrap_err().contains("version 2"));
+    }
+
+    /// Any bytes, also behind a right magic and checksum, are refused or read, without a panic.
+    #[test]
+    fn any_bytes_are_decoded_or_refused() {
+        let mut rng = StdRng::seed_from_u64(1);
+        let good = current().encode();
+        for _ in 0..20_000 {
+            let mut bytes = good.clone();
+            bytes.truncate(rng.random_range(0..=good.len()));
+            for _ in 0..rng.random_range(0..5) {
+                if !bytes.is_empty() {
+                    let at = rng.random_range(0..bytes.len());
+                    bytes[at] = rng.random();
+                }
+            }
+            if rng.random_bool(0.8) && bytes.len() > 14 {
+                let body = bytes.len() - 4;
+                let crc = crc32c::crc32c(&bytes[..body]);
+                bytes[body..].copy_from_slice(&crc.to_le_bytes());
+            }
+            let _ = Current::decode(&bytes);
+            if bytes.len() > 8 {
+                bytes[..8].copy_from_slice(b"FLEECERN");
+                let _ = Header::decode(&bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn partitions_share_the_fingerprints_out() {
+        for bits in 0..=8 {
+            let options = DetectOptions {
+                partition_bits: bits,
+                ..DetectOptions::new(StoreId(Uuid::from_u128(5)))
+            };
+            for partition in (0..options.partitions()).map(Partition) {
+                let (first, last) = range_of(partition, bits);
+                assert_eq!(options.partition_of(&first), partition);
+                assert_eq!(options.partition_of(&last), partition);
+            }
+            assert_eq!(range_of(Partition(0), bits).0.0, [0; 20]);
+            assert_eq!(range_of(Partition(options.partitions() - 1), bits).1.0, [0xff; 20]);
+        }
+    }
 }

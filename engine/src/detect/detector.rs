@@ -9,6 +9,7 @@ use super::current::range_of;
 use super::index::Index;
 use super::lookup::Lookup;
 use super::merge::Merge;
+use super::options::MAX_PARTITION_BITS;
 use super::pass::{Failure, Join, Living, PassReport};
 use super::pending::PendingRun;
 use super::rebuild::{Rebuild, Rebuilt};
@@ -43,6 +44,12 @@ impl Detector {
     /// Opens the index in `dir` or begins one. A missing, damaged, foreign or outdated index is no
     /// error: it is set aside, and the caller learns the journals again from the watermark on.
     pub fn open(dir: &Path, options: DetectOptions) -> Result<(Self, OpenReport)> {
+        if options.partition_bits > MAX_PARTITION_BITS {
+            let bits = options.partition_bits;
+            let message =
+                format!("{bits} partition bits are too many: {MAX_PARTITION_BITS} at most");
+            return Err(Error::new(Kind::Usage, message));
+        }
         let (index, set_aside) = Index::open(dir, options.clone())?;
         let scratch = index.scratch()?;
         let report = OpenReport { watermark: index.current.watermark.clone(), set_aside };
@@ -170,7 +177,7 @@ impl Detector {
         let range = range_of(partition, self.options.partition_bits);
         let runs = self.index.open_runs(partition, |_| true).map_err(Failure::Index)?;
         let fresh = self.index.fresh(&range);
-        let lookup = Lookup::new(fresh, &runs, requests.len(), range).map_err(Failure::Index)?;
+        let lookup = Lookup::new(fresh, runs, requests.len(), range).map_err(Failure::Index)?;
         let Some(pending) = self.pending.get_mut(usize::from(partition.0)) else {
             let message = format!("no partition {}", partition.0);
             return Err(Failure::Other(Error::new(Kind::Usage, message)));
@@ -285,14 +292,9 @@ impl Detector {
             Err(error) => return Err(self.set_damaged_aside(error)),
         };
         let first = after.map_or(Bound::Included(range.0), Bound::Excluded);
-        let mut merge = Merge::new(self.index.fresh(&range), &runs, first, range.1)?;
-        let mut entries = Vec::new();
-        while entries.len() < limit
-            && let Some(entry) = merge.next()?
-        {
-            entries.push(entry);
-        }
-        Ok(entries)
+        let entries = Merge::new(self.index.fresh(&range), runs, first, range.1)
+            .and_then(|mut merge| merge.take(limit));
+        entries.map_err(|error| self.set_damaged_aside(error))
     }
 
     /// Looks ascending `fingerprints` up, whatever their partitions; calls `each` for every one.
@@ -308,20 +310,25 @@ impl Detector {
         let options = self.options.clone();
         for part in fingerprints.chunk_by(|a, b| options.partition_of(a) == options.partition_of(b))
         {
-            let Some(first) = part.first() else { continue };
-            let partition = options.partition_of(first);
-            let range = range_of(partition, options.partition_bits);
-            let runs = match self.index.open_runs(partition, |_| true) {
-                Ok(runs) => runs,
+            let found = match self.lookup_part(part) {
+                Ok(found) => found,
                 Err(error) => return Err(self.set_damaged_aside(error)),
             };
-            let fresh = self.index.fresh(&range);
-            let mut lookup = Lookup::new(fresh, &runs, part.len() as u64, range)?;
-            for fingerprint in part {
-                each(*fingerprint, lookup.get(fingerprint)?)?;
+            for (fingerprint, address) in part.iter().zip(found) {
+                each(*fingerprint, address)?;
             }
         }
         Ok(())
+    }
+
+    /// Looks ascending fingerprints of one partition up.
+    fn lookup_part(&mut self, part: &[Fingerprint]) -> Result<Vec<Option<Address>>> {
+        let Some(first) = part.first() else { return Ok(Vec::new()) };
+        let partition = self.options.partition_of(first);
+        let range = range_of(partition, self.options.partition_bits);
+        let runs = self.index.open_runs(partition, |_| true)?;
+        let mut lookup = Lookup::new(self.index.fresh(&range), runs, part.len() as u64, range)?;
+        part.iter().map(|fingerprint| lookup.get(fingerprint)).collect()
     }
 
     /// Begins a new index beside the present one; until it is installed or dropped no merge runs.

@@ -1,6 +1,6 @@
 //! Reading and writing the fields of the index's own records: the header of a run, CURRENT.
 //!
-//! Both are: magic, version, length-free fields, watermark, and a CRC-32C of all before it.
+//! Both are: magic, version, fields, and a CRC-32C of all before it.
 
 use uuid::Uuid;
 

@@ -16,7 +16,7 @@ pub(super) struct Header {
     pub(super) number: u64,
     pub(super) level: Level,
     pub(super) entries: u64,
-    /// What the index had when the run was begun.
+    /// What the index has with this run.
     pub(super) watermark: Watermark,
 }
 

@@ -14,6 +14,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
@@ -59,7 +60,7 @@ pub(super) struct Index {
 impl Index {
     /// Opens the index in `dir`, or sets it aside and begins an empty one; says why, if so.
     pub(super) fn open(dir: &Path, options: DetectOptions) -> Result<(Self, Option<String>)> {
-        fs::create_dir_all(dir).context(|| format!("cannot create {}", dir.display()))?;
+        create_dir(dir)?;
         let lock = lock(dir)?;
         let identity = Identity::of(&options);
         let (mut current, useless) = match load(dir, &identity)? {
@@ -93,7 +94,7 @@ impl Index {
     /// A directory for this opening's scratch files.
     pub(super) fn scratch(&self) -> Result<PathBuf> {
         let path = self.dir.join(format!("{SCRATCH}{}", self.current.instance));
-        fs::create_dir_all(&path).context(|| format!("cannot create {}", path.display()))?;
+        create_dir(&path)?;
         Ok(path)
     }
 
@@ -132,7 +133,8 @@ impl Index {
                 writer.discard();
                 return Err(error);
             }
-            next.runs.push(self.finish_run(writer, number, Level::Young)?);
+            let run = self.finish_run(writer, number, Level::Young, &next.watermark)?;
+            next.runs.push(run);
         }
         self.replace(next)?;
         self.memtable.clear();
@@ -152,9 +154,10 @@ impl Index {
         writer: RunWriter,
         number: u64,
         level: Level,
+        watermark: &Watermark,
     ) -> Result<RunMeta> {
         let identity = self.current.identity;
-        let run = finish_run(&self.dir, writer, number, level, identity, self.applied.mark())?;
+        let run = finish_run(&self.dir, writer, number, level, identity, watermark)?;
         self.checked.insert(number);
         Ok(run)
     }
@@ -322,6 +325,14 @@ pub(super) fn finish_run(
         let _ = fs::remove_file(&path);
     })?;
     Ok(RunMeta { number, level, entries, bytes, crc })
+}
+
+fn create_dir(dir: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .context(|| format!("cannot create {}", dir.display()))
 }
 
 fn lock(dir: &Path) -> Result<File> {

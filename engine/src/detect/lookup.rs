@@ -2,7 +2,7 @@
 
 use std::ops::Bound;
 
-use super::memtable::Entry;
+use super::memtable::{Entry, Lead};
 use super::shard::{RunReader, Sweep};
 use crate::error::Result;
 use crate::ids::{Address, Fingerprint};
@@ -34,33 +34,33 @@ impl OpenRun {
 /// Answers ascending look-ups.
 pub(super) struct Lookup<'r> {
     memtable: &'r [Entry],
-    cursors: Vec<Cursor<'r>>,
+    cursors: Vec<Cursor>,
     sweeping: bool,
 }
 
 /// A place in a run that only moves forward.
-enum Cursor<'r> {
-    Seek(&'r RunReader),
-    Sweep { entries: Sweep<'r>, head: Option<Entry> },
+enum Cursor {
+    Seek(RunReader),
+    Sweep { entries: Box<Sweep>, head: Option<Entry> },
 }
 
 impl<'r> Lookup<'r> {
     /// Over `memtable` and `runs`, newest first, for about `lookups` look-ups from `range`.
     pub(super) fn new(
         memtable: &'r [Entry],
-        runs: &'r [OpenRun],
+        runs: Vec<OpenRun>,
         lookups: u64,
         range: (Fingerprint, Fingerprint),
     ) -> Result<Self> {
         let mut cursors = Vec::with_capacity(runs.len());
         for run in runs {
             cursors.push(if run.sweeps(lookups) {
-                let mut entries = run.reader.sweep(Bound::Included(range.0), range.1)?;
+                let mut entries = Box::new(run.reader.sweep(Bound::Included(range.0), range.1)?);
                 let head = entries.next()?;
                 Cursor::Sweep { entries, head }
             } else {
                 run.reader.prefetch();
-                Cursor::Seek(&run.reader)
+                Cursor::Seek(run.reader)
             });
         }
         let sweeping = cursors.iter().all(|cursor| matches!(cursor, Cursor::Sweep { .. }));
@@ -92,13 +92,13 @@ impl<'r> Lookup<'r> {
     }
 }
 
-impl Cursor<'_> {
+impl Cursor {
     fn seek_forward(&mut self, fingerprint: &Fingerprint) -> Result<Option<Address>> {
         match self {
             Cursor::Seek(run) => run.get(fingerprint),
             Cursor::Sweep { entries, head } => {
                 while let Some((at, address)) = head {
-                    if *at < *fingerprint {
+                    if at.is_before(fingerprint) {
                         *head = entries.next()?;
                     } else {
                         return Ok((*at == *fingerprint).then_some(*address));

@@ -3,7 +3,7 @@
 use std::ops::Bound;
 
 use super::lookup::OpenRun;
-use super::memtable::Entry;
+use super::memtable::{Entry, Lead};
 use super::shard::Sweep;
 use crate::error::Result;
 use crate::ids::Fingerprint;
@@ -16,7 +16,7 @@ struct Input<'r> {
 
 enum Source<'r> {
     Memory(&'r [Entry]),
-    Run(Sweep<'r>),
+    Run(Box<Sweep>),
 }
 
 /// Entries of a memtable and of runs.
@@ -30,16 +30,17 @@ impl<'r> Merge<'r> {
     /// Over `memtable` and `runs`, newest first, from `first` (or behind it) to `last`.
     pub(super) fn new(
         memtable: &'r [Entry],
-        runs: &'r [OpenRun],
+        runs: Vec<OpenRun>,
         first: Bound<Fingerprint>,
         last: Fingerprint,
     ) -> Result<Self> {
         let mut inputs = Vec::with_capacity(runs.len() + 1);
+        let memtable = from(memtable, first);
         if !memtable.is_empty() {
             inputs.push(Input { head: None, rest: Source::Memory(memtable) });
         }
         for run in runs {
-            let rest = Source::Run(run.reader.sweep(first, last)?);
+            let rest = Source::Run(Box::new(run.reader.sweep(first, last)?));
             inputs.push(Input { head: None, rest });
         }
         for input in &mut inputs {
@@ -55,7 +56,7 @@ impl<'r> Merge<'r> {
         let mut best: Option<Entry> = None;
         for input in &self.inputs {
             if let Some(head) = input.head
-                && best.is_none_or(|(fingerprint, _)| head.0 < fingerprint)
+                && best.is_none_or(|(fingerprint, _)| head.0.is_before(&fingerprint))
             {
                 best = Some(head);
             }
@@ -75,6 +76,17 @@ impl<'r> Merge<'r> {
             self.inputs.retain(|input| input.head.is_some());
         }
         Ok(Some(best))
+    }
+
+    /// The next entries, at most `limit`.
+    pub(super) fn take(&mut self, limit: usize) -> Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        while entries.len() < limit
+            && let Some(entry) = self.next()?
+        {
+            entries.push(entry);
+        }
+        Ok(entries)
     }
 
     /// Fingerprints seen so far that had an older entry with another address.
@@ -97,4 +109,14 @@ impl Input<'_> {
         };
         Ok(())
     }
+}
+
+/// The part of sorted entries that begins at or behind `first`.
+fn from(entries: &[Entry], first: Bound<Fingerprint>) -> &[Entry] {
+    let start = entries.partition_point(|(fingerprint, _)| match first {
+        Bound::Included(first) => *fingerprint < first,
+        Bound::Excluded(first) => *fingerprint <= first,
+        Bound::Unbounded => false,
+    });
+    entries.get(start..).unwrap_or(&[])
 }

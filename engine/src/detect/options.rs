@@ -53,7 +53,7 @@ impl DetectOptions {
             gc_epoch: 0,
             pass_memory: 8 << 20,
             pass_requests: 256 << 10,
-            pass_age: Duration::from_secs(2),
+            pass_age: Duration::from_secs(10),
             memtable_entries: 65_536,
             txn_entries: 50_000,
             young_runs: 8,

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use crate::error::{Context, Error, Kind, Result};
@@ -50,6 +50,7 @@ impl<const N: usize> RecordWriter<N> {
             .write(true)
             .create(true)
             .truncate(true)
+            .mode(0o600)
             .open(&path)
             .context(|| format!("cannot create {}", path.display()))?;
         let limit = (buffer / N).max(1) * N;

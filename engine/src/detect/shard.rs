@@ -8,16 +8,14 @@
 use std::fs::File;
 use std::num::NonZeroU64;
 use std::ops::Bound;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use heed::types::Bytes;
-use heed::{
-    CommitOrAbort, Database, Env, EnvFlags, EnvOpenOptions, PutFlags, RoRange, RoTxn, WithoutTls,
-};
+use heed::{CommitOrAbort, Database, Env, EnvFlags, EnvOpenOptions, PutFlags, RoTxn, WithoutTls};
 use rustix::fs::{Advice, fadvise};
 
-use super::memtable::Entry;
-use super::records::take;
+use super::memtable::{Entry, Lead};
 use crate::error::{Context, Error, Kind, Result};
 use crate::ids::{Address, Fingerprint};
 
@@ -34,8 +32,11 @@ const MAP_BESIDES: u64 = 16 << 20;
 const MAP_UNIT: u64 = 1 << 20;
 /// Bytes read ahead of a sweep and let go behind it.
 const WINDOW: u64 = 4 << 20;
-/// Entries between two looks at the window: about 170 KiB.
-const WINDOW_CHECK: u64 = 4096;
+/// Bytes after which a sweep renews its map, to let go what is behind it: so much of a run is
+/// mapped at most. Renewing takes some 50 microseconds.
+const MAPPED: u64 = 4 * WINDOW;
+/// Entries read at a time: 32 KiB for each of some 17 runs, and a seek for each 42 KiB of file.
+const BATCH: usize = 1024;
 /// Bytes by which a place in the file may be guessed wrongly.
 const WINDOW_SLACK: u64 = 256 << 10;
 
@@ -87,7 +88,8 @@ pub(super) struct RunWriter {
 impl RunWriter {
     /// Begins a run of at most `entries` entries at a path that was never used.
     pub(super) fn create(path: PathBuf, entries: u64, txn_entries: usize) -> Result<Self> {
-        File::create_new(&path).context(|| format!("cannot create {}", path.display()))?;
+        let create = File::options().write(true).create_new(true).mode(0o600).open(&path);
+        create.context(|| format!("cannot create {}", path.display()))?;
         let map = (entries * MAP_PER_ENTRY + MAP_BESIDES).next_multiple_of(MAP_UNIT);
         let begin = || -> heed::Result<_> {
             let env = open(&path, Some(map), EnvFlags::NO_SYNC)?;
@@ -170,7 +172,6 @@ impl RunWriter {
 pub(super) struct RunReader {
     txn: RoTxn<'static, WithoutTls>,
     pairs: Pairs,
-    file: File,
     path: PathBuf,
     bytes: u64,
     /// Where its fingerprints can lie.
@@ -183,18 +184,13 @@ impl RunReader {
         let begin = || -> heed::Result<_> {
             let env = open(path, None, EnvFlags::READ_ONLY)?;
             let pairs = pairs(&env)?;
-            Ok((env.static_read_txn()?, pairs))
+            let bytes = env.real_disk_size()?;
+            Ok((env.static_read_txn()?, pairs, bytes))
         };
-        let (txn, pairs) = begin().map_err(|e| failed(e, "open", path))?;
+        let (txn, pairs, bytes) = begin().map_err(|e| failed(e, "open", path))?;
         let message = || format!("index run {} has no database", path.display());
         let pairs = pairs.ok_or_else(|| Error::new(Kind::Damaged, message()))?;
-        let opened = || -> std::io::Result<_> {
-            let file = File::open(path)?;
-            let bytes = file.metadata()?.len();
-            Ok((file, bytes))
-        };
-        let (file, bytes) = opened().context(|| format!("cannot open {}", path.display()))?;
-        Ok(RunReader { txn, pairs, file, path: path.into(), bytes, range })
+        Ok(RunReader { txn, pairs, path: path.into(), bytes, range })
     }
 
     /// The run's header.
@@ -202,7 +198,7 @@ impl RunReader {
         self.pairs.get(&self.txn, &HEADER_KEY).map_err(|e| failed(e, "read", &self.path))
     }
 
-    /// Whether all of it fits into one window.
+    /// Whether all of it fits into one window. Such runs are left in the page cache.
     pub(super) fn is_small(&self) -> bool {
         self.bytes <= WINDOW
     }
@@ -218,40 +214,74 @@ impl RunReader {
 
     /// Asks the kernel for all of it, if it is small.
     pub(super) fn prefetch(&self) {
-        if self.is_small() {
+        if self.is_small()
+            && let Ok(file) = File::open(&self.path)
+        {
             // Advice only: without it the reads are slower.
-            let _ = fadvise(&self.file, 0, None, Advice::WillNeed);
+            let _ = fadvise(&file, 0, None, Advice::WillNeed);
         }
     }
 
     /// A sweep over the entries from `first` (or behind it) to `last`.
-    pub(super) fn sweep(&self, first: Bound<Fingerprint>, last: Fingerprint) -> Result<Sweep<'_>> {
-        let start = match &first {
-            Bound::Included(first) => Bound::Included(&first.0[..]),
-            Bound::Excluded(first) => Bound::Excluded(&first.0[..]),
-            Bound::Unbounded => Bound::Unbounded,
-        };
-        let range = (start, Bound::Included(&last.0[..]));
-        let entries =
-            self.pairs.range(&self.txn, &range).map_err(|e| failed(e, "sweep", &self.path))?;
+    pub(super) fn sweep(self, first: Bound<Fingerprint>, last: Fingerprint) -> Result<Sweep> {
+        let file =
+            File::open(&self.path).context(|| format!("cannot open {}", self.path.display()))?;
         let at = match &first {
             Bound::Included(first) | Bound::Excluded(first) => self.place(first),
             Bound::Unbounded => 0,
         };
         let end = self.place(&last).saturating_add(WINDOW_SLACK).min(self.bytes);
-        let mut sweep = Sweep { run: self, entries, swept: 0, ahead: at, behind: at, end };
-        sweep.slide(at);
-        Ok(sweep)
+        let (path, range, small) = (self.path.clone(), self.range, self.is_small());
+        Ok(Sweep {
+            run: Some(self),
+            file,
+            path,
+            range,
+            small,
+            next: first,
+            last,
+            batch: Vec::new(),
+            taken: 0,
+            ahead: at,
+            behind: at,
+            end,
+        })
     }
 
     /// About where in the file a fingerprint is: sorted APPEND lays leaves out in order, and
     /// fingerprints are spread evenly over the run's range.
     fn place(&self, fingerprint: &Fingerprint) -> u64 {
-        let lead = |f: &Fingerprint| u128::from(u64::from_be_bytes(take(&f.0)));
-        let (first, last) = (lead(&self.range.0), lead(&self.range.1));
+        let (first, last) = (u128::from(self.range.0.lead()), u128::from(self.range.1.lead()));
         let span = (last + 1).saturating_sub(first).max(1);
-        let share = lead(fingerprint).saturating_sub(first).min(span);
+        let share = u128::from(fingerprint.lead()).saturating_sub(first).min(span);
         (u128::from(self.bytes) * share / span) as u64
+    }
+
+    /// Appends entries from `first` to `last` to `batch`, up to [`BATCH`] of them.
+    fn read(
+        &self,
+        first: Bound<Fingerprint>,
+        last: &Fingerprint,
+        batch: &mut Vec<Entry>,
+    ) -> Result<()> {
+        let start = match &first {
+            Bound::Included(first) => Bound::Included(&first.0[..]),
+            Bound::Excluded(first) => Bound::Excluded(&first.0[..]),
+            Bound::Unbounded => Bound::Unbounded,
+        };
+        let range = (start, Bound::Unbounded);
+        let entries =
+            self.pairs.range(&self.txn, &range).map_err(|e| failed(e, "sweep", &self.path))?;
+        for entry in entries {
+            let (key, value) = entry.map_err(|e| failed(e, "sweep", &self.path))?;
+            // The header, the last record, has a longer key.
+            let Ok(fingerprint) = key.try_into().map(Fingerprint) else { break };
+            if batch.len() == BATCH || fingerprint.lead() > last.lead() {
+                break;
+            }
+            batch.push((fingerprint, address(value, &self.path)?));
+        }
+        Ok(())
     }
 }
 
@@ -265,11 +295,21 @@ fn address(value: &[u8], path: &Path) -> Result<Address> {
     }
 }
 
-/// Entries of a run in ascending order, read ahead and let go in windows.
-pub(super) struct Sweep<'r> {
-    run: &'r RunReader,
-    entries: RoRange<'r, Bytes, Bytes>,
-    swept: u64,
+/// Entries of a run in ascending order.
+///
+/// They are read in batches, so that between two of them the map can be renewed: pages that are
+/// mapped cannot be let go, and a large run would fill the memory with pages of no more use.
+pub(super) struct Sweep {
+    run: Option<RunReader>,
+    file: File,
+    path: PathBuf,
+    range: (Fingerprint, Fingerprint),
+    small: bool,
+    /// Where the next batch begins.
+    next: Bound<Fingerprint>,
+    last: Fingerprint,
+    batch: Vec<Entry>,
+    taken: usize,
     /// Bytes of the file up to which the kernel was asked to read.
     ahead: u64,
     /// Bytes of the file up to which the kernel was told to forget.
@@ -278,34 +318,65 @@ pub(super) struct Sweep<'r> {
     end: u64,
 }
 
-impl Sweep<'_> {
+impl Sweep {
     /// The next entry.
     #[allow(clippy::should_implement_trait)] // It can fail.
     #[inline]
     pub(super) fn next(&mut self) -> Result<Option<Entry>> {
-        let Some(entry) = self.entries.next() else { return Ok(None) };
-        let (key, value) = entry.map_err(|e| failed(e, "sweep", &self.run.path))?;
-        let Some(fingerprint) = key.first_chunk() else { return Ok(None) };
-        let fingerprint = Fingerprint(*fingerprint);
-        self.swept += 1;
-        if self.swept.is_multiple_of(WINDOW_CHECK) {
-            self.slide(self.run.place(&fingerprint));
+        if self.taken == self.batch.len() {
+            self.fill()?;
         }
-        Ok(Some((fingerprint, address(value, &self.run.path)?)))
+        let entry = self.batch.get(self.taken).copied();
+        self.taken += 1;
+        Ok(entry)
     }
 
-    /// Keeps a window ahead of `at` in flight and lets go what is more than a window behind.
-    /// All of it is advice: if the kernel does not take it, the sweep is slower or fatter.
-    fn slide(&mut self, at: u64) {
-        let file = &self.run.file;
+    /// Reads the next batch; an empty one at the end.
+    fn fill(&mut self) -> Result<()> {
+        self.batch.clear();
+        self.taken = 0;
+        self.slide()?;
+        let Some(run) = &self.run else { return Ok(()) };
+        self.batch.reserve_exact(BATCH);
+        run.read(self.next, &self.last, &mut self.batch)?;
+        match self.batch.last() {
+            Some((fingerprint, _)) => self.next = Bound::Excluded(*fingerprint),
+            None => {
+                self.run = None;
+                self.forget(self.end);
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps a window ahead of us in flight, and lets go what is behind us.
+    fn slide(&mut self) -> Result<()> {
+        let Some(run) = &self.run else { return Ok(()) };
+        let at = match &self.next {
+            Bound::Included(next) | Bound::Excluded(next) => run.place(next),
+            Bound::Unbounded => 0,
+        };
         while self.ahead < self.end.min(at + WINDOW) {
-            let _ = fadvise(file, self.ahead, NonZeroU64::new(WINDOW), Advice::WillNeed);
+            // Advice only: if the kernel does not take it, the sweep is slower.
+            let _ = fadvise(&self.file, self.ahead, NonZeroU64::new(WINDOW), Advice::WillNeed);
             self.ahead += WINDOW;
         }
-        if !self.run.is_small() && at > self.behind + 2 * WINDOW {
-            let length = at - WINDOW - self.behind;
-            let _ = fadvise(file, self.behind, NonZeroU64::new(length), Advice::DontNeed);
-            self.behind += length;
+        if !self.small && at > self.behind + MAPPED {
+            self.run = None;
+            self.forget(at);
+            self.run = Some(RunReader::open(&self.path, self.range)?);
+        }
+        Ok(())
+    }
+
+    /// Lets the page cache before `at` go, which must not be mapped. Small runs stay.
+    fn forget(&mut self, at: u64) {
+        if let Some(length) = NonZeroU64::new(at.saturating_sub(self.behind))
+            && !self.small
+        {
+            // Advice only: if the kernel does not take it, the page cache is fatter.
+            let _ = fadvise(&self.file, self.behind, Some(length), Advice::DontNeed);
+            self.behind = at;
         }
     }
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::{Journal, address, export, fingerprint, open, position, refill, tiny_options};
+use super::{Journal, address, export, fingerprint, open, position, refill, tempdir, tiny_options};
 use crate::detect::{DetectOptions, Detector, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, Fingerprint, Incarnation, Sequence, SessionId, StoreId};
@@ -124,11 +124,11 @@ impl Life {
 
 #[test]
 fn a_crash_between_any_two_file_operations_leaves_the_old_or_the_new_index() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let options = tiny_options();
     let mut life = Life::begin(dir.path(), &options, rand::random());
     let mut tried = 0;
-    for _ in 0..150 {
+    for _ in 0..100 {
         let before = files(dir.path());
         life.step();
         let after = files(dir.path());
@@ -136,7 +136,7 @@ fn a_crash_between_any_two_file_operations_leaves_the_old_or_the_new_index() {
             continue;
         }
         for state in crashes(&mut life.rng, &before, &after) {
-            let copy = tempfile::tempdir().unwrap();
+            let copy = tempdir();
             put(copy.path(), &state);
             let (mut detector, report) = open(copy.path(), &options, &life.journal);
             assert_eq!(report.set_aside, None, "{:?}", state.keys());
@@ -215,7 +215,7 @@ fn grown(dir: &Path, options: &DetectOptions) -> Life {
 
 #[test]
 fn any_damage_is_noticed_and_healed_from_the_journal() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let options = tiny_options();
     let mut life = grown(dir.path(), &options);
     let healthy = files(dir.path());
@@ -223,7 +223,7 @@ fn any_damage_is_noticed_and_healed_from_the_journal() {
         .filter(|name| *name == "CURRENT" || name.starts_with("run-"))
         .cloned()
         .collect();
-    for round in 0..200 {
+    for round in 0..120 {
         let mut state = healthy.clone();
         let name = &names[life.rng.random_range(0..names.len())];
         let other = &names[life.rng.random_range(0..names.len())];
@@ -254,7 +254,7 @@ fn any_damage_is_noticed_and_healed_from_the_journal() {
             }
         };
         println!("{name} {what} at {at}");
-        let copy = tempfile::tempdir().unwrap();
+        let copy = tempdir();
         put(copy.path(), &state);
         let (mut detector, report) = open(copy.path(), &options, &life.journal);
         if name == "CURRENT" && state != healthy {
@@ -269,7 +269,7 @@ fn any_damage_is_noticed_and_healed_from_the_journal() {
 
 #[test]
 fn a_run_damaged_while_a_merge_is_under_way_is_noticed() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let options = DetectOptions { step_entries: 3, ..tiny_options() };
     let mut life = Life::begin(dir.path(), &options, rand::random());
     while life.journal.len() < 10 {
@@ -297,7 +297,7 @@ fn a_run_damaged_while_a_merge_is_under_way_is_noticed() {
 
 #[test]
 fn a_foreign_or_outdated_index_is_set_aside() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let options = tiny_options();
     let life = grown(dir.path(), &options);
     let (truth, journal) = (life.truth(), life.journal);
@@ -325,7 +325,7 @@ fn a_foreign_or_outdated_index_is_set_aside() {
 
 #[test]
 fn two_engines_do_not_share_an_index() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let (detector, _) = Detector::open(dir.path(), tiny_options()).unwrap();
     let error = Detector::open(dir.path(), tiny_options()).err().unwrap();
     assert_eq!(error.kind(), Kind::Busy);
@@ -335,11 +335,11 @@ fn two_engines_do_not_share_an_index() {
 
 #[test]
 fn damaged_scratch_files_are_forgotten() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let (mut detector, _) = Detector::open(dir.path(), tiny_options()).unwrap();
     let block = fingerprint(1);
     let partition = detector.partition_of(&block);
-    let mut ask = |detector: &mut Detector, session: u32, damage: &str| {
+    let ask = |detector: &mut Detector, session: u32, damage: &str| {
         detector.submit(SessionId(session), &[(block, Sequence(1))])?;
         // What is buffered is written when the log is closed: an interrupted pass does that.
         let refuse = &mut |_, _, _| Err(Error::new(Kind::Busy, "not now"));
@@ -374,7 +374,7 @@ fn damaged_scratch_files_are_forgotten() {
 
 #[test]
 fn the_watermark_is_what_a_restart_needs_not_refill() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let options = tiny_options();
     let (mut detector, _) = open(dir.path(), &options, &Vec::new());
     let one = |n: u64| vec![(fingerprint(n), address(n, 0))];

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::{STORE, address, export, fingerprint, position};
+use super::{STORE, address, export, fingerprint, position, tempdir};
 use crate::detect::{DetectOptions, Detector, Partition, Verdict, Watermark};
 use crate::ids::{Sequence, SessionId};
 
@@ -22,7 +22,7 @@ fn answers(detector: &mut Detector) -> BTreeMap<(SessionId, Sequence), Verdict> 
 #[test]
 fn a_million_entries_and_a_hundred_thousand_requests() {
     const ENTRIES: u64 = 1_000_000;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     // Two partitions: a base of 21 MB each, five windows.
     let options = DetectOptions { partition_bits: 1, ..DetectOptions::new(STORE) };
     let (mut detector, _) = Detector::open(dir.path(), options).unwrap();
@@ -69,7 +69,7 @@ fn a_million_entries_and_a_hundred_thousand_requests() {
 
 #[test]
 fn a_log_larger_than_the_memory_to_sort_it() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let options =
         DetectOptions { partition_bits: 0, pass_memory: 256 << 10, ..DetectOptions::new(STORE) };
     let (mut detector, _) = Detector::open(dir.path(), options).unwrap();
@@ -99,7 +99,7 @@ fn a_log_larger_than_the_memory_to_sort_it() {
 fn everything_learned_is_found_through_all_levels() {
     const CONTAINERS: u64 = 400;
     const SLOTS: u64 = 1_000;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let options = DetectOptions { memtable_entries: 5_000, ..DetectOptions::new(STORE) };
     let (mut detector, _) = Detector::open(dir.path(), options).unwrap();
     for container in 1..=CONTAINERS {
@@ -120,7 +120,7 @@ fn everything_learned_is_found_through_all_levels() {
 
 #[test]
 fn a_pass_is_due_when_a_log_is_big_old_or_waited_for() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let options = DetectOptions {
         pass_requests: 10,
         pass_age: Duration::from_secs(20),

@@ -13,6 +13,20 @@ use crate::ids::{Address, ContainerId, Fingerprint, Incarnation, Slot, StoreId};
 
 pub(super) const STORE: StoreId = StoreId(Uuid::from_u128(7));
 
+/// A directory in memory where there is one: these tests sync thousands of files, and no power
+/// fails in them.
+pub(super) fn tempdir() -> tempfile::TempDir {
+    let memory = tempfile::tempdir_in("/dev/shm");
+    memory.or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+/// Both go to other threads.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Detector>();
+    is_send::<super::Rebuild>();
+};
+
 /// Limits so small that a few dozen entries go through every level.
 pub(super) fn tiny_options() -> DetectOptions {
     DetectOptions {
@@ -82,7 +96,7 @@ pub(super) fn export(detector: &mut Detector) -> crate::error::Result<Vec<(Finge
         // Small pieces, so that every test goes over their seams.
         let mut after = None;
         loop {
-            let entries = detector.export(partition, after, 100)?;
+            let entries = detector.export(partition, after, 9)?;
             let Some((last, _)) = entries.last() else { break };
             after = Some(*last);
             all.extend(entries);

@@ -6,7 +6,7 @@ use std::path::Path;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::{Journal, address, export, fingerprint, open, position, tiny_options};
+use super::{Journal, address, export, fingerprint, open, position, tempdir, tiny_options};
 use crate::detect::{DetectOptions, Detector, Partition, Verdict};
 use crate::ids::{Address, Fingerprint, Sequence, SessionId};
 
@@ -227,7 +227,7 @@ impl World {
         self.model.logs.clear();
         let instance = self.detector.instance();
         // The lock is free once the old detector is gone.
-        let empty = tempfile::tempdir().unwrap();
+        let empty = tempdir();
         self.detector = open(empty.path(), &self.options, &Vec::new()).0;
         let (detector, report) = open(dir, &self.options, &self.journal);
         assert_eq!(report.set_aside, None);
@@ -306,7 +306,7 @@ fn behaves_like_the_model() {
     };
     for seed in seeds {
         println!("FLEECE_SEED={seed}");
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempdir();
         let mut world = World::new(dir.path(), seed);
         for _ in 0..400 {
             world.step(dir.path());
