@@ -316,7 +316,7 @@ fn why_full(disk: &Disk, uuid: Uuid, known: Known<'_>, settled: &[&Bitmap]) -> S
     if disk.bitmaps.iter().any(|b| b.name.store == known.store && b.busy) {
         return "its dirty bitmap is in use by another program".into();
     }
-    if settled.iter().any(|b| b.name.disk == uuid) {
+    if settled.iter().any(|b| b.name.disk == uuid && !is_dead(b, known)) {
         return "its dirty bitmap does not reach until now".into();
     }
     if !disk.persistent {

@@ -26,6 +26,8 @@
 
 pub mod agent;
 pub mod bitmap;
+#[cfg(test)]
+mod bitmap_tests;
 pub mod check;
 pub mod command;
 pub mod disk;

@@ -454,8 +454,17 @@ async fn greet(vm: &Vm) -> Result<Greeted> {
             socket.peer_cred().ok().map(|c| Peer { pid: c.pid(), uid: c.uid(), gid: c.gid() });
         let (read, write) = socket.into_split();
         let tap = Tap::new(read, events.clone(), received.clone());
-        let not_qmp =
-            |e| Error::caused(Kind::Failed, format!("{} is not a QMP monitor of QEMU", at()), e);
+        let not_qmp = |e: std::io::Error| {
+            use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+            if matches!(e.kind(), BrokenPipe | ConnectionReset | UnexpectedEof) {
+                return Error::caused(
+                    Kind::NotFound,
+                    format!("{}: closed at once: is the VM ending?", at()),
+                    e,
+                );
+            }
+            Error::caused(Kind::Failed, format!("{} is not a QMP monitor of QEMU", at()), e)
+        };
         let greeting = QmpStreamTokio::open_split(tap, write).await.map_err(not_qmp)?;
         let v = greeting.capabilities.QMP.version.qemu.clone();
         let stream = greeting.negotiate().await.map_err(not_qmp)?;

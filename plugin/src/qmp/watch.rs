@@ -24,7 +24,7 @@ const LOOK: Duration = Duration::from_millis(500);
 pub(crate) async fn broken(session: &Session, parts: &[Part], scratch: &Scratch) -> Error {
     let mut events = session.events();
     loop {
-        if let Some(error) = explain(session, parts, scratch).await {
+        if let Some(error) = look(session, parts, scratch).await {
             return error;
         }
         scratch.used();
@@ -37,8 +37,27 @@ pub(crate) async fn broken(session: &Session, parts: &[Part], scratch: &Scratch)
     }
 }
 
-/// Looks once.
+/// After a read failed: what broke. A filter's snapshot breaks silently, at the first copy that
+/// failed or took too long, so there the failed read itself is the news.
 pub(crate) async fn explain(session: &Session, parts: &[Part], scratch: &Scratch) -> Option<Error> {
+    if let Some(error) = look(session, parts, scratch).await {
+        return Some(error);
+    }
+    let filtered = parts.iter().any(|p| p.way == Way::Filter);
+    filtered.then(|| {
+        let text = format!(
+            "VM {}: the frozen view broke so that the guest could go on: the scratch is full ({} of {} MiB used; give \
+             more --scratch-max), or too slow",
+            session.identity().name,
+            scratch.used() >> 20,
+            scratch.total() >> 20
+        );
+        Error::new(Kind::Failed, text)
+    })
+}
+
+/// Looks once.
+async fn look(session: &Session, parts: &[Part], scratch: &Scratch) -> Option<Error> {
     let full = scratch.full().map(|i| scratch_full(session, &parts[i], scratch.cap(i)));
     let status = match session.call(cmd::QueryStatus(json!({})), "").await {
         Ok(status) => status.status,
