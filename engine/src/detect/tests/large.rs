@@ -97,7 +97,7 @@ fn a_log_larger_than_the_memory_to_sort_it() {
 
 #[test]
 fn everything_learned_is_found_through_all_levels() {
-    const CONTAINERS: u64 = 400;
+    const CONTAINERS: u64 = 120;
     const SLOTS: u64 = 1_000;
     let dir = tempdir();
     let options = DetectOptions { memtable_entries: 5_000, ..DetectOptions::new(STORE) };

@@ -302,7 +302,7 @@ impl World {
 fn behaves_like_the_model() {
     let seeds = match std::env::var("FLEECE_SEED") {
         Ok(seed) => vec![seed.parse().unwrap()],
-        Err(_) => (0..12).map(|_| rand::random::<u64>()).collect(),
+        Err(_) => (0..8).map(|_| rand::random::<u64>()).collect(),
     };
     for seed in seeds {
         println!("FLEECE_SEED={seed}");
