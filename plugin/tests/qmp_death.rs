@@ -31,6 +31,7 @@ async fn worker() {
     let vm = Vm::at_socket(&dir.join("qmp.sock"), Some("test"));
     let _lock = Lock::take(&dir.join("run"), &vm.qmp).unwrap();
     let session = Session::connect(&vm).await.unwrap();
+    let _vm_lock = Lock::of_vm(&dir.join("run"), session.identity().uuid).unwrap();
     let mut memory = Memory::default();
     let earlier: Vec<String> = given.map(str::to_owned).collect();
     for snapshot in earlier {
@@ -144,6 +145,8 @@ async fn cleanup_does_what_a_dead_guard_could_not() {
     let (worker, guard_pid) = Worker::start(&qemu.dir, "filter", "second", &["first"]);
     let busy = recover::cleanup(&run, &qemu.vm()).await.unwrap_err();
     assert_eq!(busy.kind(), fleece::error::Kind::Busy, "{busy}");
+    let uuid = uuid::Uuid::parse_str("5f2c8b1e-7a54-4d0f-9c53-000000000001").unwrap();
+    assert_eq!(Lock::of_vm(&run, uuid).unwrap_err().kind(), fleece::error::Kind::Busy);
     qemu.write(0, 2, 2 * MIB, MIB);
     Command::new("kill").args(["-9", &guard_pid.to_string()]).status().unwrap();
     worker.kill();

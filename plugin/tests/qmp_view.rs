@@ -36,7 +36,7 @@ async fn rounds(mut qemu: Qemu, way: Way) {
             let incremental = matches!(plan.base, Base::Incremental { .. });
             assert_eq!(
                 incremental,
-                round > 2 && disk.format == "qcow2" || round > 2 && round != 7,
+                round > 2 && (disk.format == "qcow2" || round != 7),
                 "{plan:?}"
             );
         }

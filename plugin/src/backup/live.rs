@@ -46,6 +46,10 @@ pub async fn live(
         false => Some(Lock::take(&options.run_dir, &vm.qmp)?),
     };
     let qemu = stop.unless(Qemu::connect(vm)).await?;
+    let _vm_lock = match options.dry_run {
+        true => None,
+        false => Some(Lock::of_vm(&options.run_dir, qemu.identity().uuid)?),
+    };
     let mut found = prepare(report, engine, &qemu, options, stop).await?;
     if options.dry_run {
         report.send(&found.message(engine, &qemu, options));
@@ -55,7 +59,7 @@ pub async fn live(
     let hypervisor = format!("QEMU {}", qemu.version());
     let request = found.identity.request(found.disk_requests(), config, hypervisor);
     let (plan, session) = stop.unless(engine.open_backup(&request)).await?;
-    found.heed(&plan);
+    found.heed(&plan, &qemu);
     report.send(&found.message(engine, &qemu, options));
 
     let result =
@@ -111,23 +115,25 @@ async fn prepare(
     let labels: Vec<&str> = listed.disks.iter().map(|disk| disk.label.as_str()).collect();
     let is_called = |i: usize, word: &str| listed.disks[i].is_called(word);
     let chosen = choose(&identity.name, &labels, options, is_called)?;
-    let disks: Vec<Disk> = chosen.into_iter().map(|i| listed.disks[i].clone()).collect();
 
+    // All disks are planned, also those left out: a disk's bitmap claims its identity even then.
     let store = engine.info().store.to_string();
-    let (fates, latest) = fates(engine, identity.uuid, &disks, options).await?;
+    let (fates, latest) = fates(engine, identity.uuid, &listed.disks, options).await?;
     let known_disks = known_disks(latest.as_ref());
     let latest_id = latest.as_ref().map_or("", |snapshot| snapshot.id.0.as_str());
     let known = Known { store: &store, fates: &fates, latest: latest_id, known: &known_disks };
-    let mut plan = bitmap::plan(&disks, known, Uuid::new_v4);
+    let plan = bitmap::plan(&listed.disks, known, Uuid::new_v4);
     if !options.dry_run {
         stop.check()?;
         bitmap::carry_out(qemu, &plan.recovery).await?;
     }
+    let (disks, mut plans): (Vec<Disk>, Vec<DiskPlan>) =
+        chosen.into_iter().map(|i| (listed.disks[i].clone(), plan.disks[i].clone())).unzip();
     if let Some(reason) = full_for_all(engine, identity.uuid, latest.as_ref(), options).await? {
-        plan.disks.iter_mut().for_each(|disk| disk.make_full(reason.as_str()));
+        plans.iter_mut().for_each(|disk| disk.make_full(reason.as_str()));
     }
     let forced = vec![Vec::new(); disks.len()];
-    Ok(Found { identity, disks, skipped: listed.skipped, plans: plan.disks, forced, latest })
+    Ok(Found { identity, disks, skipped: listed.skipped, plans, forced, latest })
 }
 
 /// What became of the snapshots that the disks' bitmaps name. A dry run must not end any of
@@ -182,7 +188,7 @@ impl Found {
     }
 
     /// Takes over what the engine decided.
-    fn heed(&mut self, plan: &BackupPlan) {
+    fn heed(&mut self, plan: &BackupPlan, qemu: &Qemu) {
         for (i, decided) in plan.disks.iter().enumerate() {
             if !decided.incremental && !self.plans[i].parent().is_empty() {
                 self.plans[i].make_full(decided.reason.as_str());
@@ -190,6 +196,11 @@ impl Found {
             let forced = decided.forced.iter();
             self.forced[i] =
                 forced.map(|range| range.offset..range.offset + range.length).collect();
+            // The image of a push holds what is dirty, and zeros in place of all else.
+            let pushed = view::way_for(qemu, &self.disks[i]) == Way::Push;
+            if pushed && !self.forced[i].is_empty() && !self.plans[i].parent().is_empty() {
+                self.plans[i].make_full("parts of its last snapshot are damaged");
+            }
         }
     }
 
@@ -206,12 +217,7 @@ impl Found {
 
     /// The way that the disks will most likely need; the view decides.
     fn likely_way(&self, qemu: &Qemu) -> Way {
-        let features = qemu.features();
-        let way = |disk: &Disk| match disk.iothread && !features.iothread_safe {
-            true => Way::Push,
-            false if features.filter && disk.qdev.is_some() => Way::Filter,
-            false => Way::Job,
-        };
+        let way = |disk: &Disk| view::way_for(qemu, disk);
         self.disks.iter().map(way).max().unwrap_or(Way::Filter)
     }
 
@@ -272,7 +278,8 @@ async fn backup(
         freeze: options.freeze,
         way: None,
     };
-    let mut view = View::open(qemu, &mut guard, request).await?;
+    // A push copies before it returns; interrupted, the guard sets the VM right.
+    let mut view = stop.unless(View::open(qemu, &mut guard, request)).await?;
     report.send(&PointInTime {
         vm: found.identity.name.clone(),
         snapshot: plan.snapshot.0.clone(),

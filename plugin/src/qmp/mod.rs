@@ -5,10 +5,11 @@
 //! let vm      = vms::find(dir, name)? | Vm::at_socket(..)
 //! let lock    = running::Lock::take(run_dir, &vm.qmp)?            // Busy: another backup of this VM
 //! let session = Session::connect(&vm).await?                      // version, features, identity()
+//! let lock2   = running::Lock::of_vm(run_dir, session.identity().uuid)?  // it may have two monitors
 //! recover::end_leftovers(&session).await?                         // views of dead runs, not their bitmaps
 //! let disks   = disk::list(&session).await?.disks                 // choose with Disk::is_called
 //! let named   = bitmap::named_snapshots(&disks, store)            // -> engine.settle(vm, named)
-//! let plan    = bitmap::plan(&disks, Known { store, fates, latest, known }, Uuid::new_v4)
+//! let plan    = bitmap::plan(&all disks, Known { store, fates, latest, known }, Uuid::new_v4)
 //! bitmap::carry_out(&session, &plan.recovery).await?              // merge back, drop
 //! //  engine.openBackup(parents: plan.disks[i].parent(), config: session.configuration())
 //! //  parent refused: plan.disks[i].make_full(reason); --full: the same

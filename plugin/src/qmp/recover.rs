@@ -51,6 +51,7 @@ pub async fn cleanup(run_dir: &Path, vm: &Vm) -> Result<Report> {
     let files = Files::new(run_dir, &vm.qmp);
     let state = read_state(&files);
     let session = Session::connect(vm).await?;
+    let _vm_lock = Lock::of_vm(run_dir, session.identity().uuid)?;
     let mut report = set_right(&session, &state).await?;
     if !state.committing {
         merge_unknown(&session, &mut report).await?;
@@ -119,7 +120,7 @@ async fn connect_patiently(vm: &Vm) -> Result<Session> {
     loop {
         match Session::connect(vm).await {
             Err(error) if error.kind() == Kind::Busy && Instant::now() < end => {
-                sleep(LOOK_AGAIN).await
+                sleep(LOOK_AGAIN).await;
             }
             other => return other,
         }

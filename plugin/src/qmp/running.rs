@@ -11,6 +11,7 @@ use std::fmt::Write as _;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use uuid::Uuid;
 
 /// The files about one VM in the run directory.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -66,6 +67,20 @@ impl Lock {
                 qmp.display()
             );
             Error::new(Kind::Busy, text)
+        })
+    }
+
+    /// Takes the lock of the VM itself, once it is known who it is: it may have two monitors.
+    ///
+    /// # Errors
+    /// `Busy`: a backup of it runs through another monitor.
+    pub fn of_vm(run_dir: &Path, vm: Uuid) -> Result<Lock> {
+        let file = lock(run_dir, &run_dir.join(format!("{vm}.vm")))?;
+        file.map(|file| Lock { _file: file }).ok_or_else(|| {
+            Error::new(
+                Kind::Busy,
+                format!("a backup of VM {vm} runs already, through another monitor of it"),
+            )
         })
     }
 }

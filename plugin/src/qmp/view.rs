@@ -53,6 +53,14 @@ impl fmt::Display for Way {
     }
 }
 
+/// The way that a disk's point in time will be held. A push of an incremental disk has what is
+/// dirty and nothing else: whoever needs more of it must read it in full.
+#[must_use]
+pub fn way_for(session: &Session, disk: &Disk) -> Way {
+    // Only a way that was asked for can be impossible.
+    point::choose(session, disk, None).unwrap_or(Way::Push)
+}
+
 /// fs-freeze around the point in time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Freeze {

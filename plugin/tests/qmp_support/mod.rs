@@ -1,7 +1,14 @@
 //! A real QEMU without a guest: its firmware idles, and `qemu-io` writes through the disk's device
 //! as a guest would. Everything is bounded, and ended by its process id.
 
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, missing_docs, unreachable_pub)]
+#![allow(
+    dead_code,
+    clippy::needless_pass_by_value,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    unreachable_pub
+)]
 
 use fleece::qmp::bitmap::{self, Base, DiskPlan, Fate, Known, KnownDisk};
 use fleece::qmp::disk::{self, Disk};
