@@ -266,12 +266,15 @@ impl OwnerThread {
         }
     }
 
-    /// A damaged index was set aside by the detector: the store's journals have it all.
+    /// A damaged index was set aside by the detector: the store's journals have it all. If
+    /// it was a log instead, requests are lost, and those who asked must not wait for ever.
     fn heal(&mut self, error: &Error) {
-        if error.kind() == Kind::Damaged
-            && self.detector.watermark().is_empty()
-            && let Err(error) = (self.refill)(&mut self.detector)
-        {
+        if error.kind() != Kind::Damaged {
+            return;
+        }
+        if !self.detector.watermark().is_empty() {
+            self.fail_all(error);
+        } else if let Err(error) = (self.refill)(&mut self.detector) {
             report("the index could not be refilled; duplicates are missed until it is", &error);
         }
     }

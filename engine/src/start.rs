@@ -17,6 +17,10 @@ use crate::store::keys::StoreKey;
 use crate::store::{Location, Store, StoreOptions};
 use crate::upkeep;
 
+/// How long after its own writes a session leaves the rest to those who hold the grants:
+/// longer than a busy writer needs for a container, shorter than people wait.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// A running engine but for its socket.
 pub struct Started {
     /// What sessions and calls work with.
@@ -75,6 +79,7 @@ pub fn start(config: &Config) -> Result<Started> {
         budget,
         work_dir,
         host: host_name(),
+        patience: PATIENCE,
     };
     Ok(Started { context, thread: Some(thread) })
 }

@@ -299,7 +299,7 @@ fn start(
         next_sequence: 0,
         last_disk: 0,
         scan_ended: false,
-        committed: false,
+        over: false,
         began: Instant::now(),
         answers,
         own_events: events.clone(),

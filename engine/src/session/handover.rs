@@ -11,8 +11,6 @@ use super::window::WaitingList;
 use crate::error::Result;
 use crate::ids::{Sequence, SessionId};
 
-/// How long after its own writes a session leaves the rest to those who hold the grants.
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a writer may be silent when asked to give something up.
 const SILENCE: Duration = Duration::from_secs(10);
 /// Claims in one message: 64 KiB.

@@ -13,6 +13,8 @@ pub mod registry;
 pub mod spool;
 mod stages;
 mod submit;
+#[cfg(test)]
+mod tests;
 mod window;
 
 pub(crate) use stages::position;
@@ -44,6 +46,8 @@ pub struct Context {
     pub work_dir: std::path::PathBuf,
     /// This host's name.
     pub host: String,
+    /// How long after its own writes a session leaves the rest to those who hold the grants.
+    pub patience: std::time::Duration,
 }
 
 /// Data blocks of a window: bounds spool, logs, open grants and the view's scratch.

@@ -72,7 +72,7 @@ impl Session {
         self.seal_nodes()?;
         let manifest = self.manifest(point_in_time_ms, bitmaps);
         publish(&self.context.manifests, &manifest)?;
-        self.committed = true;
+        self.over = true;
         Ok(manifest)
     }
 

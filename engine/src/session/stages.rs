@@ -12,7 +12,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use super::answers::Answers;
 use super::begin::Request;
 use super::event::{Claim, Event, GrantExtent, Grants, Reply};
-use super::handover::{Handover, PATIENCE, Step};
+use super::handover::{Handover, Step};
 use super::publish::{DiskState, place_window};
 use super::registry::{Progress, StageName};
 use super::spool::Position;
@@ -49,7 +49,8 @@ pub(super) struct Session {
     pub(super) next_sequence: u64,
     pub(super) last_disk: u16,
     pub(super) scan_ended: bool,
-    pub(super) committed: bool,
+    /// Committed, or ended by a tombstone.
+    pub(super) over: bool,
     pub(super) began: Instant,
     pub(super) answers: Arc<Answers>,
     pub(super) blocks: Packer,
@@ -115,7 +116,8 @@ impl Session {
                 break;
             }
         }
-        self.end();
+        self.end_in_store();
+        self.leave();
     }
 
     /// Takes an event in; `true` when the session is over.
@@ -148,12 +150,17 @@ impl Session {
                 self.progress.enter(StageName::Publish);
                 let outcome = self.guarded(|s| s.commit(point_in_time_ms, bitmaps));
                 let ended = outcome.is_ok();
+                if ended {
+                    // Whoever hears of the commit may begin the next backup at once.
+                    self.leave();
+                }
                 let _ = reply.send(outcome);
                 return ended;
             }
             Event::Abort { reason, reply } => {
                 self.failure.get_or_insert((Kind::Failed, reason));
                 self.end_in_store();
+                self.leave();
                 let _ = reply.send(Ok(()));
                 return true;
             }
@@ -487,8 +494,9 @@ impl Session {
                 None => return Ok(true),
             };
         let later = self.windows.front().is_some_and(|w| sequence.0 >= w.end);
+        let limit = self.context.patience;
         let impatient =
-            self.patience.own_ended.is_some_and(|ended| now.duration_since(ended) >= PATIENCE);
+            self.patience.own_ended.is_some_and(|ended| now.duration_since(ended) >= limit);
         if (writer == self.id && later) || impatient {
             return self.begin_handover(now);
         }
@@ -574,7 +582,7 @@ impl Session {
 
     /// Ends a session that did not commit: a tombstone, so that its bitmaps can be merged back.
     fn end_in_store(&mut self) {
-        if self.committed {
+        if std::mem::replace(&mut self.over, true) {
             return;
         }
         let reason = self.failure.as_ref().map_or("the plugin is gone", |(_, message)| message);
@@ -593,9 +601,9 @@ impl Session {
         }
     }
 
-    fn end(mut self) {
+    /// Others need not wait for this session any more, and its VM is free.
+    fn leave(&mut self) {
         self.context.owner.withdraw(self.id);
-        self.end_in_store();
         self.context.registry.leave(self.id);
     }
 }

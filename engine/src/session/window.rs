@@ -142,6 +142,8 @@ pub(super) struct Round {
     served: u64,
     /// Grants packed or given up.
     written: u64,
+    /// Given up before they were handed out: the plugin never sends them.
+    withheld: GivenUp,
     unsettled: Records<UNSETTLED>,
 }
 
@@ -262,8 +264,13 @@ impl Window {
         }
         self.given_up = GivenUp::default();
         self.asked_now = 0;
-        self.stage =
-            Stage::Writing(Round { grants: grants.finish()?, served: 0, written: 0, unsettled });
+        self.stage = Stage::Writing(Round {
+            grants: grants.finish()?,
+            served: 0,
+            written: 0,
+            withheld: GivenUp::default(),
+            unsettled,
+        });
         Ok(())
     }
 
@@ -290,6 +297,7 @@ impl Window {
             if !self.given_up.contains(grant.sequence.0 - self.first) {
                 return Ok(Some(grant));
             }
+            round.withheld.insert(grant.sequence.0 - self.first);
         }
         Ok(None)
     }
@@ -314,7 +322,7 @@ impl Window {
                 round.written += 1;
                 return Ok((!given_up).then_some(grant));
             }
-            if !given_up {
+            if !round.withheld.contains(grant.sequence.0 - self.first) {
                 return Err(None);
             }
             round.written += 1;
@@ -322,16 +330,26 @@ impl Window {
         Err(None)
     }
 
-    /// Whether all grants of the round are packed or given up.
+    /// Whether all grants of the round are packed or given up. What was handed out comes,
+    /// given up or not: the plugin knows nothing of it.
     ///
     /// # Errors
     /// When the list cannot be read.
     pub(super) fn is_written(&mut self) -> Result<bool> {
         let Stage::Writing(round) = &mut self.stage else { return Ok(false) };
         while let Some(record) = round.grants.get(round.written)? {
-            let sequence = Question::from_bytes(&record).sequence.0;
-            if !self.given_up.contains(sequence - self.first) {
+            let index = Question::from_bytes(&record).sequence.0 - self.first;
+            let never_comes = if round.written < round.served {
+                round.withheld.contains(index)
+            } else {
+                self.given_up.contains(index)
+            };
+            if !never_comes {
                 return Ok(false);
+            }
+            if round.written == round.served {
+                round.served += 1;
+                round.withheld.insert(index);
             }
             round.written += 1;
         }
