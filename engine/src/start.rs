@@ -28,12 +28,13 @@ pub struct Started {
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
-/// Keeps guests' data and keys out of core dumps.
+/// Keeps guests' data and keys out of core dumps, and files from everyone else.
 ///
 /// # Errors
 /// When the limit cannot be set.
 pub fn harden() -> Result<()> {
-    use rustix::process::{Resource, Rlimit, setrlimit};
+    use rustix::process::{Resource, Rlimit, setrlimit, umask};
+    umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })
         .context(|| "cannot switch core dumps off".into())
 }
