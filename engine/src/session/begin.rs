@@ -171,6 +171,10 @@ fn plan_disk(
     };
     state.parent_root = before.root;
     state.parent_shape = Shape::new(before.size, context.store.block_size());
+    if before.size == spec.size {
+        // Every block is put again by a full read; nodes that come out the same are shared.
+        state.root = before.root;
+    }
     if spec.parent.is_empty() {
         return Ok((state, plan));
     }
@@ -195,11 +199,11 @@ fn plan_disk(
                 plan.incremental = true;
                 plan.forced = forced;
                 state.incremental = true;
-                state.root = before.root;
             }
             Err(error) if error.kind() == Kind::Damaged => {
                 plan.reason = format!("the parent's recipe is damaged ({error})");
                 state.parent_root = None;
+                state.root = None;
             }
             Err(error) => return Err(error).context(|| format!("disk {} of VM {vm}", spec.name)),
         }

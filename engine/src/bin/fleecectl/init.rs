@@ -82,7 +82,11 @@ pub(crate) fn run(options: &Options, config_path: &Path, json: bool) -> Result<(
     println!("Nothing can be restored without this key. Keep a copy away from this host:");
     println!("  fleecectl --config {} key export --paper | lp", config_path.display());
     if wrapped {
-        println!("A copy under your passphrase is in the store.");
+        println!("A copy under your passphrase is in the store; to get it back:");
+        println!(
+            "  fleecectl --config {} key export --passphrase-file FILE",
+            config_path.display()
+        );
     }
     if options.no_encryption {
         println!("The store is NOT encrypted: whoever reads it reads your guests' data.");
@@ -125,7 +129,7 @@ fn absolute_path(path: &Path) -> Result<PathBuf> {
 }
 
 /// The file's first line: editors end it with a newline that nobody types again.
-fn read_passphrase(path: &Path) -> Result<String> {
+pub(crate) fn read_passphrase(path: &Path) -> Result<String> {
     let text = std::fs::read_to_string(path)
         .context(|| format!("cannot read the passphrase file {}", path.display()))?;
     let line = text.lines().next().unwrap_or_default();

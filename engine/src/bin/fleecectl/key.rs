@@ -6,7 +6,9 @@ use clap::Subcommand;
 use fleece_engine::config::Config;
 use fleece_engine::error::{Context as _, Result};
 use fleece_engine::store::keys::StoreKey;
-use fleece_engine::store::{Location, StoreInfo, objects_at};
+use fleece_engine::store::{Location, Store, StoreInfo, objects_at};
+
+use super::init::read_passphrase;
 
 #[derive(Subcommand)]
 pub(crate) enum Verb {
@@ -15,6 +17,10 @@ pub(crate) enum Verb {
         /// As numbered lines with a checksum each, to be printed and typed in again.
         #[arg(long)]
         paper: bool,
+        /// From the copy in the store, under the passphrase in this file: the way back when
+        /// the key file is lost.
+        #[arg(long)]
+        passphrase_file: Option<PathBuf>,
     },
     /// Check that a copy of the key (a file or a typed paper copy) opens the store.
     Check {
@@ -26,8 +32,14 @@ pub(crate) enum Verb {
 pub(crate) fn run(verb: Verb, config: &Path, json: bool) -> Result<()> {
     let config = Config::load(config)?;
     match verb {
-        Verb::Export { paper } => {
-            let key = StoreKey::load(&config.key)?;
+        Verb::Export { paper, passphrase_file } => {
+            let key = match passphrase_file {
+                None => StoreKey::load(&config.key)?,
+                Some(file) => {
+                    let location = Location::parse(&config.store)?;
+                    Store::recover_key(&location, &read_passphrase(&file)?)?
+                }
+            };
             let text = if paper { key.to_paper() } else { key.to_text() };
             if json {
                 let form = if paper { "paper" } else { "file" };
