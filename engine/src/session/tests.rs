@@ -418,3 +418,32 @@ fn a_client_that_lies_is_refused_and_harms_nobody() {
     host.must_restore(&manifest, &image);
     host.must_be_exact(&[&image]);
 }
+
+#[test]
+fn a_shard_that_points_at_a_wrong_slot_harms_nothing() {
+    let host = Host::new();
+    let first = image(7, 500, 200);
+    let manifest = host.begin(1, "", &first).unwrap().run().unwrap();
+    // Every fingerprint of a second image is said to be at a slot that holds another block,
+    // at one that does not exist, or in a container that does not.
+    let second: Vec<u8> = (1000..1300).flat_map(block_of).collect();
+    let container = |counter| crate::ids::ContainerId {
+        incarnation: host.context.store.journal().unwrap().incarnation(),
+        counter,
+    };
+    let wrong = |n: usize| crate::ids::Address {
+        container: container(if n % 3 == 2 { 4711 } else { 1 }),
+        slot: crate::ids::Slot(if n % 3 == 1 { 60_000 } else { n as u16 % 100 }),
+    };
+    let entries = second.chunks(BLOCK).enumerate().map(|(n, block)| {
+        (host.context.store.fingerprinter().of(block), wrong(n))
+    });
+    let nowhere = crate::detect::JournalPosition { incarnation: crate::ids::Incarnation(99), n: 1 };
+    host.context.owner.learn(entries.collect(), nowhere).unwrap();
+    let other = host.begin(2, "", &second).unwrap().run().unwrap();
+    assert_eq!(other.counts.undetected, 300 * BLOCK as u64);
+    host.must_restore(&other, &second);
+    host.must_restore(&manifest, &first);
+    // What was written took the place of the lies.
+    host.must_be_exact(&[&first, &second]);
+}
