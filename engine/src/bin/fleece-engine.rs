@@ -1,5 +1,6 @@
 //! The per-host daemon.
 
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -52,6 +53,9 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
+    if let Err(error) = with_one_arena() {
+        eprintln!("fleece-engine: more memory than needed will be taken: {error}");
+    }
     match run(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -59,6 +63,20 @@ fn main() -> ExitCode {
             ExitCode::from(error.kind().exit_code())
         }
     }
+}
+
+/// Starts this program anew with one malloc arena, unless the environment says otherwise.
+/// glibc gives every thread an arena that keeps what it once held: measured, 37 MiB of
+/// anonymous memory instead of 13 after the same work.
+fn with_one_arena() -> std::io::Result<()> {
+    const ARENAS: &str = "MALLOC_ARENA_MAX";
+    if std::env::var_os(ARENAS).is_some() {
+        return Ok(());
+    }
+    let mut again = std::process::Command::new(std::env::current_exe()?);
+    again.args(std::env::args_os().skip(1)).env(ARENAS, "1");
+    // Comes back only when it failed; the process stays the same one.
+    Err(again.exec())
 }
 
 fn configuration(options: Options) -> Result<Config> {

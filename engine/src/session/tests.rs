@@ -435,9 +435,10 @@ fn a_shard_that_points_at_a_wrong_slot_harms_nothing() {
         container: container(if n % 3 == 2 { 4711 } else { 1 }),
         slot: crate::ids::Slot(if n % 3 == 1 { 60_000 } else { n as u16 % 100 }),
     };
-    let entries = second.chunks(BLOCK).enumerate().map(|(n, block)| {
-        (host.context.store.fingerprinter().of(block), wrong(n))
-    });
+    let entries = second
+        .chunks(BLOCK)
+        .enumerate()
+        .map(|(n, block)| (host.context.store.fingerprinter().of(block), wrong(n)));
     let nowhere = crate::detect::JournalPosition { incarnation: crate::ids::Incarnation(99), n: 1 };
     host.context.owner.learn(entries.collect(), nowhere).unwrap();
     let other = host.begin(2, "", &second).unwrap().run().unwrap();
