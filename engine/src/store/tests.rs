@@ -1,3 +1,5 @@
+//! A store as a whole: made, opened, refused.
+
 use std::path::PathBuf;
 
 use super::format::HEADER_LEN;

@@ -1,3 +1,5 @@
+//! Containers against real directories: what goes in comes out, and no changed byte goes unnoticed.
+
 use std::fs;
 
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! Sealed objects, and stores of every released format, which must open for ever.
+
 use std::path::PathBuf;
 use std::sync::Arc;
 

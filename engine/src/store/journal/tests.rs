@@ -1,3 +1,5 @@
+//! Incarnations and journals: ids are never given out twice, and no entry is missing.
+
 use std::collections::HashSet;
 
 use super::*;

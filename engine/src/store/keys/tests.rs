@@ -1,3 +1,5 @@
+//! The key in all its forms: file, passphrase, paper.
+
 use std::os::unix::fs::PermissionsExt;
 
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! Objects in a real directory: created once, whole or not at all, swept after a kill.
+
 use std::os::unix::fs::PermissionsExt;
 
 use proptest::prelude::*;
