@@ -1,9 +1,11 @@
 //! Stored disks as read-only NBD exports: a VM boots from them at once, with an overlay.
 
 use std::path::Path;
+use std::rc::Rc;
 
 use bytes::Bytes;
 use serde::Serialize;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::engine::{DiskImage, Image, OpenDisk, Snapshot};
 use crate::error::{Error, Kind, Result};
@@ -11,10 +13,23 @@ use crate::nbd::server::{ImageSource, Server, Stretch};
 use crate::progress::{Message, Report};
 use crate::units::human_bytes;
 
+/// Calls to the engine at once, over all disks and clients: it answers those of one disk one
+/// after the other, so more would only take its threads and our memory.
+const CALLS_AT_ONCE: usize = 4;
+
 /// A stored disk as the NBD server sees it.
 struct Served {
     image: Image,
     size: u64,
+    calls: Rc<Semaphore>,
+}
+
+impl Served {
+    /// Waits for a turn.
+    async fn turn(&self) -> Result<SemaphorePermit<'_>> {
+        let closed = |_| Error::new(Kind::Failed, "the server has ended");
+        self.calls.acquire().await.map_err(closed)
+    }
 }
 
 impl ImageSource for Served {
@@ -23,12 +38,14 @@ impl ImageSource for Served {
     }
 
     async fn read(&self, offset: u64, length: u32) -> Result<Bytes> {
+        let _turn = self.turn().await?;
         let mut data = Vec::with_capacity(length as usize);
         self.image.read(offset, length, &mut data).await?;
         Ok(data.into())
     }
 
     async fn extents(&self, offset: u64, length: u64) -> Result<Vec<Stretch>> {
+        let _turn = self.turn().await?;
         let extents = self.image.extents(offset, length).await?;
         let mut next = offset;
         let mut stretches = Vec::with_capacity(extents.len());
@@ -126,9 +143,11 @@ pub async fn serve(
     let socket = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
     let shown = socket.display().to_string();
     let exports = disks.iter().map(|disk| Export::new(disk, &shown)).collect();
-    let served = disks
-        .into_iter()
-        .map(|open| (open.disk.name, Served { image: open.image, size: open.disk.size }));
+    let calls = Rc::new(Semaphore::new(CALLS_AT_ONCE));
+    let served = disks.into_iter().map(|open| {
+        let served = Served { image: open.image, size: open.disk.size, calls: Rc::clone(&calls) };
+        (open.disk.name, served)
+    });
     let server = Server::bind(&socket, served.collect())?;
     report.send(&Serving {
         vm: snapshot.vm_name.clone(),
