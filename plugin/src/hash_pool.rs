@@ -108,14 +108,12 @@ fn hash(
     first_block: u64,
     hashed: &mut Hashed,
 ) {
-    let mut at = first_block;
-    for block in data.chunks(block_size) {
+    for (at, block) in (first_block..).zip(data.chunks(block_size)) {
         let zero = is_zero(block);
         if !zero {
             hashed.fingerprints.extend_from_slice(&fingerprint(fingerprinter, block_size, block));
         }
         push(&mut hashed.extents, BlockExtent { first: at, blocks: 1, zero });
-        at += 1;
     }
 }
 

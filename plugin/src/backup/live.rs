@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::messages::{Committed, DiskLine, Plan, PointInTime};
 use super::{Identity, Options, Stop, choose, full_for_all, give_up, parent, transfer};
 use crate::engine::{self, BackupPlan, DiskRequest, Engine, Session, Snapshot, SnapshotId};
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context as _, Error, Kind, Result};
 use crate::extents::PlanInput;
 use crate::nbd::{ConnectOptions, NbdTarget};
 use crate::progress::Report;
@@ -62,8 +62,8 @@ pub async fn live(
     found.heed(&plan, &qemu);
     report.send(&found.message(engine, &qemu, options));
 
-    let result =
-        backup(report, engine, (&qemu, vm), &found, (&plan, &session), options, stop).await;
+    let context = Context { report, engine, options, stop };
+    let result = backup(&context, (&qemu, vm), &found, (&plan, &session)).await;
     match result {
         Ok((snapshot, scratch)) => {
             let mut message = Committed::new(&snapshot, begun.elapsed());
@@ -76,6 +76,14 @@ pub async fn live(
             Err(error)
         }
     }
+}
+
+/// What every step of a backup works with.
+struct Context<'a> {
+    report: &'a Report,
+    engine: &'a Engine,
+    options: &'a Options,
+    stop: &'a Stop,
 }
 
 /// The VM's disks and what is to be read of them.
@@ -256,14 +264,12 @@ impl Found {
 
 /// From the guard to the end of the view; the snapshot, and the peak and cap of the scratch. The VM is as it was when this returns an error.
 async fn backup(
-    report: &Report,
-    engine: &Engine,
+    context: &Context<'_>,
     (qemu, vm): (&Qemu, &Vm),
     found: &Found,
     (plan, session): (&BackupPlan, &Session),
-    options: &Options,
-    stop: &Stop,
 ) -> Result<(Snapshot, (u64, u64))> {
+    let Context { report, engine, options, stop } = *context;
     let program = std::env::current_exe().context(|| "cannot find our own program".to_owned())?;
     let log = options.run_dir.join("guard.log");
     let guard_options = guard::Options { program, log, run_dir: options.run_dir.clone() };
@@ -289,9 +295,7 @@ async fn backup(
     });
     view.warnings().iter().for_each(|warning| report.warn(warning));
 
-    let result =
-        held(report, engine, qemu, (&mut view, &mut guard), found, (plan, session), options, stop)
-            .await;
+    let result = held(context, qemu, (&mut view, &mut guard), found, (plan, session)).await;
     let scratch = (view.scratch_peak(), view.scratch_cap());
     let outcome = if result.is_ok() { Outcome::Committed } else { Outcome::Failed };
     let ended = view.teardown(qemu, outcome).await;
@@ -318,15 +322,13 @@ async fn backup(
 
 /// Reads the view and commits, unless the view breaks, the time is over, or we are to end.
 async fn held(
-    report: &Report,
-    engine: &Engine,
+    context: &Context<'_>,
     qemu: &Qemu,
     (view, guard): (&mut View, &mut Guard),
     found: &Found,
     (plan, session): (&BackupPlan, &Session),
-    options: &Options,
-    stop: &Stop,
 ) -> Result<Snapshot> {
+    let Context { report, engine, options, stop } = *context;
     let read = async {
         let disks = connect(engine, view, found, plan).await?;
         let total = (0..found.disks.len()).map(|i| match found.plans[i].parent().is_empty() {

@@ -11,7 +11,7 @@ pub(super) struct Args {
     shell: clap_complete::Shell,
 }
 
-pub(super) fn run(args: Args) -> Result<()> {
+pub(super) fn run(args: &Args) -> Result<()> {
     let mut command = super::Cli::command();
     clap_complete::generate(args.shell, &mut command, "fleece", &mut std::io::stdout());
     Ok(())

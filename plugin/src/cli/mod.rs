@@ -195,7 +195,7 @@ impl Verb {
             Verb::Status(args) => status::run(session, args).await,
             Verb::Restore(args) => Box::pin(restore::run(session, args)).await,
             Verb::Serve(args) => serve::run(session, args).await,
-            Verb::Completions(args) => completions::run(args),
+            Verb::Completions(args) => completions::run(&args),
             Verb::Man(args) => man::run(&args),
             // Handled before the runtime starts: it has one of its own.
             Verb::Guard => Ok(()),

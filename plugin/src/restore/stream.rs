@@ -11,7 +11,7 @@ use crate::engine::{BlockTarget, DiskImage, Range};
 use crate::error::{Context, Error, Kind, Result};
 
 /// Zeros written at once.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A stream and how far it is.
 pub struct StreamTarget {

@@ -194,7 +194,7 @@ impl BackupSession for Model {
     }
 
     async fn write(&self, disk: DiskIndex, first_block: u64, data: &[u8]) -> Result<()> {
-        assert!(data.len() <= MAX_WRITE as usize && data.len() % BLOCK == 0);
+        assert!(data.len() <= MAX_WRITE as usize && data.len().is_multiple_of(BLOCK));
         let fingerprinter = Fingerprinter::from_state(STATE, BLOCK as u32);
         let mut state = self.state.borrow_mut();
         for (i, block) in data.chunks(BLOCK).enumerate() {
@@ -243,7 +243,7 @@ fn disk(blocks: usize, tail: usize, seed: u64, incremental: bool) -> ScanDisk<Me
         size,
         block_size: BLOCK as u32,
         dirty_until,
-        forced: vec![BLOCK as u64..3 * BLOCK as u64],
+        forced: std::iter::once(BLOCK as u64..3 * BLOCK as u64).collect(),
     };
     ScanDisk { source: Rc::new(source), input }
 }
