@@ -69,7 +69,7 @@ fn per_second(count: u64, time: Duration) -> u64 {
 
 fn build(detector: &mut Detector, entries: u64) -> Outcome<()> {
     let start = Instant::now();
-    let mut rebuild = detector.rebuild();
+    let mut rebuild = detector.rebuild()?;
     for n in 0..entries {
         rebuild.feed(&[(fingerprint(n), address(n))])?;
     }

@@ -3,6 +3,11 @@
 use crate::error::{Error, Kind, Result};
 use crate::store::StoreBudget;
 
+/// What a session's two packers hold: fingerprints of an open and a closing container, and
+/// two frames on the pool, each compressed and not.
+const PACKERS: usize = 640 << 10;
+/// However much memory there is: each session is a thread.
+const MAX_SESSIONS: usize = 64;
 /// Below this the shares no longer hold their fixed parts.
 pub const MINIMUM: u64 = 24 << 20;
 
@@ -41,14 +46,14 @@ impl Budget {
         // Fixed: 5 MiB runtime, 2.5 MiB LMDB transaction, 3 MiB memtable, 3 MiB peers.
         let free = total - (14 << 20);
         let share = |parts: u64| usize::try_from(free * parts / 18).unwrap_or(usize::MAX);
-        let sessions = 16;
+        let sessions = (share(5) / PACKERS).clamp(1, MAX_SESSIONS);
         Ok(Budget {
             total,
             packing: share(5),
             caches: share(3),
             pass: share(6),
             messages: share(2),
-            session_sort: (share(2) / sessions).max(128 << 10),
+            session_sort: (share(2) / sessions).max(64 << 10),
             sessions,
         })
     }

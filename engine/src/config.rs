@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::budget::Budget;
+use crate::detect::MAX_PARTITION_BITS;
 use crate::error::{Context, Error, Kind, Result};
 
 /// Where the configuration is looked for.
@@ -109,10 +110,13 @@ impl Config {
                 format!("compression_level is {}, not within 1 to 19", self.compression_level),
             ));
         }
-        if self.partition_bits > 12 {
+        if self.partition_bits > MAX_PARTITION_BITS {
             return Err(Error::new(
                 Kind::Usage,
-                format!("partition_bits is {}, more than 12", self.partition_bits),
+                format!(
+                    "partition_bits is {}, more than {MAX_PARTITION_BITS}",
+                    self.partition_bits
+                ),
             ));
         }
         self.budget().map(|_| ())

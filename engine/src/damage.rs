@@ -28,8 +28,9 @@ impl Damage {
     /// # Errors
     /// When the marks cannot be listed.
     pub fn reload(&self, store: &Store) -> Result<()> {
-        let fresh = Damage::load(store)?.map();
-        *self.map.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
+        // Locked first, so that nothing recorded meanwhile is lost.
+        let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
+        *map = Damage::load(store)?.map();
         Ok(())
     }
 

@@ -37,7 +37,7 @@ enum Command {
     Learn { entries: Vec<(Fingerprint, Address)>, position: JournalPosition },
     Withdraw { session: SessionId },
     Entries { partition: Partition, after: Option<Fingerprint>, reply: Sender<Result<Vec<Entry>>> },
-    Rebuild { reply: Sender<Rebuild> },
+    Rebuild { reply: Sender<Result<Rebuild>> },
     Install { rebuilt: Rebuilt, reply: Sender<Result<()>> },
     Stop,
 }
@@ -177,11 +177,11 @@ impl Owner {
     /// detection goes on meanwhile.
     ///
     /// # Errors
-    /// When the engine is ending.
+    /// When the index cannot be written or the engine is ending.
     pub fn begin_rebuild(&self) -> Result<Rebuild> {
         let (reply, answer) = bounded(1);
         self.send(Command::Rebuild { reply })?;
-        answer.recv().map_err(|_| stopped())
+        answer.recv().map_err(|_| stopped())?
     }
 
     /// Puts a new index in place of the present one.
@@ -296,7 +296,11 @@ impl OwnerThread {
             &mut |session, sequence, verdict| {
                 let Some((answers, _)) = sessions.get(&session) else { return Ok(()) };
                 touched.insert(session);
-                answers.put(sequence, &verdict)
+                // A session that cannot take its answers fails alone; the pass goes on.
+                if let Err(error) = answers.put(sequence, &verdict) {
+                    answers.fail(&error);
+                }
+                Ok(())
             },
         )?;
         for session in touched {

@@ -80,6 +80,7 @@ pub fn start(config: &Config) -> Result<Started> {
         budget,
         work_dir,
         host: host_name(),
+        rebuilding: Arc::default(),
         patience: PATIENCE,
     };
     Ok(Started { context, thread: Some(thread) })

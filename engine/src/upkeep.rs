@@ -2,6 +2,7 @@
 //! restore, which notes the damage that it meets.
 
 use std::cell::RefCell;
+use std::time::Duration;
 
 use crate::detect::{Detector, Partition, Watermark};
 use crate::error::{Error, Kind, Result};
@@ -17,6 +18,7 @@ use crate::store::container::{ContainerKind, SlotInfo};
 use crate::store::journal::Position;
 use crate::store::manifest::{Disk, Manifest};
 use crate::store::recipe::RecipeReader;
+use crate::store::sessions::SessionRecord;
 
 /// Where a job puts its lines of JSON.
 pub type Emit<'a> = &'a mut dyn FnMut(String) -> Result<()>;
@@ -54,6 +56,26 @@ pub fn restore(
     outcome
 }
 
+/// Registers a restore or a serve, so that nothing it reads is deleted under it.
+///
+/// # Errors
+/// When the registration cannot be created.
+pub fn register_reader(context: &Context, manifest: &Manifest, lease: Duration) -> Result<()> {
+    let now_ms = jiff::Timestamp::now().as_millisecond();
+    context.manifests.begin_reader(&SessionRecord {
+        snapshot: manifest.snapshot,
+        vm: manifest.vm,
+        vm_name: manifest.vm_name.clone(),
+        seq: manifest.seq,
+        parent: manifest.parent,
+        host: context.host.clone(),
+        engine: env!("CARGO_PKG_VERSION").into(),
+        gc_epoch: manifest.gc_epoch,
+        started_ms: now_ms,
+        expires_ms: Some(now_ms.saturating_add(lease.as_millis() as i64)),
+    })
+}
+
 /// Learns what the journals list after the index's watermark.
 ///
 /// # Errors
@@ -72,6 +94,9 @@ pub fn refill(store: &Store, detector: &mut Detector, after: &Watermark) -> Resu
 /// # Errors
 /// When the journals cannot be read or the index cannot be written.
 pub fn rebuild_index(context: &Context, emit: Emit<'_>) -> Result<u64> {
+    let Ok(_only_one) = context.rebuilding.try_lock() else {
+        return Err(Error::new(Kind::Busy, "the index is being rebuilt already"));
+    };
     let mut rebuild = context.owner.begin_rebuild()?;
     let (store, damage) = (&context.store, context.damage.map());
     let read =
@@ -289,11 +314,12 @@ pub fn snapshots(context: &Context, which: &str, limit: usize) -> Result<Vec<Man
     let mut found = std::collections::VecDeque::new();
     for vm in vms {
         let mut all = manifests.list(vm)?;
-        while let Some(record) = all.next()? {
+        while let Some(mut manifest) = all.next()? {
+            manifest.config = Vec::new();
             if found.len() == limit {
                 found.pop_front();
             }
-            found.push_back(record);
+            found.push_back(manifest);
         }
     }
     Ok(found.into())

@@ -20,6 +20,8 @@ const BLOCKING_THREADS: usize = 16;
 const STACK: usize = 512 << 10;
 /// How often the peak of anonymous memory is looked at.
 const SAMPLE: Duration = Duration::from_millis(100);
+/// Restores at once: each borrows a pass's share of the memory.
+const RESTORES: usize = 2;
 /// How long sessions may take to end themselves at a SIGTERM.
 const FAREWELL: Duration = Duration::from_secs(10);
 
@@ -141,6 +143,8 @@ async fn listen(config: &Config, started: &start::Started) -> Result<()> {
     );
     let services = rpc::Services {
         readers: Arc::new(Semaphore::new(context.budget.sessions)),
+        messages: Arc::new(Semaphore::new(context.budget.messages >> 10)),
+        restores: Arc::new(Semaphore::new(RESTORES)),
         context,
         allowed_uids: config.allowed_uids.clone(),
         store_name: config.store.clone(),

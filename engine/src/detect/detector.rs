@@ -332,9 +332,9 @@ impl Detector {
     }
 
     /// Begins a new index beside the present one; until it is installed or dropped no merge runs.
-    pub fn rebuild(&mut self) -> Rebuild {
-        let begun = self.index.begin_rebuild();
-        Rebuild::new(&self.index.dir, &self.scratch, self.options.clone(), begun)
+    pub fn rebuild(&mut self) -> Result<Rebuild> {
+        let begun = self.index.begin_rebuild()?;
+        Ok(Rebuild::new(&self.index.dir, &self.scratch, self.options.clone(), begun))
     }
 
     /// Puts the new index in place of the present one, but for what was learned since

@@ -50,6 +50,8 @@ pub(super) struct Index {
     /// What was learned since a rebuild began.
     since: Applied,
     rebuilding: Weak<()>,
+    /// Young runs below this number hold nothing that a rebuild did not read itself.
+    rebuilt_from: u64,
     /// Runs whose checksum this process has seen to be right.
     checked: BTreeSet<u64>,
     pub(super) work: Option<Work>,
@@ -83,6 +85,7 @@ impl Index {
             memtable: Memtable::default(),
             since: Applied::default(),
             rebuilding: Weak::new(),
+            rebuilt_from: 0,
             checked: BTreeSet::new(),
             work: None,
             duplicates: 0,
@@ -253,8 +256,11 @@ impl Index {
         Ok(())
     }
 
-    /// Reserves numbers for new bases; until the token is dropped nothing is merged.
-    pub(super) fn begin_rebuild(&mut self) -> (Arc<()>, u64) {
+    /// Reserves numbers for new bases; until the token is dropped nothing is merged. What was
+    /// learned before is in the journals, and so in the new bases: it goes into runs now, so that
+    /// it can be told from what is learned meanwhile.
+    pub(super) fn begin_rebuild(&mut self) -> Result<(Arc<()>, u64)> {
+        self.freeze()?;
         if let Some(work) = self.work.take() {
             work.abandon(&self.dir);
         }
@@ -263,15 +269,16 @@ impl Index {
         self.since = Applied::default();
         let first = self.current.next_run;
         self.current.next_run += u64::from(self.options.partitions());
-        (token, first)
+        self.rebuilt_from = first;
+        Ok((token, first))
     }
 
     pub(super) fn is_rebuilding(&self) -> bool {
         self.rebuilding.strong_count() > 0
     }
 
-    /// Puts new bases in place of the old bases and deltas. Young runs and memtable stay: they have
-    /// what was learned since the rebuild began, and nothing wrong besides.
+    /// Puts new bases in place of all runs there were when the rebuild began. Later young runs and
+    /// the memtable stay: they have what was learned since.
     pub(super) fn install(&mut self, bases: &[RunMeta], watermark: &Watermark) -> Result<()> {
         let mut applied = Applied::up_to(watermark.clone());
         applied.add_all(&self.since);
@@ -280,7 +287,8 @@ impl Index {
             index.freeze()?;
             let mut next = index.current.clone();
             next.watermark = index.applied.mark().clone();
-            next.runs.retain(|run| run.level == Level::Young);
+            let since = index.rebuilt_from;
+            next.runs.retain(|run| run.level == Level::Young && run.number > since);
             next.runs.extend(bases.iter().cloned());
             index.replace(next)
         };

@@ -26,7 +26,7 @@ mod verdict;
 mod watermark;
 
 pub use detector::{Detector, OpenReport};
-pub use options::{DetectOptions, Partition};
+pub use options::{DetectOptions, MAX_PARTITION_BITS, Partition};
 pub use pass::PassReport;
 pub use rebuild::{Rebuild, Rebuilt};
 pub use verdict::Verdict;

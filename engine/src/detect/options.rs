@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::ids::{Fingerprint, StoreId};
 
 /// More would make the shared write buffers of the logs smaller than half a page.
-pub(super) const MAX_PARTITION_BITS: u8 = 8;
+pub const MAX_PARTITION_BITS: u8 = 8;
 
 /// A slice of the fingerprint space: its number among the leading bits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Sender, TrySendError};
 use fleece_schema::engine_capnp::{self as wire, backup_session};
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::convert;
 use super::to_wire;
@@ -18,6 +18,8 @@ use crate::session::spool::Position;
 pub(super) struct BackupServer {
     pub(super) events: Sender<Event>,
     pub(super) progress: Arc<Progress>,
+    /// KiB of blocks that may be on their way, of all sessions.
+    pub(super) messages: Arc<Semaphore>,
     /// The place among those that may run at once.
     pub(super) _place: OwnedSemaphorePermit,
 }
@@ -105,6 +107,8 @@ impl backup_session::Server for BackupServer {
                 format!("{} bytes written at once; at most {}", data.len(), wire::MAX_WRITE);
             return Err(to_wire(&Error::new(Kind::Usage, message)));
         }
+        let kib = (data.len() as u32).div_ceil(1024);
+        let _share = self.messages.acquire_many(kib).await.map_err(|_| to_wire(&ended()))?;
         let data = data.to_vec();
         self.call(|reply| Event::Write { at, data, reply }).await
     }

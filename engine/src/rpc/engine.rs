@@ -170,7 +170,12 @@ impl engine::Server for EngineServer {
         for (i, disk) in begun.disks.iter().enumerate() {
             convert::set_disk_plan(disks.reborrow().get(i as u32), disk);
         }
-        let server = BackupServer { events: begun.events, progress: begun.progress, _place: place };
+        let server = BackupServer {
+            events: begun.events,
+            progress: begun.progress,
+            messages: Arc::clone(&self.services.messages),
+            _place: place,
+        };
         results.set_session(capnp_rpc::new_client(server));
         Ok(())
     }
@@ -215,7 +220,9 @@ impl engine::Server for EngineServer {
         let mut results = results.get();
         convert::set_snapshot(results.reborrow().init_snapshot(), &manifest, false);
         convert::set_disk(results.reborrow().init_disk(), &disk);
-        results.set_image(capnp_rpc::new_client(ImageServer::new(context, &manifest, disk)));
+        let restores = Arc::clone(&self.services.restores);
+        let image = ImageServer::open(context, restores, manifest, disk).await?;
+        results.set_image(capnp_rpc::new_client(image));
         Ok(())
     }
 

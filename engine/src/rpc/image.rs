@@ -1,12 +1,14 @@
 //! A disk of a snapshot as `fleece restore` and `fleece serve` see it, and the way of
 //! long jobs' output back to who asked.
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fleece_schema::engine_capnp::{block_sink, disk_image, event_sink};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::engine::blocking;
 use super::to_wire;
@@ -31,12 +33,48 @@ pub(super) struct ImageServer {
     what: String,
     /// For reads at random: recipe nodes stay cached from one to the next.
     image: Arc<Mutex<Option<DiskImage>>>,
+    manifest: Manifest,
+    /// When its reader's registration is to be renewed.
+    renew: Cell<Instant>,
+    /// Places for restores.
+    restores: Arc<Semaphore>,
 }
 
+/// How long a registered reader is respected by whoever deletes; one that goes on renews it.
+const LEASE: Duration = Duration::from_secs(24 * 3600);
+
 impl ImageServer {
-    pub(super) fn new(context: Context, manifest: &Manifest, disk: Disk) -> Self {
+    /// Opens the disk and registers as a reader of its snapshot.
+    pub(super) async fn open(
+        context: Context,
+        restores: Arc<Semaphore>,
+        mut manifest: Manifest,
+        disk: Disk,
+    ) -> std::result::Result<Self, capnp::Error> {
+        manifest.config = Vec::new();
         let what = format!("{}@{} disk {}", manifest.vm_name, manifest.snapshot, disk.name);
-        ImageServer { context, disk, what, image: Arc::default() }
+        let (image, renew) = (Arc::default(), Cell::new(Instant::now()));
+        let opened = ImageServer { context, disk, what, image, manifest, renew, restores };
+        opened.register().await?;
+        Ok(opened)
+    }
+
+    /// Registers as a reader, if it is time to.
+    async fn register(&self) -> Answer {
+        let now = Instant::now();
+        if now < self.renew.get() {
+            return Ok(());
+        }
+        self.renew.set(now + LEASE / 2);
+        let (context, manifest) = (self.context.clone(), self.manifest.clone());
+        blocking(move || {
+            if let Err(error) = upkeep::register_reader(&context, &manifest, LEASE) {
+                // Better a restore that nobody knows of than none, as from a read-only store.
+                eprintln!("fleece-engine: a reader is not registered: {error}");
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Does something with the image open at random.
@@ -44,6 +82,7 @@ impl ImageServer {
         &self,
         work: impl FnOnce(&mut DiskImage) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, capnp::Error> {
+        self.register().await?;
         let (context, disk) = (self.context.clone(), self.disk.clone());
         let image = Arc::clone(&self.image);
         blocking(move || {
@@ -108,6 +147,8 @@ impl disk_image::Server for ImageServer {
         let options =
             Options { ordered: params.get_ordered(), damaged_zero: params.get_damaged_zero() };
         let sink = params.get_sink()?;
+        self.register().await?;
+        let _place = self.restores.acquire().await.map_err(|_| to_wire(&gone()))?;
         let (pieces, mut waiting) = mpsc::channel::<(u64, Bytes)>(PIECES);
         let (context, disk, what) = (self.context.clone(), self.disk.clone(), self.what.clone());
         let restored = tokio::task::spawn_blocking(move || {

@@ -25,6 +25,10 @@ pub struct Services {
     pub context: Context,
     /// Backups that may run at once.
     pub readers: Arc<Semaphore>,
+    /// KiB of blocks that may be on their way to sessions' threads.
+    pub messages: Arc<Semaphore>,
+    /// Restores that may run at once.
+    pub restores: Arc<Semaphore>,
     /// User ids that may use the socket, besides root and our own.
     pub allowed_uids: Vec<u32>,
     /// The store's name for people.

@@ -46,6 +46,8 @@ pub struct Context {
     pub work_dir: std::path::PathBuf,
     /// This host's name.
     pub host: String,
+    /// Held while the index is rebuilt: one at a time.
+    pub rebuilding: Arc<std::sync::Mutex<()>>,
     /// How long after its own writes a session leaves the rest to those who hold the grants.
     pub patience: std::time::Duration,
 }

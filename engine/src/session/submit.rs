@@ -101,14 +101,14 @@ impl Session {
         let reader = RecipeReader::new(nodes, Some(parent), state.parent_shape)?;
         let end = (at.block + fingerprints.len() as u64).min(state.parent_shape.blocks());
         let mut same: Vec<Option<Address>> = vec![None; fingerprints.len()];
-        let mut runs = reader.runs(at.block..end.max(at.block));
+        // A parent that cannot be read settles nothing: its blocks are asked about.
+        let mut runs = reader.runs(at.block..end.max(at.block)).tolerant();
         while let Some(run) = runs.next()? {
             let Placement::At(first) = run.placement else { continue };
             for i in 0..run.count {
                 let index = (run.first_block - at.block + i) as usize;
                 let Some(address) = first.plus(i as u16) else { break };
                 let slot = self.context.store.directories().slot(address);
-                // A parent that cannot be read settles nothing: the block is asked about.
                 if matches!(slot, Ok(SlotInfo::Present(f)) if f == fingerprints[index]) {
                     same[index] = Some(address);
                 }

@@ -56,6 +56,7 @@ impl Host {
             budget: Budget::new(32 << 20).unwrap(),
             work_dir,
             host: "test".into(),
+            rebuilding: Arc::default(),
             patience: Duration::from_millis(300),
         };
         Host { _dir: dir, context, thread: Some(thread) }
@@ -266,6 +267,13 @@ fn a_full_backup_and_increments_restore_exactly() {
     assert_eq!(increment.counts.new, 50 * BLOCK as u64);
     host.must_restore(&increment, &second);
     host.must_restore(&full, &first);
+    host.must_be_exact(&[&first, &second]);
+
+    // A rebuilt index has every block once, too.
+    let entries = upkeep::rebuild_index(&host.context, &mut |_| Ok(())).unwrap();
+    assert_eq!(entries as usize, distinct(&[&first, &second]));
+    let unique = &host.context.owner.figures().unique_blocks;
+    assert_eq!(unique.load(std::sync::atomic::Ordering::Relaxed), entries);
     host.must_be_exact(&[&first, &second]);
 }
 

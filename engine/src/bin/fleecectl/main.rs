@@ -58,7 +58,7 @@ enum Verb {
 fn main() -> ExitCode {
     let options = Options::parse();
     let json = options.json;
-    match run(options) {
+    match fleece_engine::start::harden().and_then(|()| run(options)) {
         Ok(code) => code,
         Err(error) => {
             let code = error.kind().exit_code();

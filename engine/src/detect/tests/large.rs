@@ -26,7 +26,7 @@ fn a_million_entries_and_a_hundred_thousand_requests() {
     // Two partitions: a base of 21 MB each, five windows.
     let options = DetectOptions { partition_bits: 1, ..DetectOptions::new(STORE) };
     let (mut detector, _) = Detector::open(dir.path(), options).unwrap();
-    let mut rebuild = detector.rebuild();
+    let mut rebuild = detector.rebuild().unwrap();
     for n in 0..ENTRIES {
         // Twice, backwards: the last one counts.
         let n = ENTRIES - 1 - n;

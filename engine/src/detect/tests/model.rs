@@ -236,7 +236,7 @@ impl World {
     }
 
     fn rebuild(&mut self) {
-        let mut rebuild = self.detector.rebuild();
+        let mut rebuild = self.detector.rebuild().unwrap();
         let mut watermark = crate::detect::Watermark::default();
         for entries in &self.journal {
             rebuild.feed(entries).unwrap();
