@@ -259,11 +259,15 @@ async fn recover(found: &Found) -> Result<()> {
     Ok(())
 }
 
-/// The old bitmap goes on recording with what the new ones have, and they go.
+/// The old bitmap goes on recording with what the new ones have, and they go. In an order that
+/// can stop anywhere: until the old one has everything it does not record, which is the sign
+/// that a merge is due, and after that a merge done again adds nothing wrong.
 async fn merge_back(image: &ImageInfo, from: &[String], into: &str) -> Result<()> {
-    image.change_bitmap(into, BitmapChange::Enable).await?;
     for name in from {
         image.change_bitmap(into, BitmapChange::Merge { from: name }).await?;
+    }
+    image.change_bitmap(into, BitmapChange::Enable).await?;
+    for name in from {
         image.change_bitmap(name, BitmapChange::Remove).await?;
     }
     Ok(())

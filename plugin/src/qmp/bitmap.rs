@@ -249,9 +249,10 @@ fn decide(disk: &Disk, uuid: Uuid, known: Known<'_>, recovery: &mut Vec<Action>)
     let complete = keep
         .is_some_and(|k| k.recording || newer.iter().any(|b| b.recording && b.name.disk == uuid));
     let keep = keep.filter(|_| complete);
+    // Also into one that records: it may have been set going before it was given what it lacks.
     let merge: Vec<&Bitmap> = match keep {
-        Some(k) if !k.recording => newer.iter().copied().filter(|b| b.name.disk == uuid).collect(),
-        _ => Vec::new(),
+        Some(_) => newer.iter().copied().filter(|b| b.name.disk == uuid).collect(),
+        None => Vec::new(),
     };
     if let (Some(k), false) = (keep, merge.is_empty()) {
         let from = merge.iter().map(|b| b.name.to_string()).collect();
