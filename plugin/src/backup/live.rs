@@ -43,7 +43,10 @@ pub async fn live(
     // Held until the end: one backup of a VM at a time.
     let _lock = match options.dry_run {
         true => None,
-        false => Some(Lock::take(&options.run_dir, &vm.qmp)?),
+        false => {
+            stop.unless(recover::wait_for_guard(&options.run_dir, vm)).await?;
+            Some(Lock::take(&options.run_dir, &vm.qmp)?)
+        }
     };
     let qemu = stop.unless(Qemu::connect(vm)).await?;
     let _vm_lock = match options.dry_run {

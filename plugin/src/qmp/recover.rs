@@ -25,6 +25,9 @@ const TERM_LIMIT: Duration = Duration::from_millis(2500);
 const GUARD_LIMIT: Duration = Duration::from_millis(2000);
 /// Between two looks at something that has no event.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How long the next run waits for the guard of one that ended: longer than setting a VM right
+/// takes that answers; [`Lock::take`] says who is still at work after that.
+const PREDECESSOR_LIMIT: Duration = Duration::from_secs(10);
 /// How often a thaw is tried.
 const THAW_TRIES: usize = 3;
 
@@ -47,6 +50,7 @@ pub async fn end_leftovers(session: &Session) -> Result<Report> {
 /// # Errors
 /// `Busy`: a backup of this VM runs. Otherwise as [`Session::connect`].
 pub async fn cleanup(run_dir: &Path, vm: &Vm) -> Result<Report> {
+    wait_for_guard(run_dir, vm).await?;
     let _lock = Lock::take(run_dir, &vm.qmp)?;
     let files = Files::new(run_dir, &vm.qmp);
     let state = read_state(&files);
@@ -95,23 +99,24 @@ pub async fn abort(run_dir: &Path, vm: &Vm) -> Result<Report> {
 /// What the guard does when the worker died.
 pub(crate) async fn after_death(vm: &Vm, state: &State) -> Result<Report> {
     kill_servers(&state.servers);
-    // Before the monitor: a frozen guest hurts most, and the agent needs no QMP.
-    let mut left = Vec::new();
     let mut done = Vec::new();
-    thaw(state, &mut done, &mut left).await;
-    let state = State { frozen: None, ..state.clone() };
+    let mut state = state.clone();
+    // Before the monitor: a frozen guest hurts most, and the agent needs no QMP. But the agent
+    // of a stopped guest cannot answer: that one is thawed once it goes on.
+    if !state.stopped && thaw(&state, &mut done, &mut Vec::new()).await {
+        state.frozen = None;
+    }
     let session = match connect_patiently(vm).await {
         Ok(session) => session,
         Err(error) if error.kind() == Kind::NotFound => {
             remove_directory(&state);
             done.push("QEMU is gone".to_owned());
-            return Ok(Report { done, left });
+            return Ok(Report { done, left: Vec::new() });
         }
         Err(error) => return Err(error),
     };
     let mut report = set_right(&session, &state).await?;
     report.done.splice(0..0, done);
-    report.left.extend(left);
     Ok(report)
 }
 
@@ -127,13 +132,13 @@ async fn connect_patiently(vm: &Vm) -> Result<Session> {
     }
 }
 
-/// Thaw, go on, end the view, merge bitmaps back.
+/// Go on, thaw, end the view, merge bitmaps back.
 async fn set_right(session: &Session, state: &State) -> Result<Report> {
     let (mut done, mut left) = (Vec::new(), Vec::new());
-    thaw(state, &mut done, &mut left).await;
     if state.stopped && end::let_guest_go_on(session, true).await? {
         done.push("let the guest go on".to_owned());
     }
+    thaw(state, &mut done, &mut left).await;
     let mut report = end::end_views(session, PREFIX, state.server).await?;
     // A full scratch of a job's view pauses the guest; that view is gone now.
     let had_view = !report.done.is_empty() || !state.snapshot.is_empty();
@@ -151,14 +156,15 @@ async fn set_right(session: &Session, state: &State) -> Result<Report> {
     Ok(Report { done, left })
 }
 
-async fn thaw(state: &State, done: &mut Vec<String>, left: &mut Vec<String>) {
-    let Some(path) = &state.frozen else { return };
+/// Whether nothing is frozen any more.
+async fn thaw(state: &State, done: &mut Vec<String>, left: &mut Vec<String>) -> bool {
+    let Some(path) = &state.frozen else { return true };
     let mut last = None;
     for _ in 0..THAW_TRIES {
         match agent::thaw_at(path).await {
             Ok(_) => {
                 done.push("thawed the guest's file systems".to_owned());
-                return;
+                return true;
             }
             Err(error) => last = Some(error),
         }
@@ -166,6 +172,7 @@ async fn thaw(state: &State, done: &mut Vec<String>, left: &mut Vec<String>) {
     if let Some(error) = last {
         left.push(format!("the guest's file systems may be frozen: {error}"));
     }
+    false
 }
 
 fn remove_directory(state: &State) {
@@ -195,6 +202,14 @@ fn signal(pid: Pid, signal: Signal) -> Result<()> {
             Err(Error::caused(Kind::NotPermitted, text, e))
         }
     }
+}
+
+/// Waits until the guard of a run that ended just now is done, within [`PREDECESSOR_LIMIT`].
+///
+/// # Errors
+/// `NotPermitted`: the run directory is not ours.
+pub async fn wait_for_guard(run_dir: &Path, vm: &Vm) -> Result<()> {
+    wait_free(&Files::new(run_dir, &vm.qmp).guard, PREDECESSOR_LIMIT).await.map(drop)
 }
 
 async fn wait_free(path: &Path, limit: Duration) -> Result<bool> {
