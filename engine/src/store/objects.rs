@@ -96,6 +96,10 @@ impl Objects {
     fn wait<T>(&self, future: impl Future<Output = T>) -> T {
         if self.inner.local.is_some() {
             // Outside of a runtime the local store works on the calling thread: no hop, no wake-up.
+            // A blocking thread of another runtime counts as inside of it: there the local store
+            // would queue behind the very threads that wait here. Ours never wait.
+            let elsewhere = Handle::try_current().is_ok();
+            let _ours = elsewhere.then(|| self.inner.runtime.enter());
             futures::executor::block_on(future)
         } else {
             self.inner.runtime.block_on(future)

@@ -77,5 +77,7 @@ pub(crate) fn run(verb: Verb, config: &Path, json: bool) -> Result<()> {
 fn read_copy(file: &Path) -> Result<StoreKey> {
     let text = std::fs::read_to_string(file)
         .context(|| format!("cannot read the copy of the key {}", file.display()))?;
-    StoreKey::from_text(&text).or_else(|error| StoreKey::from_paper(&text).map_err(|_| error))
+    StoreKey::from_text(&text)
+        .or_else(|error| StoreKey::from_paper(&text).map_err(|_| error))
+        .context(|| format!("{} is no copy of a key", file.display()))
 }
