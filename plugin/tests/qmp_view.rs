@@ -139,3 +139,23 @@ async fn a_second_nbd_server_is_busy_and_stays() {
     qemu.assert_clean();
     assert!(qemu.bitmaps(0).is_empty());
 }
+
+#[tokio::test]
+async fn an_external_snapshot_after_the_plan_is_noticed() {
+    let mut qemu = Qemu::start(&[QCOW2]);
+    let session = Session::connect(&qemu.vm()).await.unwrap();
+    let disks = Memory::default().plan(&session).await;
+    let overlay = serde_json::json!({
+        "node-name": disks[0].0.node, "snapshot-node-name": "over",
+        "snapshot-file": qemu.dir.join("over.qcow2"), "format": "qcow2",
+    });
+    qemu.monitor.call("blockdev-snapshot-sync", overlay);
+    let mut guard = guard(&qemu.dir, &qemu.vm());
+    let error = View::open(&session, &mut guard, request(&qemu.dir, "over", disks, None))
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), fleece::error::Kind::Busy, "{error}");
+    assert!(error.to_string().contains("changed while the backup began"), "{error}");
+    guard.done();
+    assert!(qemu.bitmaps(0).is_empty());
+}

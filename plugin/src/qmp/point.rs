@@ -3,7 +3,7 @@
 use crate::error::{Error, Kind, Result};
 use crate::qmp::bitmap::{Base, DiskPlan};
 use crate::qmp::command as cmd;
-use crate::qmp::disk::Disk;
+use crate::qmp::disk::{self, Disk};
 use crate::qmp::end::{Pair, set_drive};
 use crate::qmp::guard::Guard;
 use crate::qmp::names::Names;
@@ -144,7 +144,7 @@ pub(crate) async fn take(session: &Session, guard: &mut Guard, parts: &[Part]) -
     let begin = Instant::now();
     let result = match session.call_within(cmd::Stop(json!({})), "", SHORT).await {
         Ok(_) => instant(session, parts).await,
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     };
     let gone_on = session.call_within(cmd::Cont(json!({})), "", SHORT).await;
     let stopped = begin.elapsed();
@@ -154,17 +154,68 @@ pub(crate) async fn take(session: &Session, guard: &mut Guard, parts: &[Part]) -
     Ok(Instants { time_ms, stopped })
 }
 
+/// Are the disks still what they were when they were listed? Someone may have taken an external
+/// snapshot since, or pivoted: what was planned on the old node would then miss the guest's writes.
+///
+/// # Errors
+/// `Busy`: they are not. QEMU went away.
+pub(crate) async fn unchanged(session: &Session, parts: &[Part]) -> Result<()> {
+    let now = disk::list(session).await?.disks;
+    for Part { disk, .. } in parts {
+        let same = |d: &Disk| {
+            (&d.qdev, &d.top, &d.node, d.size) == (&disk.qdev, &disk.top, &disk.node, disk.size)
+        };
+        if !now.iter().any(same) {
+            return Err(changed(session, disk));
+        }
+    }
+    Ok(())
+}
+
+/// The same by one short question, for the moment before it counts.
+async fn still_on_top<'a>(session: &Session, parts: impl Iterator<Item = &'a Part>) -> Result<()> {
+    let devices = session.call_within(cmd::QueryBlock(json!({})), "", SHORT).await?;
+    for Part { disk, .. } in parts {
+        let same = |device: &cmd::Device| {
+            let qdev = device.qdev.as_deref().filter(|q| !q.is_empty()).map(disk::qom_path);
+            let top = device.inserted.as_ref();
+            let is_top =
+                top.is_some_and(|n| n.node_name == disk.top && n.image.virtual_size == disk.size);
+            is_top && qdev == disk.qdev
+        };
+        if !devices.iter().any(same) {
+            return Err(changed(session, disk));
+        }
+    }
+    Ok(())
+}
+
+fn changed(session: &Session, disk: &Disk) -> Error {
+    let text = format!(
+        "VM {}: disk {}: its disks changed while the backup began; try again",
+        session.identity().name,
+        disk.label
+    );
+    Error::new(Kind::Busy, text)
+}
+
 /// One transaction for jobs, then the filters, then the old bitmaps of filtered disks: each side
 /// may have a write too much, none too little.
-async fn instant(session: &Session, parts: &[Part]) -> Called<i64> {
+async fn instant(session: &Session, parts: &[Part]) -> Result<i64> {
+    still_on_top(session, parts.iter()).await?;
     let mut actions = Vec::new();
     for part in parts.iter().filter(|p| p.way != Way::Filter) {
         actions.extend(job_actions(part));
     }
     if !actions.is_empty() {
-        session.call_within(cmd::Transaction(json!({"actions": actions})), "backup", SHORT).await?;
+        session
+            .call_within(cmd::Transaction(json!({"actions": &actions})), "backup", SHORT)
+            .await?;
     }
     let filtered = || parts.iter().filter(|p| p.way == Way::Filter);
+    if !actions.is_empty() {
+        still_on_top(session, filtered()).await?;
+    }
     for part in filtered() {
         if let Some(qdev) = &part.disk.qdev {
             set_drive(session, qdev, &part.names.filter).await?;

@@ -224,7 +224,10 @@ impl View {
         }
         let pairs = self.parts.iter().map(Part::pair).collect();
         guard.tell(|state| state.pairs = pairs)?;
+        // Before, for a clear message; after, because that is when it counts.
+        point::unchanged(session, &self.parts).await?;
         point::prepare(session, &self.parts, &self.scratch).await?;
+        point::unchanged(session, &self.parts).await?;
         self.take(session, guard).await?;
         for (i, part) in self.parts.iter().enumerate() {
             let (socket, dirty) = match part.way {
