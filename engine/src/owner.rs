@@ -18,6 +18,8 @@ use crate::session::answers::Answers;
 const QUEUE: usize = 16;
 /// How long the owner sleeps when nothing comes: old logs get their pass after it.
 const TICK: Duration = Duration::from_millis(200);
+/// Between two tries to bring the index up to the journals.
+const REFILL_AGAIN: Duration = Duration::from_secs(10);
 /// Passes that may fail one after the other before sessions are told.
 const PASS_TRIES: u32 = 5;
 /// Entries in one answer of [`Owner::entries_after`].
@@ -32,7 +34,7 @@ pub type Refill = Box<dyn FnMut(&mut Detector) -> Result<()> + Send>;
 enum Command {
     Register { session: SessionId, answers: Arc<Answers>, wake: Wake },
     Ask { session: SessionId, requests: Vec<(Fingerprint, Sequence)> },
-    TakeOver { from: SessionId, to: SessionId, requests: Vec<(Fingerprint, Sequence)> },
+    Release { session: SessionId, grants: Vec<(Fingerprint, Sequence)> },
     Waiting { session: SessionId, waiting: bool },
     Learn { entries: Vec<(Fingerprint, Address)>, position: JournalPosition },
     Withdraw { session: SessionId },
@@ -83,11 +85,15 @@ impl Owner {
             figures: Arc::clone(&figures),
             failed_passes: 0,
             refill,
+            refill_at: None,
         };
         thread.publish_figures();
         let handle = std::thread::Builder::new()
             .name("owner".into())
-            .spawn(move || thread.run(&queue))
+            .spawn(move || {
+                let _guard = AbortOnPanic;
+                thread.run(&queue);
+            })
             .map_err(|e| Error::caused(Kind::Failed, "cannot start the owner's thread", e))?;
         Ok((Owner { commands, figures, partitions }, handle))
     }
@@ -124,17 +130,12 @@ impl Owner {
         self.send(Command::Ask { session, requests })
     }
 
-    /// Asks about blocks that `from` gave up in favour of `to`.
+    /// Gives grants back: who asks for these blocks next may write them.
     ///
     /// # Errors
     /// When the engine is ending.
-    pub fn take_over(
-        &self,
-        from: SessionId,
-        to: SessionId,
-        requests: Vec<(Fingerprint, Sequence)>,
-    ) -> Result<()> {
-        self.send(Command::TakeOver { from, to, requests })
+    pub fn release(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        self.send(Command::Release { session, grants })
     }
 
     /// Whether the session waits for nothing but answers: passes need not wait for more requests.
@@ -200,6 +201,17 @@ impl Owner {
     }
 }
 
+/// Without its owner an engine answers nobody: better it ends and is started anew.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
 fn stopped() -> Error {
     Error::new(Kind::Failed, "the engine is ending")
 }
@@ -211,6 +223,8 @@ struct OwnerThread {
     figures: Arc<Figures>,
     failed_passes: u32,
     refill: Refill,
+    /// When the index is to be brought up to the journals again.
+    refill_at: Option<Instant>,
 }
 
 impl OwnerThread {
@@ -236,6 +250,7 @@ impl OwnerThread {
 
     /// One pass or one step of merging; `false` when there was nothing to do.
     fn work(&mut self) -> bool {
+        self.refill_if_due();
         if let Some(partition) = self.detector.due(Instant::now(), !self.waiting.is_empty()) {
             match self.pass(partition) {
                 Ok(()) => self.failed_passes = 0,
@@ -269,14 +284,25 @@ impl OwnerThread {
     /// A damaged index was set aside by the detector: the store's journals have it all. If
     /// it was a log instead, requests are lost, and those who asked must not wait for ever.
     fn heal(&mut self, error: &Error) {
-        if error.kind() != Kind::Damaged {
+        if self.detector.take_lost_requests() {
+            self.fail_all(error);
+        }
+        if error.kind() == Kind::Damaged && self.detector.watermark().is_empty() {
+            self.refill_at = Some(Instant::now());
+        }
+    }
+
+    /// Brings the index up to the journals again, if it is due; tries again later if it fails.
+    fn refill_if_due(&mut self) {
+        if self.refill_at.is_none_or(|at| Instant::now() < at) {
             return;
         }
-        if !self.detector.watermark().is_empty() {
-            self.fail_all(error);
-        } else if let Err(error) = (self.refill)(&mut self.detector) {
-            report("the index could not be refilled; duplicates are missed until it is", &error);
+        self.refill_at = None;
+        if let Err(error) = (self.refill)(&mut self.detector) {
+            report("the index is not refilled yet; duplicates are missed until it is", &error);
+            self.refill_at = Some(Instant::now() + REFILL_AGAIN);
         }
+        self.publish_figures();
     }
 
     /// A disk that is full may stay so: backups fail rather than wait for it.
@@ -321,9 +347,9 @@ impl OwnerThread {
                 let asked = self.detector.submit(session, &requests);
                 self.fail_if(session, asked)
             }
-            Command::TakeOver { from, to, requests } => {
-                let asked = self.detector.take_over(from, to, &requests);
-                self.fail_if(to, asked)
+            Command::Release { session, grants } => {
+                let released = self.detector.release(session, &grants);
+                self.fail_if(session, released)
             }
             Command::Waiting { session, waiting } => {
                 if waiting {
@@ -335,6 +361,11 @@ impl OwnerThread {
             }
             Command::Learn { mut entries, position } => {
                 let learned = self.detector.learn(&mut entries, position);
+                if let Err(error) = &learned {
+                    // Those who wait for these blocks would ask for ever.
+                    self.fail_all(error);
+                    self.refill_at = Some(Instant::now() + REFILL_AGAIN);
+                }
                 self.publish_figures();
                 self.advanced();
                 learned

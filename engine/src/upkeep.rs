@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::detect::{Detector, Partition, Watermark};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint};
-use crate::jobs::rebuild::each_entry;
+use crate::jobs::rebuild::{each_entry, last_entry};
 use crate::jobs::restore::{Options, Outcome, Restorer, Sink};
 use crate::jobs::verify::{self, Event, Scope};
 use crate::session::Context;
@@ -266,25 +266,32 @@ fn each_container(
 ) -> Result<()> {
     let journals = store.journals();
     for incarnation in journals.incarnations()? {
-        let from = u32::try_from(after.get(incarnation)).unwrap_or(u32::MAX);
-        journals.each_after(incarnation, from, |position, containers| {
-            let mut entries = Vec::new();
-            for entry in containers.iter().filter(|e| e.kind == ContainerKind::Blocks) {
-                if let Err(error) = read_entries(store, entry.container, &mut entries) {
-                    match error.kind() {
-                        Kind::Damaged | Kind::NotFound => {
-                            eprintln!("fleece-engine: {error}; nothing is deduplicated against it");
-                        }
-                        _ => return Err(error),
-                    }
+        let mut at = u32::try_from(after.get(incarnation)).unwrap_or(u32::MAX);
+        let end = last_entry(store, incarnation)?;
+        loop {
+            let read = journals.each_after(incarnation, at, |position, containers| {
+                at = position.n;
+                let mut entries = Vec::new();
+                for entry in containers.iter().filter(|e| e.kind == ContainerKind::Blocks) {
+                    read_entries(store, entry.container, &mut entries)?;
                 }
+                each(position, entries)
+            });
+            match read {
+                Ok(_) if at >= end => break,
+                Ok(_) => eprintln!("fleece-engine: a journal entry is missing; see verify"),
+                Err(error) if error.kind() == Kind::Damaged => eprintln!("fleece-engine: {error}"),
+                Err(error) => return Err(error),
             }
-            each(position, entries)
-        })?;
+            // Behind what cannot be read: nothing is deduplicated against it.
+            at += 1;
+            each(Position { incarnation, n: at }, Vec::new())?;
+        }
     }
     Ok(())
 }
 
+/// The blocks that a container has; one that is damaged or missing has none.
 fn read_entries(
     store: &Store,
     container: ContainerId,
@@ -297,10 +304,14 @@ fn read_entries(
         }
         Ok(())
     });
-    if read.is_err() {
-        entries.truncate(before);
+    match read {
+        Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {
+            eprintln!("fleece-engine: {error}; nothing is deduplicated against it");
+            entries.truncate(before);
+            Ok(())
+        }
+        read => read,
     }
-    read
 }
 
 /// The snapshots of a VM (name or UUID), or of all for "", oldest first; the newest
@@ -314,7 +325,14 @@ pub fn snapshots(context: &Context, which: &str, limit: usize) -> Result<Vec<Man
     let mut found = std::collections::VecDeque::new();
     for vm in vms {
         let mut all = manifests.list(vm)?;
-        while let Some(mut manifest) = all.next()? {
+        loop {
+            let mut manifest = match all.next() {
+                Ok(Some(manifest)) => manifest,
+                Ok(None) => break,
+                // One that is damaged hides no other; verify names it.
+                Err(error) if error.kind() == Kind::Damaged => continue,
+                Err(error) => return Err(error),
+            };
             manifest.config = Vec::new();
             if found.len() == limit {
                 found.pop_front();

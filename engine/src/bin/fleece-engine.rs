@@ -14,10 +14,6 @@ use fleece_engine::{memory, rpc, start};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 
-/// Threads for calls that block (reading the store); sessions have their own.
-const BLOCKING_THREADS: usize = 16;
-/// Stacks are small: nothing here recurses, and every touched page is the host's memory.
-const STACK: usize = 512 << 10;
 /// How often the peak of anonymous memory is looked at.
 const SAMPLE: Duration = Duration::from_millis(100);
 /// Restores at once: each borrows a pass's share of the memory.
@@ -101,8 +97,7 @@ fn run(options: Options) -> Result<()> {
     let started = start::start(&config)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(BLOCKING_THREADS)
-        .thread_stack_size(STACK)
+        .max_blocking_threads(1)
         .build()
         .context(|| "cannot start the runtime".into())?;
     let local = tokio::task::LocalSet::new();

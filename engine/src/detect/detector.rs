@@ -38,6 +38,7 @@ pub struct Detector {
     /// Ended sessions, with the partitions whose log or pending run may still name them.
     withdrawn: BTreeMap<SessionId, BTreeSet<Partition>>,
     scratch: PathBuf,
+    lost_requests: bool,
 }
 
 impl Detector {
@@ -56,7 +57,15 @@ impl Detector {
         let pending = (0..options.partitions()).map(|p| PendingRun::new(&scratch, p)).collect();
         let logs = RequestLogs::new(&scratch, options.partitions());
         Ok((
-            Detector { options, index, logs, pending, withdrawn: BTreeMap::new(), scratch },
+            Detector {
+                options,
+                index,
+                logs,
+                pending,
+                withdrawn: BTreeMap::new(),
+                scratch,
+                lost_requests: false,
+            },
             report,
         ))
     }
@@ -68,22 +77,35 @@ impl Detector {
         session: SessionId,
         requests: &[(Fingerprint, Sequence)],
     ) -> Result<()> {
-        self.take_over(session, session, requests)
+        self.log(session, requests, false)
     }
 
-    /// Logs questions of `to` that, where `from` still holds the grant, move the grant to `to`.
-    /// They are answered by a pass like any other; where `from` holds nothing they are plain.
-    pub fn take_over(
+    /// Logs that `session` gives grants back: who asks for these blocks next may write them.
+    pub fn release(
         &mut self,
-        from: SessionId,
-        to: SessionId,
+        session: SessionId,
+        grants: &[(Fingerprint, Sequence)],
+    ) -> Result<()> {
+        self.log(session, grants, true)
+    }
+
+    fn log(
+        &mut self,
+        session: SessionId,
         requests: &[(Fingerprint, Sequence)],
+        release: bool,
     ) -> Result<()> {
         for &(fingerprint, sequence) in requests {
-            let request = Request { fingerprint, session: to, sequence, from };
+            let request = Request { fingerprint, session, sequence, release };
             self.logs.push(self.options.partition_of(&fingerprint), request)?;
         }
         Ok(())
+    }
+
+    /// Whether requests were lost with a damaged log since the last call: those who wait for
+    /// answers must be told.
+    pub fn take_lost_requests(&mut self) -> bool {
+        std::mem::take(&mut self.lost_requests)
     }
 
     /// A session's end, whatever the end: its grants die, its logged requests are skipped.
@@ -140,7 +162,7 @@ impl Detector {
         }
         let requests = match self.sort(partition) {
             Err(error) if error.kind() == Kind::Damaged => {
-                // Their sessions ask again when no answer comes.
+                self.lost_requests = true;
                 self.logs.remove_closed(partition)?;
                 return Err(error);
             }

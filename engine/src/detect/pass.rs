@@ -132,7 +132,12 @@ impl Join<'_> {
         let mut holder = holder.filter(|holder| stored.is_none() && living.is_live(holder.session));
         let mut request = Some(first);
         while let Some(asked) = request.filter(|r| r.fingerprint == first.fingerprint) {
-            if self.living.is_live(asked.session) {
+            if asked.release {
+                // What was given up may be granted again, from here on.
+                holder = holder.filter(|held| {
+                    (held.session, held.sequence) != (asked.session, asked.sequence)
+                });
+            } else if self.living.is_live(asked.session) {
                 let verdict = decide(stored, &mut holder, asked);
                 self.count(verdict);
                 self.verdicts
@@ -165,15 +170,12 @@ fn decide(stored: Option<Address>, holder: &mut Option<Pending>, asked: Request)
     if let Some(address) = stored {
         return Verdict::Stored(address);
     }
-    let Request { fingerprint, session, sequence, from } = asked;
+    let Request { fingerprint, session, sequence, .. } = asked;
     let own = Pending { fingerprint, session, sequence };
     match *holder {
         Some(held) if held == own => Verdict::Grant,
-        // Held by another than the one it is taken from, or not to be taken at all.
-        Some(held) if held.session != from || from == session => {
-            Verdict::SameAs(held.session, held.sequence)
-        }
-        _ => {
+        Some(held) => Verdict::SameAs(held.session, held.sequence),
+        None => {
             *holder = Some(own);
             Verdict::Grant
         }

@@ -16,14 +16,14 @@ const RECORD: usize = Fingerprint::LEN + 4 + 8 + 4;
 /// Bytes of a request while it is sorted: with its arrival behind the fingerprint.
 pub(super) const SORTED: usize = RECORD + 4;
 
-/// A question about one fingerprint.
+/// A question about one fingerprint, or the return of a grant.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Request {
     pub(super) fingerprint: Fingerprint,
     pub(super) session: SessionId,
     pub(super) sequence: Sequence,
-    /// Whose grant moves to `session`; `session` itself in a plain question.
-    pub(super) from: SessionId,
+    /// No question: the session gives the grant that it holds under this sequence back.
+    pub(super) release: bool,
 }
 
 impl Request {
@@ -32,7 +32,7 @@ impl Request {
         bytes[..20].copy_from_slice(&self.fingerprint.0);
         bytes[20..24].copy_from_slice(&self.session.0.to_be_bytes());
         bytes[24..32].copy_from_slice(&self.sequence.0.to_be_bytes());
-        bytes[32..].copy_from_slice(&self.from.0.to_be_bytes());
+        bytes[32..].copy_from_slice(&u32::from(self.release).to_be_bytes());
         bytes
     }
 
@@ -50,7 +50,7 @@ impl Request {
             fingerprint: Fingerprint(take(&bytes[..20])),
             session: SessionId(u32::from_be_bytes(take(&bytes[24..28]))),
             sequence: Sequence(u64::from_be_bytes(take(&bytes[28..36]))),
-            from: SessionId(u32::from_be_bytes(take(&bytes[36..]))),
+            release: u32::from_be_bytes(take(&bytes[36..])) != 0,
         }
     }
 }

@@ -179,7 +179,7 @@ fn listed(store: &Store, sorter: &mut Sorter<8>) -> Result<()> {
 }
 
 /// The number of the last entry in an incarnation's folder, gaps or not.
-pub(super) fn last_entry(store: &Store, incarnation: Incarnation) -> Result<u32> {
+pub(crate) fn last_entry(store: &Store, incarnation: Incarnation) -> Result<u32> {
     let mut last = 0;
     store.objects().list(&format!("{}/{:08x}", names::JOURNAL, incarnation.0), |key, _| {
         let n = key.rsplit('/').next().and_then(|n| u32::from_str_radix(n, 16).ok());

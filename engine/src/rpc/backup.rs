@@ -3,35 +3,26 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use crossbeam_channel::{Sender, TrySendError};
+use crossbeam_channel::TrySendError;
 use fleece_schema::engine_capnp::{self as wire, backup_session};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::convert;
 use super::to_wire;
 use crate::error::{Error, Kind, Result};
+use crate::session::begin::ClientEnd;
 use crate::session::event::{Event, Reply};
 use crate::session::registry::Progress;
 use crate::session::spool::Position;
 
 /// A session; the plugin's end of it is the session's end.
 pub(super) struct BackupServer {
-    pub(super) events: Sender<Event>,
+    pub(super) client: ClientEnd,
     pub(super) progress: Arc<Progress>,
     /// KiB of blocks that may be on their way, of all sessions.
     pub(super) messages: Arc<Semaphore>,
     /// The place among those that may run at once.
     pub(super) _place: OwnedSemaphorePermit,
-}
-
-impl Drop for BackupServer {
-    fn drop(&mut self) {
-        let events = self.events.clone();
-        if let Err(TrySendError::Full(hangup)) = events.try_send(Event::Hangup) {
-            // The thread works through its queue: a moment's wait, but not on this thread.
-            std::thread::spawn(move || drop(events.send(hangup)));
-        }
-    }
 }
 
 impl BackupServer {
@@ -41,7 +32,7 @@ impl BackupServer {
         event: impl FnOnce(Reply<T>) -> Event,
     ) -> std::result::Result<T, capnp::Error> {
         let (reply, answer) = oneshot::channel();
-        self.events.try_send(event(reply)).map_err(|error| {
+        self.client.events.try_send(event(reply)).map_err(|error| {
             to_wire(&match error {
                 TrySendError::Full(_) => Error::new(Kind::Usage, "too many calls at once"),
                 TrySendError::Disconnected(_) => ended(),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use fleece_schema::engine_capnp::{self as wire, engine};
 
 use super::backup::BackupServer;
+use super::blocking::blocking;
 use super::image::ImageServer;
 use super::server::Services;
 use super::{convert, to_wire};
@@ -49,16 +50,6 @@ impl EngineServer {
                 self.uid
             ),
         )))
-    }
-}
-
-/// Runs what blocks away from the LocalSet thread.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> std::result::Result<T, capnp::Error> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(outcome) => outcome.map_err(|e| to_wire(&e)),
-        Err(error) => Err(capnp::Error::failed(format!("the engine's worker failed: {error}"))),
     }
 }
 
@@ -160,7 +151,9 @@ impl engine::Server for EngineServer {
             .await
             .map_err(|_| to_wire(&Error::new(Kind::Failed, "the engine is ending")))?;
         let alone = context.registry.list().is_empty();
-        let begun = blocking(move || begin(&context, request, now_ms())).await?;
+        // Both end with the call if its client dies now.
+        let (begun, place) =
+            blocking(move || Ok((begin(&context, request, now_ms())?, place))).await?;
         let mut results = results.get();
         let mut plan = results.reborrow().init_plan();
         plan.set_snapshot(begun.snapshot.as_str());
@@ -171,7 +164,7 @@ impl engine::Server for EngineServer {
             convert::set_disk_plan(disks.reborrow().get(i as u32), disk);
         }
         let server = BackupServer {
-            events: begun.events,
+            client: begun.client,
             progress: begun.progress,
             messages: Arc::clone(&self.services.messages),
             _place: place,

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use fleece_schema::engine_capnp::{block_sink, disk_image, event_sink};
 use tokio::sync::{Semaphore, mpsc};
 
-use super::engine::blocking;
+use super::blocking::blocking;
 use super::to_wire;
 use crate::error::{Error, Kind, Result};
 use crate::jobs::restore::{DiskImage, MAX_WRITE, Options, Outcome};
@@ -151,18 +151,15 @@ impl disk_image::Server for ImageServer {
         let _place = self.restores.acquire().await.map_err(|_| to_wire(&gone()))?;
         let (pieces, mut waiting) = mpsc::channel::<(u64, Bytes)>(PIECES);
         let (context, disk, what) = (self.context.clone(), self.disk.clone(), self.what.clone());
-        let restored = tokio::task::spawn_blocking(move || {
+        let restored = tokio::task::spawn_local(blocking(move || {
             upkeep::restore(&context, &disk, &what, options, &mut |offset, data| {
                 pieces.blocking_send((offset, Bytes::copy_from_slice(data))).map_err(|_| gone())
             })
-        });
+        }));
         while let Some((offset, data)) = waiting.recv().await {
             write(&sink, offset, &data).await?;
         }
-        let outcome: Outcome = restored
-            .await
-            .map_err(|e| capnp::Error::failed(format!("the engine's worker failed: {e}")))?
-            .map_err(|e| to_wire(&e))?;
+        let outcome: Outcome = joined(restored.await)?;
         let mut results = results.get();
         results.set_written(outcome.written);
         let mut holes = results.init_holes(outcome.holes.len() as u32);
@@ -194,15 +191,20 @@ pub(super) async fn with_events<T: Send + 'static>(
     work: impl FnOnce(upkeep::Emit<'_>) -> Result<T> + Send + 'static,
 ) -> std::result::Result<T, capnp::Error> {
     let (lines, mut waiting) = mpsc::channel::<String>(LINES);
-    let job = tokio::task::spawn_blocking(move || {
+    let job = tokio::task::spawn_local(blocking(move || {
         work(&mut |line| lines.blocking_send(line).map_err(|_| gone()))
-    });
+    }));
     while let Some(line) = waiting.recv().await {
         let mut request = sink.event_request();
         request.get().set_json(&line);
         request.send().await?;
     }
-    job.await
-        .map_err(|e| capnp::Error::failed(format!("the engine's worker failed: {e}")))?
-        .map_err(|e| to_wire(&e))
+    joined(job.await)
+}
+
+/// What a task of this thread gave.
+fn joined<T>(
+    outcome: std::result::Result<std::result::Result<T, capnp::Error>, tokio::task::JoinError>,
+) -> std::result::Result<T, capnp::Error> {
+    outcome.unwrap_or_else(|e| Err(capnp::Error::failed(format!("a task failed: {e}"))))
 }

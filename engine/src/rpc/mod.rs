@@ -4,6 +4,7 @@
 //! owner) is reached through `spawn_blocking` or a queue, never from the LocalSet thread.
 
 mod backup;
+mod blocking;
 pub mod client;
 mod convert;
 mod engine;

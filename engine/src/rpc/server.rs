@@ -81,8 +81,11 @@ async fn listen(socket: &Path) -> Result<UnixListener> {
             ),
         ));
     }
-    if let Some(folder) = socket.parent() {
+    if let Some(folder) = socket.parent().filter(|folder| !folder.exists()) {
         std::fs::create_dir_all(folder).context(what)?;
+        // The socket's own mode says who may use it; its folder must let them get there.
+        let mode = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(folder, mode).context(what)?;
     }
     match std::fs::remove_file(socket) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

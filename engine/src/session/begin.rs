@@ -1,19 +1,20 @@
 //! The beginning of a session: what the plugin asks for, checked against the store.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 
 use super::Context;
 use super::answers::Answers;
 use super::event::{Event, QUEUE};
+use super::handover::Patience;
 use super::publish::DiskState;
 use super::registry::{Live, Progress};
-use super::stages::{Calls, Patience, Session};
+use super::stages::{Calls, Session};
 use crate::error::{Context as _, Error, Kind, Result};
-use crate::ids::{DiskId, SnapshotId, VmId};
+use crate::ids::{DiskId, SessionId, SnapshotId, VmId};
 use crate::store::container::{ContainerKind, Packer};
 use crate::store::manifest::{Counts, MAX_CONFIG, MAX_DISKS, Manifest};
 use crate::store::recipe::{RecipeReader, Shape};
@@ -66,10 +67,26 @@ pub struct Begun {
     pub snapshot: SnapshotId,
     /// How its disks are to be read.
     pub disks: Vec<DiskPlan>,
-    /// Where its events go.
-    pub events: Sender<Event>,
+    /// The client's end.
+    pub client: ClientEnd,
     /// How far it is.
     pub progress: Arc<Progress>,
+}
+
+/// The client's end of a session: the session ends with it, wherever it is dropped.
+pub struct ClientEnd {
+    /// Where the session's events go.
+    pub events: Sender<Event>,
+}
+
+impl Drop for ClientEnd {
+    fn drop(&mut self) {
+        if let Err(TrySendError::Full(hangup)) = self.events.try_send(Event::Hangup) {
+            let events = self.events.clone();
+            // The thread works through its queue: a moment's wait, but not here.
+            std::thread::spawn(move || drop(events.send(hangup)));
+        }
+    }
 }
 
 /// Forced ranges of one disk that a plan names; more are joined into one.
@@ -82,6 +99,34 @@ const FORCED_RANGES: usize = 4096;
 /// has, [`Kind::Busy`] while the VM has a session.
 pub fn begin(context: &Context, request: Request, now_ms: i64) -> Result<Begun> {
     check(&request)?;
+    let (events, queue) = bounded(QUEUE);
+    let live = Live {
+        vm: request.vm,
+        vm_name: request.vm_name.clone(),
+        snapshot: new_snapshot_id()?,
+        since: Instant::now(),
+        progress: Arc::default(),
+        events,
+    };
+    // Entered first: from here on nobody else commits for this VM, so that what is planned
+    // with the newest snapshot stays true.
+    let id = context.registry.enter(live.clone())?;
+    let begun = begin_alone(context, request, id, &live, queue, now_ms);
+    if begun.is_err() {
+        context.owner.withdraw(id);
+        context.registry.leave(id);
+    }
+    begun
+}
+
+fn begin_alone(
+    context: &Context,
+    request: Request,
+    id: SessionId,
+    live: &Live,
+    queue: Receiver<Event>,
+    now_ms: i64,
+) -> Result<Begun> {
     let manifests = &context.manifests;
     if !request.adopt {
         manifests.check_name(request.vm, &request.vm_name)?;
@@ -100,27 +145,20 @@ pub fn begin(context: &Context, request: Request, now_ms: i64) -> Result<Begun> 
         states.push(state);
         plans.push(plan);
     }
-    let (events, queue) = bounded(QUEUE);
-    let progress = Arc::new(Progress::default());
     let seq = manifests.next_seq(request.vm)?;
-    let snapshot = new_snapshot_id()?;
-    let id = context.registry.enter(Live {
-        vm: request.vm,
-        vm_name: request.vm_name.clone(),
-        snapshot,
-        since: Instant::now(),
-        progress: Arc::clone(&progress),
-        events: events.clone(),
-    })?;
-    let started =
-        register(context, &request, latest.as_ref(), seq, snapshot, now_ms).and_then(|()| {
-            start(context, request, id, (snapshot, seq), latest, states, &progress, &events, queue)
-        });
-    if let Err(error) = started {
-        context.registry.leave(id);
-        return Err(error);
-    }
-    Ok(Begun { snapshot, disks: plans, events, progress })
+    register(context, &request, latest.as_ref(), seq, live.snapshot, now_ms)?;
+    let begun = Begun {
+        snapshot: live.snapshot,
+        disks: plans,
+        client: ClientEnd { events: live.events.clone() },
+        progress: Arc::clone(&live.progress),
+    };
+    let session = session(context, request, id, live, seq, latest, states)?;
+    std::thread::Builder::new()
+        .name(format!("session-{}", id.0))
+        .spawn(move || session.run(&queue))
+        .map_err(|e| Error::caused(Kind::Failed, "cannot start a session's thread", e))?;
+    Ok(begun)
 }
 
 fn check(request: &Request) -> Result<()> {
@@ -169,6 +207,10 @@ fn plan_disk(
         }
         return Ok((state, plan));
     };
+    if context.registry.is_mistrusted(vm) {
+        plan.reason = "the recipes of its newest snapshot are damaged".into();
+        return Ok((state, plan));
+    }
     state.parent_root = before.root;
     state.parent_shape = Shape::new(before.size, context.store.block_size());
     if before.size == spec.size {
@@ -270,34 +312,31 @@ fn register(
     ))
 }
 
-#[allow(clippy::too_many_arguments)] // one call, from one place, of what a session is made of
-fn start(
+/// A session with nothing done yet, known to the owner.
+fn session(
     context: &Context,
     request: Request,
-    id: crate::ids::SessionId,
-    (snapshot, seq): (SnapshotId, u64),
+    id: SessionId,
+    live: &Live,
+    seq: u64,
     latest: Option<Manifest>,
     disks: Vec<DiskState>,
-    progress: &Arc<Progress>,
-    events: &Sender<Event>,
-    queue: crossbeam_channel::Receiver<Event>,
-) -> Result<()> {
+) -> Result<Session> {
     let answers = Arc::new(Answers::new(&context.work_dir, context.budget.session_sort / 2));
-    let wake = events.clone();
-    // A full queue needs no wake: the session looks at its answers after every event.
-    let wake = Box::new(move || drop(wake.try_send(Event::Wake)));
+    let woken = Arc::new(AtomicBool::new(false));
+    let wake = wake(live.events.clone(), Arc::clone(&woken));
     context.owner.register(id, Arc::clone(&answers), wake)?;
-    let label = format!("{}@{snapshot}", request.vm_name);
-    let session = Session {
+    let label = format!("{}@{}", request.vm_name, live.snapshot);
+    Ok(Session {
         id,
         context: context.clone(),
         blocks: Packer::new(&context.store, ContainerKind::Blocks, label.clone()),
         nodes: Packer::new(&context.store, ContainerKind::Nodes, label),
         request,
-        snapshot,
+        snapshot: live.snapshot,
         seq,
         parent: latest.map(|m| m.snapshot),
-        progress: Arc::clone(progress),
+        progress: Arc::clone(&live.progress),
         disks,
         windows: std::collections::VecDeque::new(),
         next_sequence: 0,
@@ -306,16 +345,22 @@ fn start(
         over: false,
         began: Instant::now(),
         answers,
-        own_events: events.clone(),
+        own_events: live.events.clone(),
+        woken,
         calls: Calls::default(),
         patience: Patience::new(Instant::now()),
         failure: None,
-    };
-    std::thread::Builder::new()
-        .name(format!("session-{}", id.0))
-        .spawn(move || session.run(&queue))
-        .map(drop)
-        .map_err(|e| Error::caused(Kind::Failed, "cannot start a session's thread", e))
+    })
+}
+
+/// One wake in the queue is enough, and a full queue needs none: the session looks at its
+/// answers after every event.
+fn wake(events: Sender<Event>, woken: Arc<AtomicBool>) -> crate::owner::Wake {
+    Box::new(move || {
+        if !woken.swap(true, Ordering::AcqRel) && events.try_send(Event::Wake).is_err() {
+            woken.store(false, Ordering::Release);
+        }
+    })
 }
 
 impl Progress {

@@ -47,10 +47,10 @@ pub struct Grants {
 /// A block that one session asks another one to leave to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Claim {
+    /// The block.
+    pub fingerprint: Fingerprint,
     /// The request that holds the grant.
     pub theirs: Sequence,
-    /// The request that wants it.
-    pub mine: Sequence,
 }
 
 /// What can happen to a session.
@@ -108,11 +108,9 @@ pub enum Event {
         /// For what.
         claims: Vec<Claim>,
     },
-    /// What another session left to us, of what we asked for.
+    /// Another session has done with what we asked for: it gave it up, or has sealed it.
     GaveUp {
         /// Who.
         from: SessionId,
-        /// The claims that it granted.
-        claims: Vec<Claim>,
     },
 }

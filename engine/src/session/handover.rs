@@ -4,29 +4,65 @@
 //! sealed at once by the writer, and found by asking again. A writer that does not even
 //! answer is given up on: the block is stored twice, which is counted, and harmless.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::event::{Claim, Event};
-use super::window::WaitingList;
+use super::stages::Session;
+use super::window::{WaitingList, Window};
 use crate::error::Result;
-use crate::ids::{Sequence, SessionId};
+use crate::ids::SessionId;
 
-/// How long a writer may be silent when asked to give something up.
-const SILENCE: Duration = Duration::from_secs(10);
+/// How long a writer may be silent when asked to give something up: longer than it takes to go
+/// through a window's verdicts or to write its recipe, when it does not listen.
+const SILENCE: Duration = Duration::from_secs(30);
 /// Claims in one message: 64 KiB.
 const CLAIMS: usize = 4096;
 /// A longer list is shared: the writer keeps its first half.
 const SHARE_FROM: u64 = 65_536;
 
+/// Between two rounds of asking again; doubled up to a second while nothing changes.
+const FIRST_BACKOFF: Duration = Duration::from_millis(20);
+const LAST_BACKOFF: Duration = Duration::from_secs(1);
+/// Requests sent to the owner at once when asking again.
+const REQUESTS: usize = 4096;
+
+/// How the front window waits for other writers.
+pub(super) struct Patience {
+    /// The owner passes at once while we wait for answers only.
+    pub(super) told_waiting: bool,
+    /// When our own writes of the window ended, at first.
+    pub(super) own_ended: Option<Instant>,
+    /// When we asked last, and what the owner's progress was then.
+    pub(super) asked: Instant,
+    pub(super) seen: u64,
+    pub(super) backoff: Duration,
+    pub(super) handover: Option<Handover>,
+    /// Writers that do not answer: their blocks are written by us.
+    pub(super) silent: Option<SessionId>,
+}
+
+impl Patience {
+    pub(super) fn new(now: Instant) -> Self {
+        Patience {
+            told_waiting: false,
+            own_ended: None,
+            asked: now,
+            seen: 0,
+            backoff: FIRST_BACKOFF,
+            handover: None,
+            silent: None,
+        }
+    }
+}
+
 /// The talk with one writer about one window's waiting list.
 pub(super) struct Handover {
     writer: SessionId,
     list: WaitingList,
-    /// Questions to leave to the writer.
+    /// Of its questions, those that are left to the writer.
     leave: u64,
     asked: Instant,
-    /// The requests that were given to us, relative to the window's first: a bit each.
-    taken: Vec<u64>,
 }
 
 /// What became of a step.
@@ -48,10 +84,13 @@ impl Handover {
     pub(super) fn begin(mut list: WaitingList, now: Instant) -> Result<Option<Self>> {
         let Some(first) = list.next()? else { return Ok(None) };
         let writer = first.writer.0;
-        let len = list.len();
-        let leave = if len > SHARE_FROM { len / 2 } else { 0 };
+        let mut theirs = 1;
+        while let Some(unsettled) = list.next()? {
+            theirs += u64::from(unsettled.writer.0 == writer);
+        }
+        let leave = if theirs > SHARE_FROM { theirs / 2 } else { 0 };
         list.rewind();
-        Ok(Some(Handover { writer, list, leave, asked: now, taken: Vec::new() }))
+        Ok(Some(Handover { writer, list, leave, asked: now }))
     }
 
     /// Who writes.
@@ -68,12 +107,15 @@ impl Handover {
         let mut claims = Vec::new();
         while claims.len() < CLAIMS {
             let Some(unsettled) = self.list.next()? else { break };
+            if unsettled.writer.0 != self.writer {
+                continue;
+            }
             if self.leave > 0 {
                 self.leave -= 1;
-            } else if unsettled.writer.0 == self.writer {
-                let mine = unsettled.question.sequence;
-                claims.push(Claim { theirs: unsettled.writer.1, mine });
+                continue;
             }
+            let fingerprint = unsettled.question.fingerprint;
+            claims.push(Claim { fingerprint, theirs: unsettled.writer.1 });
         }
         Ok(claims)
     }
@@ -104,23 +146,128 @@ impl Handover {
     pub(super) fn is_silent(&self, now: Instant) -> bool {
         now.duration_since(self.asked) > SILENCE
     }
+}
 
-    /// Notes what was given to us, of a window that begins at `first`.
-    pub(super) fn take(&mut self, first: u64, claims: &[Claim]) {
-        for claim in claims {
-            let index = claim.mine.0.saturating_sub(first);
-            let word = (index / 64) as usize;
-            if self.taken.len() <= word {
-                self.taken.resize(word + 1, 0);
+impl Session {
+    /// Asks everything unsettled in the front window again.
+    pub(super) fn ask_again(&mut self) -> Result<bool> {
+        self.patience.handover = None;
+        self.patience.asked = Instant::now();
+        self.patience.seen = self.context.owner.figures().progress.load(Ordering::Acquire);
+        let Some(window) = self.windows.front_mut() else { return Ok(true) };
+        let (owner, id) = (&self.context.owner, self.id);
+        let mut requests = Vec::new();
+        window.ask_again(|question| {
+            requests.push((question.fingerprint, question.sequence));
+            if requests.len() == REQUESTS {
+                owner.ask(id, std::mem::take(&mut requests))?;
             }
-            self.taken[word] |= 1 << (index % 64);
+            Ok(())
+        })?;
+        if !requests.is_empty() {
+            owner.ask(id, requests)?;
+        }
+        Ok(true)
+    }
+
+    /// What is left is with other writers: ask again when something changed, ask them
+    /// to give it up when it takes too long.
+    pub(super) fn wait_for_others(&mut self) -> Result<bool> {
+        let now = Instant::now();
+        if let Some(handover) = &self.patience.handover {
+            if handover.is_silent(now) {
+                self.patience.silent = Some(handover.writer());
+                return self.ask_again();
+            }
+            return Ok(false);
+        }
+        let (writer, sequence) =
+            match self.windows.front().map(Window::waiting).transpose()?.flatten() {
+                Some(mut list) => match list.next()? {
+                    Some(unsettled) => unsettled.writer,
+                    None => return Ok(true),
+                },
+                None => return Ok(true),
+            };
+        let later = self.windows.front().is_some_and(|w| sequence.0 >= w.end);
+        let limit = self.context.patience;
+        let impatient =
+            self.patience.own_ended.is_some_and(|ended| now.duration_since(ended) >= limit);
+        if (writer == self.id && later) || impatient {
+            return self.begin_handover(now);
+        }
+        let progress = self.context.owner.figures().progress.load(Ordering::Acquire);
+        let due = now.duration_since(self.patience.asked) >= self.patience.backoff;
+        if due && progress != self.patience.seen {
+            self.patience.backoff = (self.patience.backoff * 2).min(LAST_BACKOFF);
+            return self.ask_again();
+        }
+        Ok(false)
+    }
+
+    pub(super) fn begin_handover(&mut self, now: Instant) -> Result<bool> {
+        let list = self.windows.front().map(Window::waiting).transpose()?.flatten();
+        let Some(list) = list else { return Ok(true) };
+        let Some(mut handover) = Handover::begin(list, now)? else { return Ok(true) };
+        if handover.writer() == self.id {
+            // We hold the grants ourselves, for a later window that waits for this one.
+            loop {
+                let claims = handover.claims()?;
+                if claims.is_empty() {
+                    return self.ask_again();
+                }
+                self.give_up(&claims)?;
+            }
+        }
+        match self.context.registry.events_of(handover.writer()) {
+            Some(writer) if handover.ask(&writer, &self.own_events, now)? == Step::Asked => {
+                self.patience.handover = Some(handover);
+                Ok(false)
+            }
+            // It ended, or is overloaded: the owner knows more, a little later.
+            _ if now.duration_since(self.patience.asked) >= LAST_BACKOFF => self.ask_again(),
+            _ => Ok(false),
         }
     }
 
-    /// Whether the request's block was given to us.
-    #[must_use]
-    pub(super) fn has(&self, first: u64, sequence: Sequence) -> bool {
-        let index = sequence.0 - first;
-        self.taken.get((index / 64) as usize).is_some_and(|word| word >> (index % 64) & 1 == 1)
+    /// Another session wants blocks of ours: the grants of what is not packed are given back,
+    /// what is packed is sealed, so that it is found stored.
+    pub(super) fn give_up(&mut self, claims: &[Claim]) -> Result<()> {
+        let mut released = Vec::new();
+        for claim in claims {
+            let window =
+                self.windows.iter_mut().find(|w| (w.first..w.end).contains(&claim.theirs.0));
+            if let Some(window) = window
+                && window.give_up(claim.theirs)?
+            {
+                released.push((claim.fingerprint, claim.theirs));
+            }
+        }
+        if released.len() < claims.len() {
+            self.seal_blocks()?;
+        }
+        if !released.is_empty() {
+            // Before the answer goes out, and before we ask for these blocks ourselves.
+            self.context.owner.release(self.id, released)?;
+        }
+        Ok(())
+    }
+
+    /// The writer has answered: go on with the next claims, or ask for the blocks.
+    pub(super) fn gave_up(&mut self, from: SessionId) -> Result<()> {
+        let Some(handover) = self.patience.handover.as_mut().filter(|h| h.writer() == from) else {
+            return Ok(());
+        };
+        let writer = self.context.registry.events_of(from);
+        let step = match writer {
+            Some(writer) => handover.ask(&writer, &self.own_events, Instant::now())?,
+            None => Step::Complete,
+        };
+        if step != Step::Asked {
+            // The writer gets some more time for what it keeps.
+            self.patience.own_ended = Some(Instant::now());
+            self.ask_again()?;
+        }
+        Ok(())
     }
 }

@@ -4,7 +4,7 @@ use super::spool::Position;
 use super::stages::Session;
 use super::window::{Placed, Window};
 use crate::error::{Error, Kind, Result};
-use crate::store::commit::{Commit, Manifests};
+use crate::store::commit::{Commit, Ending, Manifests};
 use crate::store::manifest::{Counts, Disk, Manifest};
 use crate::store::recipe::{NodeRef, NodeStore, Placement, RecipeEditor, Shape};
 
@@ -71,8 +71,22 @@ impl Session {
         }
         self.seal_nodes()?;
         let manifest = self.manifest(point_in_time_ms, bitmaps);
-        publish(&self.context.manifests, &manifest)?;
+        if let Err(error) = publish(&self.context.manifests, &manifest) {
+            // The create may have gone through although its answer did not.
+            match self.end_record("its commit failed") {
+                Ok(Ending::AlreadyCommitted) => {}
+                Ok(Ending::Tombstoned) => return Err(error),
+                Err(_) => {
+                    let what = format!(
+                        "whether {}@{} is committed is not known; the next backup finds out",
+                        manifest.vm_name, manifest.snapshot
+                    );
+                    return Err(Error::caused(error.kind(), what, error));
+                }
+            }
+        }
         self.over = true;
+        self.context.registry.trust(self.request.vm);
         Ok(manifest)
     }
 

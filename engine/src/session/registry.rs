@@ -1,6 +1,6 @@
 //! The sessions that live in this engine.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -102,6 +102,8 @@ pub struct Live {
 pub struct Registry {
     live: Mutex<HashMap<SessionId, Live>>,
     next: AtomicU32,
+    /// VMs whose newest recipes could not be read: their next backup builds new ones.
+    mistrusted: Mutex<HashSet<VmId>>,
 }
 
 impl Registry {
@@ -121,6 +123,22 @@ impl Registry {
         let id = SessionId(self.next.fetch_add(1, Ordering::Relaxed));
         sessions.insert(id, live);
         Ok(id)
+    }
+
+    /// The newest recipes of this VM cannot be read.
+    pub fn mistrust(&self, vm: VmId) {
+        self.mistrusted.lock().unwrap_or_else(PoisonError::into_inner).insert(vm);
+    }
+
+    /// Whether the newest recipes of this VM are known to be unreadable.
+    #[must_use]
+    pub fn is_mistrusted(&self, vm: VmId) -> bool {
+        self.mistrusted.lock().unwrap_or_else(PoisonError::into_inner).contains(&vm)
+    }
+
+    /// This VM has new recipes.
+    pub fn trust(&self, vm: VmId) {
+        self.mistrusted.lock().unwrap_or_else(PoisonError::into_inner).remove(&vm);
     }
 
     /// Removes a session at its end.

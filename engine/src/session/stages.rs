@@ -3,16 +3,17 @@
 //! A window is scanned while the one before it is written. Nothing here waits for
 //! another session: what others write is asked about again later.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::answers::Answers;
 use super::begin::Request;
-use super::event::{Claim, Event, GrantExtent, Grants, Reply};
-use super::handover::{Handover, Step};
+use super::event::{Event, GrantExtent, Grants, Reply};
+use super::handover::Patience;
 use super::publish::{DiskState, place_window};
 use super::registry::{Progress, StageName};
 use super::spool::Position;
@@ -20,8 +21,10 @@ use super::window::{Question, Settled, Window};
 use super::{Context, GRANTS_PER_CALL};
 use crate::detect::{JournalPosition, Verdict};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{Address, SessionId, SnapshotId};
-use crate::store::container::{Packer, SlotInfo};
+use crate::ids::{Address, Fingerprint, Sequence, SessionId, SnapshotId};
+use crate::store::Store;
+use crate::store::commit::Ending;
+use crate::store::container::{ContainerKind, Packer, SealedContainer, SlotInfo};
 use crate::store::manifest::Tombstone;
 use crate::store::recipe::StoredNodes;
 
@@ -29,12 +32,8 @@ use crate::store::recipe::StoredNodes;
 const OPEN_WINDOWS: usize = 2;
 /// How often a session looks at the clock while it waits for others.
 const TICK: Duration = Duration::from_millis(50);
-/// Between two rounds of asking again; doubled up to a second while nothing changes.
-const FIRST_BACKOFF: Duration = Duration::from_millis(20);
-const LAST_BACKOFF: Duration = Duration::from_secs(1);
-/// Requests sent to the owner at once when asking again.
-const REQUESTS: usize = 4096;
-
+/// Blocks with a wrong address that are remembered while verdicts are gone through: 2 MiB.
+const WRONG_KEPT: usize = 32_768;
 /// A session, as its thread knows it.
 pub(super) struct Session {
     pub(super) id: SessionId,
@@ -56,6 +55,8 @@ pub(super) struct Session {
     pub(super) blocks: Packer,
     pub(super) nodes: Packer,
     pub(super) own_events: Sender<Event>,
+    /// A wake is in the queue: no further one is sent.
+    pub(super) woken: Arc<AtomicBool>,
     pub(super) calls: Calls,
     pub(super) patience: Patience,
     pub(super) failure: Option<(Kind, String)>,
@@ -66,35 +67,6 @@ pub(super) struct Session {
 pub(super) struct Calls {
     end_window: Option<Reply<()>>,
     grants: Option<Reply<Grants>>,
-}
-
-/// How the front window waits for other writers.
-pub(super) struct Patience {
-    /// The owner passes at once while we wait for answers only.
-    told_waiting: bool,
-    /// When our own writes of the window ended, at first.
-    own_ended: Option<Instant>,
-    /// When we asked last, and what the owner's progress was then.
-    asked: Instant,
-    seen: u64,
-    backoff: Duration,
-    handover: Option<Handover>,
-    /// Writers that do not answer: their blocks are written by us.
-    silent: Option<SessionId>,
-}
-
-impl Patience {
-    pub(super) fn new(now: Instant) -> Self {
-        Patience {
-            told_waiting: false,
-            own_ended: None,
-            asked: now,
-            seen: 0,
-            backoff: FIRST_BACKOFF,
-            handover: None,
-            silent: None,
-        }
-    }
 }
 
 impl Session {
@@ -117,7 +89,6 @@ impl Session {
             }
         }
         self.end_in_store();
-        self.leave();
     }
 
     /// Takes an event in; `true` when the session is over.
@@ -165,14 +136,16 @@ impl Session {
                 return true;
             }
             Event::GiveUp { to, claims } => {
-                let granted = self.guarded(|s| s.give_up(claims)).unwrap_or_default();
+                // A session that failed holds no grants any more: nothing to give up.
+                let _ = self.guarded(|s| s.give_up(&claims));
                 // A full queue: the other one asks again.
-                let _ = to.try_send(Event::GaveUp { from: self.id, claims: granted });
+                let _ = to.try_send(Event::GaveUp { from: self.id });
             }
-            Event::GaveUp { from, claims } => {
-                let _ = self.guarded(|s| s.gave_up(from, &claims));
+            Event::GaveUp { from } => {
+                let _ = self.guarded(|s| s.gave_up(from));
             }
-            Event::Wake | Event::Hangup => {}
+            Event::Wake => self.woken.store(false, Ordering::Release),
+            Event::Hangup => {}
         }
         false
     }
@@ -199,6 +172,12 @@ impl Session {
             let _ = reply.send(Err(Error::new(error.kind(), message.clone())));
         }
         self.failure = Some((error.kind(), message));
+        // What is durable is found by others, although this session will not use it.
+        let leftovers = [self.blocks.take_leftovers(), self.nodes.take_leftovers()];
+        for container in leftovers.iter().flatten() {
+            // Without its owner the engine is ending.
+            let _ = self.learn(container);
+        }
         // Others need not wait for what we will never write.
         self.context.owner.withdraw(self.id);
     }
@@ -299,9 +278,11 @@ impl Session {
     /// directory does not confirm.
     fn settle(&mut self) -> Result<()> {
         let Some(window) = self.windows.front_mut() else { return Ok(()) };
-        let (store, progress) = (&self.context.store, &self.progress);
+        let (store, progress, id) = (&self.context.store, &self.progress, self.id);
         let silent = self.patience.silent;
         let block = u64::from(store.block_size());
+        // Of a block whose address is wrong, the first is written; the others find it then.
+        let mut wrong: HashMap<Fingerprint, Sequence> = HashMap::new();
         window.settle(&self.answers, |question, verdict| match verdict {
             Verdict::Grant => Ok(Settled::Ours),
             Verdict::SameAs(session, _) if Some(session) == silent => {
@@ -310,15 +291,15 @@ impl Session {
             }
             Verdict::SameAs(session, sequence) => Ok(Settled::Later(session, sequence)),
             Verdict::Stored(address) => {
-                let mut slot = store.directories().slot(address);
-                let mut at = address;
-                if let Ok(SlotInfo::Forward(further)) = slot {
-                    (at, slot) = (further, store.directories().slot(further));
-                }
-                if matches!(slot, Ok(SlotInfo::Present(f)) if f == question.fingerprint) {
+                if let Some(at) = confirmed(store, address, question.fingerprint)? {
                     return Ok(Settled::At(at));
                 }
-                // The shard is wrong or the block is damaged: the block is new.
+                if let Some(first) = wrong.get(&question.fingerprint) {
+                    return Ok(Settled::Later(id, *first));
+                }
+                if wrong.len() < WRONG_KEPT {
+                    wrong.insert(question.fingerprint, question.sequence);
+                }
                 Progress::add(&progress.undetected, block);
                 Ok(Settled::Ours)
             }
@@ -368,7 +349,7 @@ impl Session {
         }
     }
 
-    fn seal_blocks(&mut self) -> Result<()> {
+    pub(super) fn seal_blocks(&mut self) -> Result<()> {
         self.blocks.seal()?;
         self.learn_sealed(false)
     }
@@ -382,17 +363,17 @@ impl Session {
     /// blocks, but the journal that the index follows has no gaps.
     fn learn_sealed(&mut self, nodes: bool) -> Result<()> {
         let sealed = if nodes { self.nodes.take_sealed() } else { self.blocks.take_sealed() }?;
-        for container in sealed {
-            Progress::add(&self.progress.stored, container.stored_bytes);
-            let mut entries = Vec::new();
-            if !nodes {
-                let at = |slot| Address { container: container.id, slot };
-                entries
-                    .extend(container.entries().map(|(fingerprint, slot)| (fingerprint, at(slot))));
-            }
-            self.context.owner.learn(entries, position(container.position))?;
+        sealed.iter().try_for_each(|container| self.learn(container))
+    }
+
+    fn learn(&self, container: &SealedContainer) -> Result<()> {
+        Progress::add(&self.progress.stored, container.stored_bytes);
+        let mut entries = Vec::new();
+        if container.kind == ContainerKind::Blocks {
+            let at = |slot| Address { container: container.id, slot };
+            entries.extend(container.entries().map(|(fingerprint, slot)| (fingerprint, at(slot))));
         }
-        Ok(())
+        self.context.owner.learn(entries, position(container.position))
     }
 
     /// Answers a waiting call for grants if there is an answer.
@@ -431,7 +412,11 @@ impl Session {
         self.answers.close_oldest();
         let directories = self.context.store.directories();
         let mut nodes = StoredNodes::new(directories, &mut self.nodes);
-        place_window(window, &mut self.disks, &mut nodes)?;
+        place_window(window, &mut self.disks, &mut nodes).inspect_err(|error| {
+            if matches!(error.kind(), Kind::Damaged | Kind::NotFound) {
+                self.context.registry.mistrust(self.request.vm);
+            }
+        })?;
         self.seal_nodes()?;
         self.patience = Patience::new(Instant::now());
         let open: u64 = self.windows.iter().map(|window| window.end - window.first).sum();
@@ -440,144 +425,15 @@ impl Session {
         Ok(())
     }
 
-    /// Asks everything unsettled in the front window again.
-    fn ask_again(&mut self) -> Result<bool> {
-        let handover = self.patience.handover.take();
-        self.patience.asked = Instant::now();
-        let figures = self.context.owner.figures();
-        self.patience.seen = figures.progress.load(std::sync::atomic::Ordering::Acquire);
-        let Some(window) = self.windows.front_mut() else { return Ok(true) };
-        let (owner, id, first) = (&self.context.owner, self.id, window.first);
-        let (mut plain, mut taken) = (Vec::new(), Vec::new());
-        window.ask_again(|question| {
-            let request = (question.fingerprint, question.sequence);
-            let ours = handover.as_ref().filter(|h| h.has(first, question.sequence));
-            if let Some(handover) = ours {
-                taken.push(request);
-                if taken.len() == REQUESTS {
-                    owner.take_over(handover.writer(), id, std::mem::take(&mut taken))?;
-                }
-                return Ok(());
-            }
-            plain.push(request);
-            if plain.len() == REQUESTS {
-                owner.ask(id, std::mem::take(&mut plain))?;
-            }
-            Ok(())
-        })?;
-        if let Some(handover) = handover.filter(|_| !taken.is_empty()) {
-            owner.take_over(handover.writer(), id, taken)?;
-        }
-        if !plain.is_empty() {
-            owner.ask(id, plain)?;
-        }
-        Ok(true)
-    }
-
-    /// What is left is with other writers: ask again when something changed, ask them
-    /// to give it up when it takes too long.
-    fn wait_for_others(&mut self) -> Result<bool> {
-        let now = Instant::now();
-        if let Some(handover) = &self.patience.handover {
-            if handover.is_silent(now) {
-                self.patience.silent = Some(handover.writer());
-                return self.ask_again();
-            }
-            return Ok(false);
-        }
-        let (writer, sequence) =
-            match self.windows.front().map(Window::waiting).transpose()?.flatten() {
-                Some(mut list) => match list.next()? {
-                    Some(unsettled) => unsettled.writer,
-                    None => return Ok(true),
-                },
-                None => return Ok(true),
-            };
-        let later = self.windows.front().is_some_and(|w| sequence.0 >= w.end);
-        let limit = self.context.patience;
-        let impatient =
-            self.patience.own_ended.is_some_and(|ended| now.duration_since(ended) >= limit);
-        if (writer == self.id && later) || impatient {
-            return self.begin_handover(now);
-        }
-        let progress =
-            self.context.owner.figures().progress.load(std::sync::atomic::Ordering::Acquire);
-        let due = now.duration_since(self.patience.asked) >= self.patience.backoff;
-        if due && progress != self.patience.seen {
-            self.patience.backoff = (self.patience.backoff * 2).min(LAST_BACKOFF);
-            return self.ask_again();
-        }
-        Ok(false)
-    }
-
-    fn begin_handover(&mut self, now: Instant) -> Result<bool> {
-        let list = self.windows.front().map(Window::waiting).transpose()?.flatten();
-        let Some(list) = list else { return Ok(true) };
-        let Some(mut handover) = Handover::begin(list, now)? else { return Ok(true) };
-        if handover.writer() == self.id {
-            // We hold the grants ourselves, for a later window that waits for this one.
-            loop {
-                let claims = handover.claims()?;
-                if claims.is_empty() {
-                    break;
-                }
-                let granted = self.give_up(claims)?;
-                if let Some(window) = self.windows.front() {
-                    handover.take(window.first, &granted);
-                }
-            }
-            self.patience.handover = Some(handover);
-            return self.ask_again();
-        }
-        match self.context.registry.events_of(handover.writer()) {
-            Some(writer) if handover.ask(&writer, &self.own_events, now)? == Step::Asked => {
-                self.patience.handover = Some(handover);
-                Ok(false)
-            }
-            // It ended, or is overloaded: the owner knows more, a little later.
-            _ if now.duration_since(self.patience.asked) >= LAST_BACKOFF => self.ask_again(),
-            _ => Ok(false),
-        }
-    }
-
-    /// Another session wants blocks of ours: what is not packed is left to it, what is
-    /// packed is sealed, so that it finds it stored.
-    fn give_up(&mut self, claims: Vec<Claim>) -> Result<Vec<Claim>> {
-        let mut granted = Vec::new();
-        let asked = claims.len();
-        for claim in claims {
-            let window =
-                self.windows.iter_mut().find(|w| (w.first..w.end).contains(&claim.theirs.0));
-            if let Some(window) = window
-                && window.give_up(claim.theirs)?
-            {
-                granted.push(claim);
-            }
-        }
-        if granted.len() < asked {
-            self.seal_blocks()?;
-        }
-        Ok(granted)
-    }
-
-    /// What we claimed was given to us.
-    fn gave_up(&mut self, from: SessionId, claims: &[Claim]) -> Result<()> {
-        let first = self.windows.front().map_or(0, |window| window.first);
-        let Some(handover) = self.patience.handover.as_mut().filter(|h| h.writer() == from) else {
-            return Ok(());
-        };
-        handover.take(first, claims);
-        let writer = self.context.registry.events_of(from);
-        let step = match writer {
-            Some(writer) => handover.ask(&writer, &self.own_events, Instant::now())?,
-            None => Step::Complete,
-        };
-        if step != Step::Asked {
-            // The writer gets some more time for what it keeps.
-            self.patience.own_ended = Some(Instant::now());
-            self.ask_again()?;
-        }
-        Ok(())
+    /// Creates the tombstone, unless the manifest stands there.
+    pub(super) fn end_record(&self, reason: &str) -> Result<Ending> {
+        self.context.manifests.tombstone(&Tombstone {
+            snapshot: self.snapshot,
+            vm: self.request.vm,
+            seq: self.seq,
+            reason: reason.to_owned(),
+            time_ms: jiff::Timestamp::now().as_millisecond(),
+        })
     }
 
     /// Ends a session that did not commit: a tombstone, so that its bitmaps can be merged back.
@@ -586,14 +442,7 @@ impl Session {
             return;
         }
         let reason = self.failure.as_ref().map_or("the plugin is gone", |(_, message)| message);
-        let tombstone = Tombstone {
-            snapshot: self.snapshot,
-            vm: self.request.vm,
-            seq: self.seq,
-            reason: reason.to_owned(),
-            time_ms: jiff::Timestamp::now().as_millisecond(),
-        };
-        if let Err(error) = self.context.manifests.tombstone(&tombstone) {
+        if let Err(error) = self.end_record(reason) {
             eprintln!(
                 "fleece-engine: cannot end {}@{} in the store (the next backup does): {error}",
                 self.request.vm_name, self.snapshot
@@ -608,9 +457,35 @@ impl Session {
     }
 }
 
+/// Where a block is, if its container's directory says that it is there. A shard may be
+/// wrong and a block damaged: then the block is new.
+fn confirmed(store: &Store, address: Address, fingerprint: Fingerprint) -> Result<Option<Address>> {
+    let directories = store.directories();
+    let at = |address| -> Result<SlotInfo> {
+        match directories.slot(address) {
+            Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {
+                Ok(SlotInfo::Damaged)
+            }
+            slot => slot,
+        }
+    };
+    let (address, slot) = match at(address)? {
+        SlotInfo::Forward(further) => (further, at(further)?),
+        slot => (address, slot),
+    };
+    Ok((slot == SlotInfo::Present(fingerprint)).then_some(address))
+}
+
 /// A place in the store's journal, as detection counts it.
 pub(crate) fn position(at: crate::store::journal::Position) -> JournalPosition {
     JournalPosition { incarnation: at.incarnation, n: u64::from(at.n) }
+}
+
+/// However the thread ends, others need not wait for it, and its VM is free.
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.leave();
+    }
 }
 
 fn not_granted(at: Position) -> Error {

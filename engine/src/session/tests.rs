@@ -137,7 +137,7 @@ struct Client {
 
 impl Client {
     fn call<T>(&self, event: impl FnOnce(Reply<T>) -> Event) -> Result<T> {
-        call(&self.begun.events, event)
+        call(&self.begun.client.events, event)
     }
 
     fn block(&self, block: u64) -> &[u8] {
@@ -201,7 +201,7 @@ impl Client {
     }
 
     fn die(self) {
-        self.begun.events.send(Event::Hangup).unwrap();
+        drop(self.begun);
     }
 }
 

@@ -513,12 +513,6 @@ pub(super) struct WaitingList {
 }
 
 impl WaitingList {
-    /// How many there are in all.
-    #[must_use]
-    pub(super) fn len(&self) -> u64 {
-        self.list.len()
-    }
-
     /// Back to the first one.
     pub(super) fn rewind(&mut self) {
         self.index = 0;

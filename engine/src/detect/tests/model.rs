@@ -13,7 +13,8 @@ use crate::ids::{Address, Fingerprint, Sequence, SessionId};
 const FINGERPRINTS: u64 = 300;
 const SESSIONS: usize = 5;
 
-type Asked = (Fingerprint, SessionId, Sequence, SessionId);
+/// A question, or (true) the return of a grant.
+type Asked = (Fingerprint, SessionId, Sequence, bool);
 type Answer = (SessionId, Sequence, Fingerprint, String);
 
 #[derive(Default)]
@@ -27,17 +28,21 @@ impl Model {
     fn pass(&mut self, partition: u16, live: &BTreeSet<SessionId>) -> Vec<Answer> {
         self.pending.retain(|_, (session, _)| live.contains(session));
         let mut answers = Vec::new();
-        for (fp, session, seq, from) in self.logs.remove(&partition).unwrap_or_default() {
+        for (fp, session, seq, release) in self.logs.remove(&partition).unwrap_or_default() {
+            if release {
+                if self.pending.get(&fp) == Some(&(session, seq)) {
+                    self.pending.remove(&fp);
+                }
+                continue;
+            }
             if !live.contains(&session) {
                 continue;
             }
             let verdict = match (self.index.get(&fp), self.pending.get(&fp).copied()) {
                 (Some(address), _) => Verdict::Stored(*address),
                 (None, Some(held)) if held == (session, seq) => Verdict::Grant,
-                (None, Some(held)) if held.0 != from || from == session => {
-                    Verdict::SameAs(held.0, held.1)
-                }
-                (None, _) => {
+                (None, Some(held)) => Verdict::SameAs(held.0, held.1),
+                (None, None) => {
                     self.pending.insert(fp, (session, seq));
                     Verdict::Grant
                 }
@@ -105,24 +110,25 @@ impl World {
             .collect()
     }
 
-    fn ask(&mut self, from: Option<SessionId>) {
+    fn ask(&mut self, release: bool) {
         let session = self.any_session();
         let requests = self.requests(session);
-        match from {
-            Some(from) => self.detector.take_over(from, session, &requests).unwrap(),
-            None => self.detector.submit(session, &requests).unwrap(),
+        if release {
+            self.detector.release(session, &requests).unwrap();
+        } else {
+            self.detector.submit(session, &requests).unwrap();
         }
         for (fp, seq) in requests {
             let log = self.model.logs.entry(self.detector.partition_of(&fp).0).or_default();
-            log.push((fp, session, seq, from.unwrap_or(session)));
+            log.push((fp, session, seq, release));
         }
     }
 
     fn pass(&mut self) {
         let partition = Partition(self.rng.random_range(0..self.options.partitions()));
-        // Sometimes a session fails to take an answer: the pass is repeated. Not with a grant taken
-        // over in the same log: the repeated pass knows of it from its beginning.
-        let plain = |log: &Vec<Asked>| log.iter().all(|(_, session, _, from)| from == session);
+        // Sometimes a session fails to take an answer: the pass is repeated. Not with a grant given
+        // back in the same log: the repeated pass knows of it from its beginning.
+        let plain = |log: &Vec<Asked>| log.iter().all(|(.., release)| !release);
         let plain = self.model.logs.get(&partition.0).is_none_or(plain);
         let fails = plain && self.rng.random_bool(0.2);
         let mut fails = fails.then(|| self.rng.random_range(0..10));
@@ -278,11 +284,8 @@ impl World {
 
     fn step(&mut self, dir: &Path) {
         match self.rng.random_range(0..100) {
-            0..25 => self.ask(None),
-            25..30 => {
-                let from = self.any_session();
-                self.ask(Some(from));
-            }
+            0..25 => self.ask(false),
+            25..30 => self.ask(true),
             30..55 => self.pass(),
             55..70 => self.learn(),
             70..75 => {

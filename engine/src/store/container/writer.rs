@@ -159,6 +159,11 @@ impl Packer {
         })
     }
 
+    /// What became durable and was not taken, also after a failure.
+    pub fn take_leftovers(&mut self) -> Vec<SealedContainer> {
+        std::mem::take(&mut self.sealed)
+    }
+
     /// Slots of the container that is open, not sealed.
     #[must_use]
     pub fn unsealed(&self) -> u32 {
