@@ -38,9 +38,10 @@ key() {
 # fresh DIR KEY: is DIR there, complete and made from KEY?
 fresh() { [ "$(cat "$1/.key" 2>/dev/null)" = "$2" ]; }
 
-# The environment in which tests and the demo run a QEMU of ours: with_qemu 7.2|10 COMMAND…
+# Runs a command in the environment of one of our QEMUs, whatever the machine has: with_qemu 7.2|10 COMMAND…
 with_qemu() {
-    local version=$1
+    local version=$1 folder="$cache/qemu-$1/usr"
     shift
-    env FLEECE_TEST_QEMU="$version" FLEECE_TEST_CACHE="$cache" "$@"
+    env FLEECE_TEST_QEMU="$version" FLEECE_TEST_CACHE="$cache" PATH="$folder/bin:$PATH" \
+        QEMU_MODULE_DIR="$folder/lib/x86_64-linux-gnu/qemu" "$@"
 }

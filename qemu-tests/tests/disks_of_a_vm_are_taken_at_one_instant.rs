@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::Context;
 use qemu_tests::content::{BLOCK, record_number};
 use qemu_tests::fixture::snapshot_id;
+use qemu_tests::scenario::begin;
 use qemu_tests::wait::LONG;
 use qemu_tests::{Fixture, Guest, MIB, Machine, Result, take};
 
@@ -53,6 +54,28 @@ fn both_disks_restore_exactly_while_the_guest_writes_on() -> Result {
         guest.keeps_writing()?;
     }
     Ok(())
+}
+
+#[test]
+fn what_the_guest_overwrites_before_it_is_read_is_the_old() -> Result {
+    let fixture = Fixture::new()?;
+    let (machine, mut guest) = two_disks(&fixture)?;
+    for round in ["full", "next"] {
+        let mut reading = begin(&fixture, &machine, &mut guest, round, &["--read-limit", "8M"])?;
+        // All of it, from the end: most of it has not been read yet.
+        for place in (0..4).rev() {
+            let offset = (24 + place * 2) * MIB;
+            guest.obey(&format!("write vda {offset} {} {place}9", 2 * MIB))?;
+            guest.obey(&format!("zero vdb {offset} {}", MIB))?;
+            guest.obey(&format!("trim vdb {} {MIB}", offset + MIB))?;
+        }
+        assert!(
+            reading.running.ended()?.is_none(),
+            "the backup was through before the guest overwrote"
+        );
+        reading.commit()?.restores_exactly(&fixture)?;
+    }
+    take(&fixture, &machine, &mut guest, "last")?.restores_exactly(&fixture)
 }
 
 #[test]
