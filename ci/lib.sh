@@ -4,6 +4,8 @@
 
 root=$(git -C "$(dirname "${BASH_SOURCE[0]}")" rev-parse --show-toplevel)
 cache="$root/.cache"
+# shellcheck disable=SC2034 # for those who source this
+target="${CARGO_TARGET_DIR:-$root/target}"
 export PATH="$HOME/.cargo/bin:$PATH"
 
 say() { printf '%s\n' "$*" >&2; }
