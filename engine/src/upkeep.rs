@@ -47,10 +47,9 @@ pub fn restore(
     options: Options,
     sink: &mut Sink<'_>,
 ) -> Result<Outcome> {
-    let outcome = restorer(context).restore(disk, options, sink);
-    if let Ok(outcome) = &outcome
-        && let Err(error) = context.damage.record(&context.store, &outcome.found)
-    {
+    let mut found = Vec::new();
+    let outcome = restorer(context).restore(disk, options, sink, &mut found);
+    if let Err(error) = context.damage.record(&context.store, &found) {
         eprintln!("fleece-engine: damage met by the restore of {what} is not recorded: {error}");
     }
     outcome

@@ -73,8 +73,6 @@ pub struct Outcome {
     pub written: u64,
     /// Ranges (offset, length) that are damaged, ascending; empty unless they are tolerated.
     pub holes: Vec<(u64, u64)>,
-    /// Damage that was met, for [`DamageMap::record`].
-    pub found: Vec<Found>,
 }
 
 impl Restorer {
@@ -111,28 +109,39 @@ impl Restorer {
     /// Hands out everything of a disk that is not zero, in pieces of at most [`MAX_WRITE`]
     /// bytes, each byte once; the disk's last block is cut at its size.
     ///
+    /// Damage that it meets goes to `found`, for [`DamageMap::record`], also when it fails.
+    ///
     /// # Errors
     /// [`Kind::Damaged`] at the first damaged block, unless these are tolerated; whatever
     /// `sink` fails with.
-    pub fn restore(&self, disk: &Disk, options: Options, sink: &mut Sink<'_>) -> Result<Outcome> {
-        let recipe = self.recipe(disk)?;
+    pub fn restore(
+        &self,
+        disk: &Disk,
+        options: Options,
+        sink: &mut Sink<'_>,
+        found: &mut Vec<Found>,
+    ) -> Result<Outcome> {
         let mut writer = Writer::new(self, disk, options, sink);
+        let handed_out = self.hand_out(disk, options, &mut writer);
+        found.append(&mut writer.found);
+        handed_out?;
+        writer.finish()
+    }
+
+    fn hand_out(&self, disk: &Disk, options: Options, writer: &mut Writer<'_, '_>) -> Result<()> {
+        let recipe = self.recipe(disk)?;
         if options.ordered {
             // The reader's cache is not shared between threads: the fetching one owns it.
-            self.pump(&mut writer, KEEP_BY_DISK, move |fetch| {
+            return self.pump(writer, KEEP_BY_DISK, move |fetch| {
                 fetch(Pieces::by_disk(&recipe, self.cell(), options.damaged_zero))
-            })?;
-        } else {
-            let mut lost = Vec::new();
-            let tolerated = options.damaged_zero.then_some(&mut lost);
-            let pieces = Pieces::by_container(&recipe, self.cell(), &self.scratch, tolerated)?;
-            writer.lose(&lost)?;
-            let Pieces::ByContainer(sorted) = pieces else { return Ok(Outcome::default()) };
-            self.pump(&mut writer, KEEP_BY_CONTAINER, move |fetch| {
-                fetch(Pieces::ByContainer(sorted))
-            })?;
+            });
         }
-        writer.finish()
+        let mut lost = Vec::new();
+        let tolerated = options.damaged_zero.then_some(&mut lost);
+        let pieces = Pieces::by_container(&recipe, self.cell(), &self.scratch, tolerated)?;
+        writer.lose(&lost)?;
+        let Pieces::ByContainer(sorted) = pieces else { return Ok(()) };
+        self.pump(writer, KEEP_BY_CONTAINER, move |fetch| fetch(Pieces::ByContainer(sorted)))
     }
 
     /// Reads the recipe of a disk.
@@ -206,6 +215,7 @@ struct Writer<'s, 'k> {
     buffer: Vec<u8>,
     offset: u64,
     outcome: Outcome,
+    found: Vec<Found>,
 }
 
 impl<'s, 'k> Writer<'s, 'k> {
@@ -219,6 +229,7 @@ impl<'s, 'k> Writer<'s, 'k> {
             buffer: Vec::with_capacity(MAX_WRITE),
             offset: 0,
             outcome: Outcome::default(),
+            found: Vec::new(),
         }
     }
 
@@ -226,7 +237,7 @@ impl<'s, 'k> Writer<'s, 'k> {
         self.lose(&batch.lost)?;
         for frame in &batch.frames {
             if let Err(error) = &frame.bytes {
-                self.found(Found {
+                self.note(Found {
                     container: frame.at.container,
                     slots: (frame.at.first.0, frame.at.span),
                     how: error.to_string(),
@@ -282,7 +293,7 @@ impl<'s, 'k> Writer<'s, 'k> {
     fn lose(&mut self, lost: &[Lost]) -> Result<()> {
         lost.iter().try_for_each(|lost| {
             if is_damage(&lost.error) {
-                self.found(Found {
+                self.note(Found {
                     container: lost.node.address.container,
                     slots: (lost.node.address.slot.0, 1),
                     how: lost.error.to_string(),
@@ -292,11 +303,11 @@ impl<'s, 'k> Writer<'s, 'k> {
         })
     }
 
-    fn found(&mut self, found: Found) {
+    fn note(&mut self, found: Found) {
         let known =
             |other: &Found| (other.container, other.slots) == (found.container, found.slots);
-        if !self.outcome.found.iter().rev().take(64).any(known) {
-            self.outcome.found.push(found);
+        if !self.found.iter().rev().take(64).any(known) {
+            self.found.push(found);
         }
     }
 

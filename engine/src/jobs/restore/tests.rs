@@ -9,13 +9,22 @@ use crate::jobs::fixture::{Fixture, image};
 use crate::store::Store;
 use crate::store::recipe::Placement;
 
+/// What a restore gave and noted.
+#[derive(Debug)]
+struct Noted {
+    written: u64,
+    holes: Vec<(u64, u64)>,
+    found: Vec<Found>,
+}
+
 /// Restores into memory; every byte is written at most once.
-fn restore(store: &Store, dir: &Path, disk: &Disk, options: Options) -> Result<(Vec<u8>, Outcome)> {
+fn restore(store: &Store, dir: &Path, disk: &Disk, options: Options) -> Result<(Vec<u8>, Noted)> {
     let restorer = Restorer::new(store, dir).unwrap();
     let mut target = vec![0; disk.size as usize];
     let mut seen = vec![false; disk.size as usize];
     let mut last = 0;
-    let outcome = restorer.restore(disk, options, &mut |offset, bytes| {
+    let mut found = Vec::new();
+    let mut sink = |offset: u64, bytes: &[u8]| {
         assert!(bytes.len() <= MAX_WRITE && !bytes.is_empty());
         assert!(!options.ordered || offset >= last, "in disk order");
         last = offset + bytes.len() as u64;
@@ -24,7 +33,9 @@ fn restore(store: &Store, dir: &Path, disk: &Disk, options: Options) -> Result<(
         seen[range.clone()].fill(true);
         target[range].copy_from_slice(bytes);
         Ok(())
-    })?;
+    };
+    let Outcome { written, holes } = restorer.restore(disk, options, &mut sink, &mut found)?;
+    let outcome = Noted { written, holes, found };
     Ok((target, outcome))
 }
 
@@ -175,48 +186,8 @@ fn a_sink_that_fails_ends_the_restore() {
     for ordered in BOTH {
         let options = Options { ordered, damaged_zero: true };
         let fail = &mut |_: u64, _: &[u8]| Err(Error::new(Kind::Failed, "the target is full"));
-        let error = restorer.restore(&manifest.disks[0], options, fail).unwrap_err();
+        let error =
+            restorer.restore(&manifest.disks[0], options, fail, &mut Vec::new()).unwrap_err();
         assert_eq!(error.to_string(), "the target is full");
-    }
-}
-
-/// Measures: `cargo test --release -p fleece-engine restore_speed -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn restore_speed() {
-    let mut f = Fixture::new(4096);
-    let mut rng = StdRng::seed_from_u64(1);
-    let size = 512 << 20;
-    let mut bytes = vec![0_u8; size];
-    // Half of every block is random, so that it compresses about as well as a guest's.
-    for block in bytes.chunks_mut(4096) {
-        rng.fill(&mut block[..1400]);
-    }
-    let manifest = f.backup(1, &bytes, None);
-    // A second disk of the same blocks, in pieces of eight, shuffled: as fragmented as it gets.
-    let mut pieces: Vec<&[u8]> = bytes.chunks(8 * 4096).collect();
-    for i in (1..pieces.len()).rev() {
-        pieces.swap(i, rng.random_range(0..=i));
-    }
-    let shuffled = f.backup(2, &pieces.concat(), None);
-    for (name, disk) in [("in order", &manifest.disks[0]), ("shuffled", &shuffled.disks[0])] {
-        for ordered in BOTH {
-            let store = f.reopened();
-            let restorer = Restorer::new(&store, &f.scratch()).unwrap();
-            let start = std::time::Instant::now();
-            let options = Options { ordered, damaged_zero: false };
-            let (mut calls, mut sum) = (0_u64, 0_u64);
-            let sink = &mut |_: u64, bytes: &[u8]| {
-                calls += 1;
-                sum += bytes.len() as u64;
-                Ok(())
-            };
-            restorer.restore(disk, options, sink).unwrap();
-            let rate = (sum >> 20) as f64 / start.elapsed().as_secs_f64();
-            println!(
-                "{name}, ordered {ordered}: {rate:.0} MiB/s, {} KiB a write",
-                (sum / calls) >> 10
-            );
-        }
     }
 }
