@@ -19,7 +19,6 @@ const WORKER: &str = "FLEECE_TEST_WORKER";
 
 /// Not a test: a worker to be killed. `socket`, `way`, and where to stop, from the environment.
 #[tokio::test]
-#[ignore = "started by other tests as a process of its own"]
 async fn worker() {
     let Ok(given) = std::env::var(WORKER) else { return };
     let mut given = given.split('|');
@@ -57,7 +56,7 @@ impl Worker {
         drop(std::fs::remove_file(dir.join("open")));
         let given = [&[dir.to_str().unwrap(), way, snapshot], earlier].concat().join("|");
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "worker", "--ignored", "--nocapture"])
+            .args(["--exact", "worker", "--nocapture"])
             .env(WORKER, given)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
