@@ -115,6 +115,10 @@ async fn a_killed_worker_is_cleaned_up_by_its_guard() {
         qemu.write(0, 1, 0, MIB);
         let (worker, guard_pid) = Worker::start(&qemu.dir, way, "second", &["first"]);
         qemu.write(0, 2, 2 * MIB, MIB);
+        // A service that is stopped ends all its processes; the guard has to outlive that.
+        for signal in ["-TERM", "-INT", "-HUP"] {
+            run("kill", &[signal, &guard_pid.to_string()]);
+        }
         worker.kill();
         wait_for("the guard's end", || ended(guard_pid).then_some(()));
         qemu.assert_clean();

@@ -16,6 +16,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// The hidden subcommand that makes this program the guard.
 pub const SUBCOMMAND: &str = "guard";
@@ -112,13 +113,31 @@ impl Guard {
         self.tell(|state| state.committing = true)
     }
 
-    /// All is well: it may go. Waits for its end (it may still have to thaw).
-    pub fn done(mut self) {
+    /// All is well: it may go. Waits for its end.
+    pub fn done(self) {
+        let state = self.files.state.clone();
+        if self.end() {
+            drop(std::fs::remove_file(state));
+        }
+    }
+
+    /// The view is ended, but only the engine knows what the bitmaps are worth: it may go, and
+    /// `cleanup` and `abort` leave the bitmaps to the next backup.
+    pub fn done_but_unsettled(self) {
+        self.end();
+    }
+
+    /// Whether nothing is left to it.
+    fn end(mut self) -> bool {
         // If it cannot be told, it has died: nothing is left to tell it.
         drop(self.send(&Message::Done));
         self.pipe = None;
-        drop(self.child.wait());
-        drop(std::fs::remove_file(&self.files.state));
+        // It may need the monitor, which is ours as long as we wait, to set the guest going.
+        let settled = self.state.frozen.is_none() && !self.state.stopped;
+        if settled {
+            drop(self.child.wait());
+        }
+        settled
     }
 
     /// Tells of a change that is about to be made, or was undone.
@@ -168,6 +187,9 @@ pub fn main() -> ExitCode {
 }
 
 fn watch() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context(|| "the guard's runtime".to_owned())?;
+    outlive_signals(&runtime)?;
     let mut lines = BufReader::new(std::io::stdin().lock());
     let Some(Message::Start { vm, log, run_dir }) = next(&mut lines) else {
         return Err(Error::new(Kind::Usage, "this subcommand is for fleece itself"));
@@ -182,19 +204,34 @@ fn watch() -> Result<()> {
         .and_then(|()| out.flush())
         .context(|| "the worker went away".to_owned())?;
     let mut state = State::default();
-    let mut done = false;
     while let Some(message) = next(&mut lines) {
         match message {
             Message::State(new) => state = new,
-            Message::Done => done = true,
+            // The view is ended and the bitmaps settled; a guest that stands still comes first.
+            Message::Done => {
+                let State { frozen, stopped, committing, .. } = state;
+                state = State { frozen, stopped, ..State::default() };
+                if state != State::default() {
+                    state.committing = committing;
+                }
+            }
             Message::Start { .. } => {}
         }
     }
-    let nothing = state == State::default() || (done && state.frozen.is_none() && !state.stopped);
-    if nothing {
+    if state == State::default() {
         return Ok(());
     }
-    set_right(&vm, &state, &files, &log)
+    set_right(&runtime, &vm, &mut state, &files, &log)
+}
+
+/// Whoever ends all our processes (a service manager, a terminal) ends the worker with them: then
+/// is when the guard is needed. The handlers stay as long as the process.
+fn outlive_signals(runtime: &tokio::runtime::Runtime) -> Result<()> {
+    let _inside = runtime.enter();
+    for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()] {
+        drop(signal(kind).context(|| "the guard cannot watch for signals".to_owned())?);
+    }
+    Ok(())
 }
 
 fn next(lines: &mut impl BufRead) -> Option<Message> {
@@ -205,10 +242,18 @@ fn next(lines: &mut impl BufRead) -> Option<Message> {
     serde_json::from_slice(&line).ok()
 }
 
-fn set_right(vm: &Vm, state: &State, files: &Files, log: &Path) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.context(|| "the guard's runtime".to_owned())?;
-    let result = runtime.block_on(recover::after_death(vm, state));
+fn set_right(
+    runtime: &tokio::runtime::Runtime,
+    vm: &Vm,
+    state: &mut State,
+    files: &Files,
+    log: &Path,
+) -> Result<()> {
+    // What is done is noted, so that `cleanup` does not do it again should we be killed.
+    let note = |state: &State| {
+        drop(std::fs::write(&files.state, serde_json::to_vec(state).unwrap_or_default()));
+    };
+    let result = runtime.block_on(recover::after_death(vm, state, note));
     let text = match &result {
         Ok(report) => {
             format!("{}: {}; left: {}\n", vm.name, report.done.join(", "), report.left.join("; "))
@@ -219,7 +264,8 @@ fn set_right(vm: &Vm, state: &State, files: &Files, log: &Path) -> Result<()> {
     if let Ok(mut file) = options.create(true).append(true).mode(0o600).open(log) {
         drop(file.write_all(text.as_bytes()));
     }
-    if result.as_ref().is_ok_and(|report| report.left.is_empty()) {
+    // While nobody knows whether the backup committed, the file keeps `cleanup` off its bitmaps.
+    if !state.committing && result.as_ref().is_ok_and(|report| report.left.is_empty()) {
         drop(std::fs::remove_file(&files.state));
     }
     result.map(drop)

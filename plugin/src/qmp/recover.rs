@@ -28,6 +28,14 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How long the next run waits for the guard of one that ended: longer than setting a VM right
 /// takes that answers; [`Lock::take`] says who is still at work after that.
 const PREDECESSOR_LIMIT: Duration = Duration::from_secs(10);
+/// Between two tries of the guard, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How long the guard tries to reach QEMU if the guest runs: long enough for a monitor that someone
+/// else uses, short enough not to hold up the next backup, which can do the same.
+const AGAIN_LIMIT: Duration = Duration::from_secs(600);
+/// How long it tries what QEMU refuses: what is refused for longer needs a person.
+const REFUSED_LIMIT: Duration = Duration::from_secs(5);
 /// How often a thaw is tried.
 const THAW_TRIES: usize = 3;
 
@@ -53,13 +61,17 @@ pub async fn cleanup(run_dir: &Path, vm: &Vm) -> Result<Report> {
     wait_for_guard(run_dir, vm).await?;
     let _lock = Lock::take(run_dir, &vm.qmp)?;
     let files = Files::new(run_dir, &vm.qmp);
-    let state = read_state(&files);
+    let mut state = read_state(&files);
     let session = Session::connect(vm).await?;
     let _vm_lock = Lock::of_vm(run_dir, session.identity().uuid)?;
-    let mut report = set_right(&session, &state).await?;
-    if !state.committing {
-        merge_unknown(&session, &mut report).await?;
+    let mut report = set_right(&session, &mut state).await?;
+    // A backup died while it was committed: its bitmaps are for the next one, who asks the engine.
+    if state.committing {
+        let unsettled = State { committing: true, ..State::default() };
+        drop(std::fs::write(&files.state, serde_json::to_vec(&unsettled).unwrap_or_default()));
+        return Ok(report);
     }
+    merge_unknown(&session, &mut report).await?;
     if report.left.is_empty() {
         drop(std::fs::remove_file(&files.state));
     }
@@ -83,7 +95,12 @@ pub async fn abort(run_dir: &Path, vm: &Vm) -> Result<Report> {
         }
         done.push(format!("{how} the backup (process {})", pid.as_raw_nonzero()));
         wait_free(&files.worker, GUARD_LIMIT).await?;
-        wait_free(&files.guard, GUARD_LIMIT).await?;
+    }
+    // A guard that tries again and again makes room: we do what it does, and tell what is left.
+    if !wait_free(&files.guard, GUARD_LIMIT).await?
+        && let Some(pid) = holder(&files.guard)?
+    {
+        signal(pid, Signal::KILL)?;
     }
     let rest = cleanup(run_dir, vm).await?;
     if !rest.left.is_empty() {
@@ -96,26 +113,53 @@ pub async fn abort(run_dir: &Path, vm: &Vm) -> Result<Report> {
     Ok(Report { done, left: Vec::new() })
 }
 
-/// What the guard does when the worker died.
-pub(crate) async fn after_death(vm: &Vm, state: &State) -> Result<Report> {
-    kill_servers(&state.servers);
+/// What the guard does when the worker died, again and again until nothing is left to do: as long
+/// as QEMU lives if the guest stands still because of us. `note` is told how far it is.
+pub(crate) async fn after_death(
+    vm: &Vm,
+    state: &mut State,
+    note: impl Fn(&State),
+) -> Result<Report> {
+    let begin = Instant::now();
+    let mut pause = FIRST_PAUSE;
+    kill_servers(&std::mem::take(&mut state.servers));
+    loop {
+        let result = try_after_death(vm, state).await;
+        note(state);
+        let limit = match &result {
+            Ok(report) if report.left.is_empty() => return result,
+            _ if state.frozen.is_some() || state.stopped => None,
+            Ok(_) => Some(REFUSED_LIMIT),
+            Err(_) => Some(AGAIN_LIMIT),
+        };
+        if limit.is_some_and(|limit| begin.elapsed() + pause > limit) {
+            return result;
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+async fn try_after_death(vm: &Vm, state: &mut State) -> Result<Report> {
     let mut done = Vec::new();
-    let mut state = state.clone();
     // Before the monitor: a frozen guest hurts most, and the agent needs no QMP. But the agent
     // of a stopped guest cannot answer: that one is thawed once it goes on.
-    if !state.stopped && thaw(&state, &mut done, &mut Vec::new()).await {
-        state.frozen = None;
+    if !state.stopped {
+        thaw(state, &mut done, &mut Vec::new()).await;
+        if *state == (State { committing: state.committing, ..State::default() }) {
+            return Ok(Report { done, left: Vec::new() });
+        }
     }
     let session = match connect_patiently(vm).await {
         Ok(session) => session,
         Err(error) if error.kind() == Kind::NotFound => {
-            remove_directory(&state);
+            remove_directory(state);
             done.push("QEMU is gone".to_owned());
             return Ok(Report { done, left: Vec::new() });
         }
         Err(error) => return Err(error),
     };
-    let mut report = set_right(&session, &state).await?;
+    let mut report = set_right(&session, state).await?;
     report.done.splice(0..0, done);
     Ok(report)
 }
@@ -133,11 +177,12 @@ async fn connect_patiently(vm: &Vm) -> Result<Session> {
 }
 
 /// Go on, thaw, end the view, merge bitmaps back.
-async fn set_right(session: &Session, state: &State) -> Result<Report> {
+async fn set_right(session: &Session, state: &mut State) -> Result<Report> {
     let (mut done, mut left) = (Vec::new(), Vec::new());
     if state.stopped && end::let_guest_go_on(session, true).await? {
         done.push("let the guest go on".to_owned());
     }
+    state.stopped = false;
     thaw(state, &mut done, &mut left).await;
     let mut report = end::end_views(session, PREFIX, state.server).await?;
     // A full scratch of a job's view pauses the guest; that view is gone now.
@@ -156,15 +201,16 @@ async fn set_right(session: &Session, state: &State) -> Result<Report> {
     Ok(Report { done, left })
 }
 
-/// Whether nothing is frozen any more.
-async fn thaw(state: &State, done: &mut Vec<String>, left: &mut Vec<String>) -> bool {
-    let Some(path) = &state.frozen else { return true };
+/// Thaws what is frozen, and notes that.
+async fn thaw(state: &mut State, done: &mut Vec<String>, left: &mut Vec<String>) {
+    let Some(path) = state.frozen.clone() else { return };
     let mut last = None;
     for _ in 0..THAW_TRIES {
-        match agent::thaw_at(path).await {
+        match agent::thaw_at(&path).await {
             Ok(_) => {
                 done.push("thawed the guest's file systems".to_owned());
-                return true;
+                state.frozen = None;
+                return;
             }
             Err(error) => last = Some(error),
         }
@@ -172,7 +218,6 @@ async fn thaw(state: &State, done: &mut Vec<String>, left: &mut Vec<String>) -> 
     if let Some(error) = last {
         left.push(format!("the guest's file systems may be frozen: {error}"));
     }
-    false
 }
 
 fn remove_directory(state: &State) {

@@ -62,7 +62,8 @@ impl Monitor {
 
     pub fn try_call(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
         let request = json!({"execute": command, "arguments": arguments});
-        writeln!(self.0.get_mut(), "{request}").unwrap();
+        // In one piece: a QEMU told to quit is gone before a second one.
+        self.0.get_mut().write_all(format!("{request}\n").as_bytes()).unwrap();
         loop {
             let mut answer = self.line();
             if answer.get("return").is_some() {
@@ -320,6 +321,7 @@ pub fn request(
         disks,
         scratch_dir: dir.to_owned(),
         scratch_max: Some(64 * MIB),
+        read_limit: None,
         freeze: Freeze::No,
         way,
     }
