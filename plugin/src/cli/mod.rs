@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::engine::{DEFAULT_SOCKET, Engine};
 use crate::error::{Context, Error, Kind, Result};
@@ -128,6 +129,8 @@ impl Session {
 
 /// Parses the command line and does what it says; returns the process's exit code.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    // A core file would hold what the guests' disks hold. Lowering a limit is always allowed.
+    let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {

@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::qmp::bitmap::{Bitmap, BitmapName};
 use crate::qmp::command::{self as cmd, BitmapState, Device, Graph, Node};
 use crate::qmp::session::{Called, Session};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Drivers that pass everything on to their `file` and hold no data or bitmaps of their own.
@@ -184,6 +184,11 @@ async fn has_iothread(session: &Session, qdev: Option<&str>) -> Called<bool> {
             if property(session, path, "iothread").await?.is_some_and(|v| !v.is_empty()) {
                 return Ok(true);
             }
+            // QEMU 9 can share a disk's queues among several.
+            let mapping = any_property(session, path, "iothread-vq-mapping").await?;
+            if mapping.as_array().is_some_and(|threads| !threads.is_empty()) {
+                return Ok(true);
+            }
             path = path.rsplit_once('/').map_or("", |(up, _)| up);
         }
     }
@@ -192,10 +197,15 @@ async fn has_iothread(session: &Session, qdev: Option<&str>) -> Called<bool> {
 
 /// A property that is a string; none if there is no such property.
 pub(crate) async fn property(session: &Session, path: &str, name: &str) -> Called<Option<String>> {
+    Ok(any_property(session, path, name).await?.as_str().map(str::to_owned))
+}
+
+/// A property; null if there is no such property.
+async fn any_property(session: &Session, path: &str, name: &str) -> Called<Value> {
     match session.call(cmd::QomGet(json!({"path": path, "property": name})), path).await {
-        Ok(value) => Ok(value.as_str().map(str::to_owned)),
+        Ok(value) => Ok(value),
         Err(error) if error.desc().is_empty() => Err(error),
-        Err(_) => Ok(None),
+        Err(_) => Ok(Value::Null),
     }
 }
 
