@@ -1,5 +1,7 @@
 //! `fleece restore`.
 
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
@@ -69,6 +71,9 @@ impl Args {
 
 pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
     let options = args.options();
+    if let Some(to) = &args.to {
+        named_as_written(to, options.format)?;
+    }
     let work = async {
         match (&args.to, &args.to_dir) {
             (Some(to), _) => one(session, &args, to, options).await,
@@ -85,6 +90,20 @@ pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
         result = work => result,
         error = interrupted() => Err(error),
     }
+}
+
+/// A raw disk in a file called `.qcow2`, or the other way round, is a mistake that shows late.
+fn named_as_written(to: &Path, format: Format) -> Result<()> {
+    let other = match format {
+        Format::Raw => Format::Qcow2,
+        Format::Qcow2 => Format::Raw,
+    };
+    if to.extension().is_some_and(|end| end == other.extension()) {
+        let (to, format) = (to.display(), format.extension());
+        let what = format!("{to} says another format than -O {format}: change one of them");
+        return Err(Error::new(Kind::Target, what));
+    }
+    Ok(())
 }
 
 async fn one(session: &Session, args: &Args, to: &Path, options: Options) -> Result<()> {
@@ -139,30 +158,28 @@ async fn all(session: &Session, args: &Args, folder: &Path, options: Options) ->
         let place = Place::check(&folder.join(file), options)?;
         places.push((disk, place));
     }
+    let config = engine.vm_config(&snapshot.vm.to_string(), &snapshot.id.0).await?;
+    let file = folder.join("vm-config");
+    if !config.is_empty() && file.exists() && !options.force {
+        let what = format!("{} exists; add --force to overwrite it", file.display());
+        return Err(Error::new(Kind::Target, what));
+    }
     for (disk, place) in places {
         let open = open(&engine, &snapshot, &disk).await?;
         restore(&session.report, &open, &place, options).await?;
     }
-    write_config(&engine, &snapshot, folder, options).await
-}
-
-/// Keeps the VM's configuration beside its disks.
-async fn write_config(
-    engine: &Engine,
-    snapshot: &Snapshot,
-    folder: &Path,
-    options: Options,
-) -> Result<()> {
-    let config = engine.vm_config(&snapshot.vm.to_string(), &snapshot.id.0).await?;
     if config.is_empty() {
         return Ok(());
     }
-    let file = folder.join("vm-config");
-    if file.exists() && !options.force {
-        let what = format!("{} exists; add --force to overwrite it", file.display());
-        return Err(Error::new(Kind::Target, what));
-    }
-    std::fs::write(&file, config).context(|| format!("cannot write {}", file.display()))
+    write_config(&file, &config).context(|| format!("cannot write {}", file.display()))
+}
+
+/// Keeps the VM's configuration beside its disks; it can hold passwords.
+fn write_config(file: &Path, config: &[u8]) -> std::io::Result<()> {
+    let mut options = std::fs::OpenOptions::new();
+    let mut out = options.write(true).create(true).truncate(true).mode(0o600).open(file)?;
+    out.set_permissions(std::fs::Permissions::from_mode(0o600))?;
+    out.write_all(config)
 }
 
 /// The snapshot that a name means, with its disks.
@@ -187,4 +204,32 @@ pub(super) async fn resolve(engine: &Engine, name: &SnapshotName) -> Result<Snap
             format!("there is no snapshot {}@{shown}; see fleece snapshots {}", name.vm, name.vm);
         Error::new(Kind::NotFound, what)
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_says_another_format_is_refused() {
+        let refused = |to: &str, format| {
+            named_as_written(Path::new(to), format).is_err_and(|e| e.kind() == Kind::Target)
+        };
+        assert!(refused("a.qcow2", Format::Raw));
+        assert!(refused("a.raw", Format::Qcow2));
+        assert!(!refused("a.qcow2", Format::Qcow2));
+        assert!(!refused("a.img", Format::Qcow2));
+        assert!(!refused("-", Format::Raw));
+    }
+
+    #[test]
+    fn the_configuration_is_for_its_owner() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("vm-config");
+        std::fs::write(&file, "something longer than that").unwrap();
+        write_config(&file, b"secret").unwrap();
+        assert_eq!(std::fs::read(&file).unwrap(), b"secret");
+        assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
 }

@@ -4,6 +4,9 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
 use super::Target;
 use crate::engine::{BlockTarget, DiskImage, Range};
 use crate::error::{Context, Error, Kind, Result};
@@ -31,6 +34,7 @@ impl TempName {
 
     /// Gives the file its final name, durably.
     pub(super) fn publish(mut self) -> Result<()> {
+        not_in_use(&self.last)?;
         let last = self.last.display().to_string();
         std::fs::rename(&self.temporary, &self.last)
             .context(|| format!("cannot give {last} its name"))?;
@@ -56,6 +60,24 @@ pub(super) fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if folder != Path::new("") => folder,
         _ => Path::new("."),
+    }
+}
+
+/// Refuses an image that QEMU has open: it holds record locks on it. (A VM whose image is replaced
+/// goes on writing to the old one, and all of that is lost when it ends.)
+///
+/// # Errors
+/// [`Kind::Busy`].
+pub(super) fn not_in_use(path: &Path) -> Result<()> {
+    // What cannot be opened or locked is for those to tell who come to write to it.
+    let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else { return Ok(()) };
+    match rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
+        // Closing the file gives the lock back.
+        Err(Errno::ACCESS | Errno::AGAIN) => Err(Error::new(
+            Kind::Busy,
+            format!("{} is in use, by a running VM or another program", path.display()),
+        )),
+        _ => Ok(()),
     }
 }
 

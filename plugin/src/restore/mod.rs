@@ -90,12 +90,16 @@ impl Place {
             only_raw(Place::Stream(Some(to.to_owned())))
         } else if kind.is_block_device() {
             match options.force {
-                true => only_raw(Place::Device(to.to_owned())),
+                true => {
+                    file::not_in_use(to)?;
+                    only_raw(Place::Device(to.to_owned()))
+                }
                 false => refuse("is a block device; its contents would be lost: add --force"),
             }
         } else if !kind.is_file() {
             refuse("is neither a file nor a block device")
         } else if options.force {
+            file::not_in_use(to)?;
             // The file behind a link is replaced, not the link.
             Ok(Place::File(to.canonicalize().context(|| format!("cannot resolve {shown}"))?))
         } else {

@@ -201,3 +201,18 @@ fn the_hole_list_names_the_ranges() {
     assert!(text.contains("web1@8d4x1c vda"), "{text}");
     assert!(text.ends_with("\n8192 4096\n"), "{text}");
 }
+
+#[tokio::test]
+async fn an_image_in_use_is_not_replaced() {
+    use crate::image::{ImageInfo, OpenImage, OpenOptions};
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("disk.raw");
+    std::fs::write(&file, [0; 16 * BLOCK]).unwrap();
+    let options = Options { format: Format::Raw, force: true, damaged_zero: false };
+    let info = ImageInfo::read(&file, Some("raw")).await.unwrap();
+    let opened = OpenImage::open(&info, &OpenOptions::default()).await.unwrap();
+    let error = Place::check(&file, options).unwrap_err();
+    assert_eq!(error.kind(), Kind::Busy, "{error}");
+    opened.close().await.unwrap();
+    Place::check(&file, options).unwrap();
+}
