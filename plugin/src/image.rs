@@ -41,6 +41,10 @@ pub struct ImageInfo {
     pub size: u64,
     /// The image that it is an overlay of.
     pub backing: Option<String>,
+    /// qcow2 with its data in another file.
+    pub external_data: bool,
+    /// qcow2 of version 2 (`compat=0.10`), which has no bitmaps.
+    pub old_version: bool,
     /// Its persistent dirty bitmaps.
     pub bitmaps: Vec<BitmapInfo>,
 }
@@ -71,13 +75,15 @@ impl ImageInfo {
         let info: QemuInfo = serde_json::from_slice(&json)
             .context(|| format!("qemu-img says something strange about {}", file.display()))?;
         let data = info.format_specific.and_then(|specific| specific.data);
-        let bitmaps = data.and_then(|data| data.bitmaps).unwrap_or_default();
+        let data = data.unwrap_or_default();
         Ok(ImageInfo {
             file: file.to_owned(),
             format: info.format,
             size: info.virtual_size,
             backing: info.backing_filename,
-            bitmaps: bitmaps.into_iter().map(BitmapInfo::from).collect(),
+            external_data: data.data_file.is_some(),
+            old_version: data.compat.as_deref() == Some("0.10"),
+            bitmaps: data.bitmaps.unwrap_or_default().into_iter().map(BitmapInfo::from).collect(),
         })
     }
 
@@ -87,10 +93,16 @@ impl ImageInfo {
         self.bitmaps.iter().find(|bitmap| bitmap.name == name)
     }
 
-    /// Whether a bitmap can be kept in it: qcow2 only.
+    /// Whether a bitmap can be kept in it: qcow2 of version 3 only.
     #[must_use]
     pub fn can_keep_bitmaps(&self) -> bool {
-        self.format == "qcow2"
+        self.format == "qcow2" && !self.old_version
+    }
+
+    /// Whether it can be changed, by us as who we are.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        rustix::fs::access(&self.file, rustix::fs::Access::WRITE_OK).is_ok()
     }
 
     /// Changes a bitmap of the image. [`Kind::Busy`] while the image is in use, by an
@@ -362,8 +374,11 @@ struct QemuSpecific {
     data: Option<QemuData>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 struct QemuData {
+    compat: Option<String>,
+    data_file: Option<serde_json::Value>,
     bitmaps: Option<Vec<QemuBitmap>>,
 }
 

@@ -2,18 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use super::messages::{Committed, DiskLine, Plan, PointInTime};
-use super::{Identity, Options, Stop, choose, full_for_all, give_up, parent, transfer};
+use super::{
+    Failure, Identity, Options, Stop, choose, commit, full_for_all, parent, transfer, within,
+};
 use crate::engine::{self, BackupPlan, DiskRequest, Engine, Session, Snapshot, SnapshotId};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::extents::PlanInput;
 use crate::nbd::{ConnectOptions, NbdTarget};
 use crate::progress::Report;
-use crate::qmp::bitmap::{self, DiskPlan, Fate, Known, KnownDisk};
+use crate::qmp::bitmap::{self, Action, DiskPlan, Fate, Known, KnownDisk};
 use crate::qmp::disk::{self, Disk};
 use crate::qmp::guard::{self, Guard};
 use crate::qmp::recover;
@@ -24,6 +26,9 @@ use crate::scan::ScanDisk;
 use crate::source::NbdDisk;
 use crate::units::human_duration;
 use crate::vms::Vm;
+
+/// Between two looks at a view that is broken.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// What an NBD context of a dirty bitmap begins with.
 const DIRTY_CONTEXT: &str = "qemu:dirty-bitmap:";
@@ -53,12 +58,12 @@ pub async fn live(
         true => None,
         false => Some(Lock::of_vm(&options.run_dir, qemu.identity().uuid)?),
     };
-    let mut found = prepare(report, engine, &qemu, options, stop).await?;
+    let mut found = stop.unless(prepare(report, engine, &qemu, options)).await?;
     if options.dry_run {
         report.send(&found.message(engine, &qemu, options));
         return Ok(());
     }
-    let config = qemu.configuration().await?;
+    let config = stop.unless(qemu.configuration()).await?;
     let hypervisor = format!("QEMU {}", qemu.version());
     let request = found.identity.request(found.disk_requests(), config, hypervisor);
     let (plan, session) = stop.unless(engine.open_backup(&request)).await?;
@@ -66,7 +71,11 @@ pub async fn live(
     report.send(&found.message(engine, &qemu, options));
 
     let context = Context { report, engine, options, stop };
-    let result = backup(&context, (&qemu, vm), &found, (&plan, &session)).await;
+    // Not before the engine took the VM: one that it refuses must lose nothing.
+    let result = match bitmap::carry_out(&qemu, &found.recovery).await {
+        Ok(()) => backup(&context, (&qemu, vm), &found, (&plan, &session)).await,
+        Err(error) => Err(error.into()),
+    };
     match result {
         Ok((snapshot, scratch)) => {
             let mut message = Committed::new(&snapshot, begun.elapsed());
@@ -74,9 +83,12 @@ pub async fn live(
             report.send(&message);
             Ok(())
         }
-        Err(error) => {
-            give_up(&session, &error).await;
-            Err(error)
+        Err(failure) => {
+            // The guard may need the monitor now, and the next try must not find it at work.
+            drop(qemu);
+            failure.give_up(session).await;
+            recover::wait_for_guard(&options.run_dir, vm).await?;
+            Err(failure.error)
         }
     }
 }
@@ -95,6 +107,8 @@ struct Found {
     disks: Vec<Disk>,
     skipped: Vec<(String, String)>,
     plans: Vec<DiskPlan>,
+    /// What is to become of dead runs' bitmaps first.
+    recovery: Vec<Action>,
     forced: Vec<Vec<std::ops::Range<u64>>>,
     latest: Option<Snapshot>,
 }
@@ -105,7 +119,6 @@ async fn prepare(
     engine: &Engine,
     qemu: &Qemu,
     options: &Options,
-    stop: &Stop,
 ) -> Result<Found> {
     let named = qemu.identity();
     let identity = Identity::new(named.uuid, &named.name, options);
@@ -121,7 +134,6 @@ async fn prepare(
             .for_each(|what| report.note(&format!("left by a dead run, ended: {what}")));
         ended.left.iter().for_each(|what| report.warn(&format!("left by a dead run: {what}")));
     }
-    stop.check()?;
     let listed = disk::list(qemu).await?;
     let labels: Vec<&str> = listed.disks.iter().map(|disk| disk.label.as_str()).collect();
     let is_called = |i: usize, word: &str| listed.disks[i].is_called(word);
@@ -134,17 +146,14 @@ async fn prepare(
     let latest_id = latest.as_ref().map_or("", |snapshot| snapshot.id.0.as_str());
     let known = Known { store: &store, fates: &fates, latest: latest_id, known: &known_disks };
     let plan = bitmap::plan(&listed.disks, known, Uuid::new_v4);
-    if !options.dry_run {
-        stop.check()?;
-        bitmap::carry_out(qemu, &plan.recovery).await?;
-    }
     let (disks, mut plans): (Vec<Disk>, Vec<DiskPlan>) =
         chosen.into_iter().map(|i| (listed.disks[i].clone(), plan.disks[i].clone())).unzip();
     if let Some(reason) = full_for_all(engine, identity.uuid, latest.as_ref(), options).await? {
         plans.iter_mut().for_each(|disk| disk.make_full(reason.as_str()));
     }
     let forced = vec![Vec::new(); disks.len()];
-    Ok(Found { identity, disks, skipped: listed.skipped, plans, forced, latest })
+    let (skipped, recovery) = (listed.skipped, plan.recovery);
+    Ok(Found { identity, disks, skipped, plans, recovery, forced, latest })
 }
 
 /// What became of the snapshots that the disks' bitmaps name. A dry run must not end any of
@@ -265,13 +274,14 @@ impl Found {
     }
 }
 
-/// From the guard to the end of the view; the snapshot, and the peak and cap of the scratch. The VM is as it was when this returns an error.
+/// From the guard to the end of the view; the snapshot, and the peak and cap of the scratch. The VM
+/// is as it was when this returns an error, or the guard sees to it.
 async fn backup(
     context: &Context<'_>,
     (qemu, vm): (&Qemu, &Vm),
     found: &Found,
     (plan, session): (&BackupPlan, &Session),
-) -> Result<(Snapshot, (u64, u64))> {
+) -> std::result::Result<(Snapshot, (u64, u64)), Failure> {
     let Context { report, engine, options, stop } = *context;
     let program = std::env::current_exe().context(|| "cannot find our own program".to_owned())?;
     let log = options.run_dir.join("guard.log");
@@ -284,11 +294,14 @@ async fn backup(
         disks: found.disks.iter().cloned().zip(found.plans.iter().cloned()).collect(),
         scratch_dir: options.scratch_dir.clone(),
         scratch_max: options.scratch_max,
+        read_limit: options.read_limit,
         freeze: options.freeze,
         way: None,
     };
+    let begun = Instant::now();
     // A push copies before it returns; interrupted, the guard sets the VM right.
-    let mut view = stop.unless(View::open(qemu, &mut guard, request)).await?;
+    let opening = within(options.max_hold, View::open(qemu, &mut guard, request));
+    let mut view = stop.unless(opening).await?;
     report.send(&PointInTime {
         vm: found.identity.name.clone(),
         snapshot: plan.snapshot.0.clone(),
@@ -298,39 +311,37 @@ async fn backup(
     });
     view.warnings().iter().for_each(|warning| report.warn(warning));
 
-    let result = held(context, qemu, (&mut view, &mut guard), found, (plan, session)).await;
+    let left = options.max_hold.saturating_sub(begun.elapsed());
+    let result = held(context, (qemu, left), (&mut view, &mut guard), found, (plan, session)).await;
     let scratch = (view.scratch_peak(), view.scratch_cap());
-    let outcome = if result.is_ok() { Outcome::Committed } else { Outcome::Failed };
+    let outcome = match &result {
+        Ok(_) => Outcome::Committed,
+        Err(failure) if failure.ambiguous => Outcome::Unknown,
+        Err(_) => Outcome::Failed,
+    };
     let ended = view.teardown(qemu, outcome).await;
-    if ended.is_ok() {
-        guard.done();
-    }
-    match (result, ended) {
-        (Ok(snapshot), Ok(())) => Ok((snapshot, scratch)),
-        (Ok(snapshot), Err(error)) => {
+    match &ended {
+        Ok(()) if outcome == Outcome::Unknown => guard.done_but_unsettled(),
+        Ok(()) => guard.done(),
+        Err(error) => {
+            let committed = if result.is_ok() { "committed, but " } else { "" };
             let name = &found.identity.name;
             report.warn(&format!(
-                "committed, but the view did not end ({error}); run fleece cleanup {name}"
+                "{committed}the view did not end ({error}); run fleece cleanup {name}"
             ));
-            Ok((snapshot, scratch))
-        }
-        (Err(error), Ok(())) => Err(error),
-        (Err(error), Err(left)) => {
-            let name = &found.identity.name;
-            report.warn(&format!("the view did not end ({left}); run fleece cleanup {name}"));
-            Err(error)
         }
     }
+    result.map(|snapshot| (snapshot, scratch))
 }
 
 /// Reads the view and commits, unless the view breaks, the time is over, or we are to end.
 async fn held(
     context: &Context<'_>,
-    qemu: &Qemu,
+    (qemu, left): (&Qemu, Duration),
     (view, guard): (&mut View, &mut Guard),
     found: &Found,
     (plan, session): (&BackupPlan, &Session),
-) -> Result<Snapshot> {
+) -> std::result::Result<Snapshot, Failure> {
     let Context { report, engine, options, stop } = *context;
     let read = async {
         let disks = connect(engine, view, found, plan).await?;
@@ -341,7 +352,7 @@ async fn held(
         transfer(report, engine, (plan, session), disks, (total.sum(), options.read_limit)).await
     };
     let time_is_over = async {
-        tokio::time::sleep(options.max_hold).await;
+        tokio::time::sleep(left).await;
         let held = human_duration(options.max_hold);
         Error::new(
             Kind::Failed,
@@ -352,17 +363,29 @@ async fn held(
         result = read => match result {
             Ok(()) => {}
             // The view knows better why a read failed than the read itself.
-            Err(error) => return Err(view.explain(qemu).await.unwrap_or(error)),
+            Err(error) => return Err(view.explain(qemu).await.unwrap_or(error).into()),
         },
-        error = view.broken(qemu) => return Err(error),
-        error = time_is_over => return Err(error),
-        error = stop.requested() => return Err(error),
+        error = view.broken(qemu) => return Err(error.into()),
+        error = time_is_over => return Err(error.into()),
+        error = stop.requested() => return Err(error.into()),
     }
     view.still_valid(qemu).await?;
     stop.check()?;
-    // From here on the outcome is the engine's word alone: no signal comes between.
+    // From here on the outcome is the engine's word alone.
     guard.committing()?;
-    session.commit(view.point_in_time_ms(), &view.bitmaps()).await
+    let (time_ms, bitmaps) = (view.point_in_time_ms(), view.bitmaps());
+    tokio::select! {
+        result = commit(session, (time_ms, &bitmaps), stop) => result,
+        never = keep_guest_going(qemu, view) => match never {},
+    }
+}
+
+/// What breaks the view is no news any more, but a guest that its full scratch paused must go on.
+async fn keep_guest_going(qemu: &Qemu, view: &View) -> std::convert::Infallible {
+    loop {
+        view.broken(qemu).await;
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
 }
 
 async fn connect(

@@ -37,6 +37,12 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 /// Least bytes of reads in flight for one disk: four reads keep a disk busy.
 const LEAST_IN_FLIGHT: u32 = 1 << 20;
 
+/// Longest wait for the answer to a commit: the last container and the manifest, over a slow line.
+const COMMIT_LIMIT: Duration = Duration::from_secs(600);
+
+/// How long a commit may still be answered after Ctrl-C; `fleece abort` kills us after 2.5 s.
+const LAST_WORD: Duration = Duration::from_secs(2);
+
 /// An engine that does not take our goodbye in this time learns of it by the connection's end.
 const GOODBYE: Duration = Duration::from_secs(5);
 
@@ -207,10 +213,66 @@ async fn transfer<S: DiskSource + 'static>(
     }
 }
 
-/// Ends a session that will have no snapshot; best effort.
-async fn give_up(session: &Session, reason: &Error) {
-    let reason = reason.to_string();
-    let _ = tokio::time::timeout(GOODBYE, session.abort(&reason)).await;
+/// Work that holds a view or the images, for as long as the operator allows.
+async fn within<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+        let held = crate::units::human_duration(limit);
+        let what = format!("the view was held for {held}; give it more with --max-hold");
+        Err(Error::new(Kind::Failed, what))
+    })
+}
+
+/// Why there is no snapshot, as far as we know.
+struct Failure {
+    error: Error,
+    /// There may be one: the engine did not say. No bitmap may be touched then; the next backup asks
+    /// the engine, and settles them.
+    ambiguous: bool,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure { error, ambiguous: false }
+    }
+}
+
+impl Failure {
+    /// Ends a session that will have no snapshot; best effort.
+    async fn give_up(&self, session: Session) {
+        if !self.ambiguous {
+            let reason = self.error.to_string();
+            let _ = tokio::time::timeout(GOODBYE, session.abort(&reason)).await;
+        }
+    }
+}
+
+/// Asks the engine to commit, and waits for its word: not for ever, and not long once somebody wants
+/// us to end.
+async fn commit(
+    session: &Session,
+    (time_ms, bitmaps): (i64, &[String]),
+    stop: &Stop,
+) -> std::result::Result<Snapshot, Failure> {
+    let impatient = async {
+        stop.requested().await;
+        tokio::time::sleep(LAST_WORD).await;
+        Error::new(Kind::Interrupted, "interrupted before the engine's answer")
+    };
+    let result = tokio::select! {
+        result = session.commit(time_ms, bitmaps) => result,
+        error = impatient => Err(error),
+        () = tokio::time::sleep(COMMIT_LIMIT) => {
+            let what = format!("the engine did not answer for {} s", COMMIT_LIMIT.as_secs());
+            Err(Error::new(Kind::NoEngine, what))
+        }
+    };
+    result.map_err(|error| match error.kind() {
+        Kind::NoEngine | Kind::Interrupted => {
+            let what = "the snapshot may be committed; the next backup finds out";
+            Failure { error: Error::caused(error.kind(), what, error), ambiguous: true }
+        }
+        _ => error.into(),
+    })
 }
 
 fn parent(id: &str) -> Option<SnapshotId> {

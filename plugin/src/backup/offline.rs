@@ -12,7 +12,9 @@ use uuid::Uuid;
 
 use super::live::{fates, known_disks};
 use super::messages::{Committed, DiskLine, Plan, PointInTime};
-use super::{Identity, Options, Stop, choose, full_for_all, give_up, parent, transfer};
+use super::{
+    Failure, Identity, Options, Stop, choose, commit, full_for_all, parent, transfer, within,
+};
 use crate::engine::{BackupPlan, DiskRequest, Engine, Session, Snapshot};
 use crate::error::{Context, Error, Kind, Result};
 use crate::extents::{Flags, PlanInput};
@@ -47,25 +49,28 @@ pub async fn offline(
     stop: &Stop,
 ) -> Result<()> {
     let begun = Instant::now();
-    let mut found = prepare(engine, name, images, options).await?;
+    let mut found = stop.unless(prepare(engine, name, images, options)).await?;
     if options.dry_run {
         let opened = found.open(ConnectOptions::default()).await?;
         report.send(&found.message(engine, &opened, true).await?);
         return close(opened).await;
     }
-    recover(&found).await?;
     let request = found.identity.request(found.disk_requests(), Vec::new(), "shut off".to_owned());
     let (plan, session) = stop.unless(engine.open_backup(&request)).await?;
     found.heed(&plan);
-    let result = backup(report, engine, &found, (&plan, &session), options, stop).await;
+    // Not before the engine took the VM: one that it refuses must lose nothing.
+    let result = match recover(&found).await {
+        Ok(()) => backup(report, engine, &found, (&plan, &session), options, stop).await,
+        Err(error) => Err(error.into()),
+    };
     match result {
         Ok(snapshot) => {
             report.send(&Committed::new(&snapshot, begun.elapsed()));
             Ok(())
         }
-        Err(error) => {
-            give_up(&session, &error).await;
-            Err(error)
+        Err(failure) => {
+            failure.give_up(session).await;
+            Err(failure.error)
         }
     }
 }
@@ -110,7 +115,14 @@ async fn prepare(
         plan.disks.iter_mut().for_each(|disk| disk.make_full(reason.as_str()));
     }
     let forced = vec![Vec::new(); disks.len()];
-    let (plans, recovery) = (plan.disks, plan.recovery);
+    let (mut plans, mut recovery) = (plan.disks, plan.recovery);
+    for (i, disk) in disks.iter().enumerate().filter(|(i, _)| !infos[*i].is_writable()) {
+        let of_disk = |action: &Action| action.node() == disk.node;
+        if recovery.iter().any(of_disk) {
+            plans[i].make_full("a dead run's dirty bitmap is in it, and it cannot be written to");
+            recovery.retain(|action| !of_disk(action));
+        }
+    }
     Ok(Found { identity, images: infos, disks, plans, recovery, forced, latest })
 }
 
@@ -150,6 +162,7 @@ fn describe(label: &str, info: &ImageInfo) -> Disk {
         size: info.size,
         allocated: blocks.unwrap_or(info.size),
         persistent: info.can_keep_bitmaps(),
+        external_data: info.external_data,
         bitmaps: ours.collect(),
         ..Disk::default()
     }
@@ -248,8 +261,8 @@ impl Found {
 /// Carries out what the plan found necessary for bitmaps of dead runs.
 async fn recover(found: &Found) -> Result<()> {
     for action in &found.recovery {
-        let (Action::Remove { node, .. } | Action::MergeBack { node, .. }) = action;
-        let Some(at) = found.disks.iter().position(|disk| disk.node == *node) else { continue };
+        let node = action.node();
+        let Some(at) = found.disks.iter().position(|disk| disk.node == node) else { continue };
         let image = &found.images[at];
         match action {
             Action::Remove { name, .. } => image.change_bitmap(name, BitmapChange::Remove).await?,
@@ -318,18 +331,19 @@ async fn backup(
     (plan, session): (&BackupPlan, &Session),
     options: &Options,
     stop: &Stop,
-) -> Result<Snapshot> {
+) -> std::result::Result<Snapshot, Failure> {
     let mut swaps = Vec::new();
-    let result = match swap_all(engine, found, plan, &mut swaps).await {
+    let result = match swap_all(report, engine, found, plan, &mut swaps).await {
         Ok(()) => {
             let bitmaps = swaps.iter().map(|swap| swap.new.clone()).collect();
             held(report, engine, found, (plan, session), bitmaps, options, stop).await
         }
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     };
     for swap in &swaps {
-        let settled = match result {
+        let settled = match &result {
             Ok(_) => swap.keep().await,
+            Err(failure) if failure.ambiguous => Ok(()),
             Err(_) => swap.undo().await,
         };
         // The next backup asks the engine what became of this one, and settles it then.
@@ -341,13 +355,19 @@ async fn backup(
 }
 
 async fn swap_all<'a>(
+    report: &Report,
     engine: &Engine,
     found: &'a Found,
     plan: &BackupPlan,
     swaps: &mut Vec<Swap<'a>>,
 ) -> Result<()> {
     for (image, decided) in found.images.iter().zip(&found.plans) {
-        if image.can_keep_bitmaps() {
+        if image.can_keep_bitmaps() && !image.is_writable() {
+            report.note(&format!(
+                "{} cannot be written to: no new dirty bitmap begins in it",
+                image.file.display()
+            ));
+        } else if image.can_keep_bitmaps() {
             let store = engine.info().store.to_string();
             let snapshot = plan.snapshot.0.clone();
             let new = BitmapName { store, snapshot, disk: decided.uuid }.to_string();
@@ -366,7 +386,7 @@ async fn held(
     bitmaps: Vec<String>,
     options: &Options,
     stop: &Stop,
-) -> Result<Snapshot> {
+) -> std::result::Result<Snapshot, Failure> {
     stop.check()?;
     let share = plan.in_flight / u32::try_from(found.disks.len()).unwrap_or(u32::MAX).max(1);
     let in_flight = share.max(super::LEAST_IN_FLIGHT);
@@ -380,12 +400,13 @@ async fn held(
         frozen_seconds: None,
         stopped_seconds: None,
     });
-    let result = read(report, engine, found, (plan, session), &opened, options, stop).await;
+    let work = read(report, engine, found, (plan, session), &opened, options, stop);
+    let result = within(options.max_hold, work).await;
     // An image that could not be closed was read to its end all the same.
     let closed = close(opened).await;
     result?;
     closed?;
-    session.commit(time_ms, &bitmaps).await
+    commit(session, (time_ms, &bitmaps), stop).await
 }
 
 async fn read(

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::{Session, interrupted};
 use crate::backup::{ImageOf, Options, Stop, live, offline};
 use crate::error::{Context, Error, Kind, Result};
+use crate::qmp::scratch::{self, DEFAULT_DIR};
 use crate::qmp::view;
 use crate::units::{parse_duration, parse_size};
 
@@ -44,7 +45,7 @@ pub(super) struct Args {
     freeze: Option<Freeze>,
 
     /// Folder for the data that the guest overwrites meanwhile.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/fleece/scratch")]
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_DIR)]
     scratch_dir: PathBuf,
 
     /// Most of it [default: 20G, or half of what is free]; past it the backup ends and the
@@ -116,6 +117,9 @@ pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
         for name in &args.vms {
             found.push(session.vm(Some(name), args.qmp.as_deref())?);
         }
+    }
+    if args.images.is_empty() && !args.dry_run {
+        scratch::ready(&args.scratch_dir)?;
     }
     let engine = session.engine().await?;
     let options = args.options(session);

@@ -8,6 +8,7 @@ use super::Session;
 use crate::error::Result;
 use crate::progress::Message;
 use crate::qmp::check::{Report, check};
+use crate::qmp::scratch::DEFAULT_DIR;
 use crate::units::human_bytes;
 
 /// Show how a backup of a VM would go, and what stands in its way; changes nothing.
@@ -22,7 +23,7 @@ pub(super) struct Args {
     qmp: Option<PathBuf>,
 
     /// Folder for the data that the guest overwrites during a backup.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/fleece/scratch")]
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_DIR)]
     scratch_dir: PathBuf,
 }
 

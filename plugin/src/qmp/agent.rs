@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 /// An agent that lives answers in milliseconds; one that is not installed never does.
 const SYNC_LIMIT: Duration = Duration::from_secs(3);
@@ -19,6 +19,8 @@ const SYNC_LIMIT: Duration = Duration::from_secs(3);
 const FREEZE_LIMIT: Duration = Duration::from_secs(10);
 /// Thawing has nothing to wait for.
 const THAW_LIMIT: Duration = Duration::from_secs(5);
+/// How long the worker tries to thaw before it leaves that to the guard, which goes on trying.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Answers are short; more than this is not the agent.
 const MAX_ANSWER: usize = 64 << 10;
 /// Begins our conversation and the agent's answer to it.
@@ -38,22 +40,23 @@ impl Agent {
     /// # Errors
     /// Nobody listens, or nobody answers.
     pub async fn connect(path: &Path) -> Result<Agent> {
-        let fail = |e| Error::caused(Kind::Failed, format!("guest agent at {}", path.display()), e);
-        let connected = timeout(SYNC_LIMIT, UnixStream::connect(path)).await;
-        let stream = connected.map_err(|_| silent(path, "connect"))?.map_err(fail)?;
-        let mut agent = Agent { stream, path: path.to_owned(), pending: Vec::new() };
-        // Any number will do as long as the next conversation's differs.
-        let id = i64::from(std::process::id()) << 16
-            | i64::from(std::time::UNIX_EPOCH.elapsed().map_or(0, |d| d.subsec_micros() & 0xFFFF));
-        let line = json!({"execute": "guest-sync-delimited", "arguments": {"id": id}}).to_string();
+        let mut agent = Agent::reach(path).await?;
+        let (line, id) = sync_line();
         timeout(SYNC_LIMIT, agent.synchronise(&line, id))
             .await
             .map_err(|_| silent(path, "guest-sync-delimited"))??;
         Ok(agent)
     }
 
-    async fn synchronise(&mut self, line: &str, id: i64) -> Result<()> {
-        self.send(&[&[DELIMITER], line.as_bytes(), b"\n"].concat()).await?;
+    async fn reach(path: &Path) -> Result<Agent> {
+        let fail = |e| Error::caused(Kind::Failed, format!("guest agent at {}", path.display()), e);
+        let connected = timeout(SYNC_LIMIT, UnixStream::connect(path)).await;
+        let stream = connected.map_err(|_| silent(path, "connect"))?.map_err(fail)?;
+        Ok(Agent { stream, path: path.to_owned(), pending: Vec::new() })
+    }
+
+    async fn synchronise(&mut self, line: &[u8], id: i64) -> Result<()> {
+        self.send(line).await?;
         loop {
             self.skip_to_delimiter().await?;
             if self.answer().await?["return"] == json!(id) {
@@ -90,11 +93,15 @@ impl Agent {
 
     async fn ask(&mut self, command: &str, limit: Duration) -> Result<Value> {
         let talk = async {
-            self.send(format!("{}\n", json!({"execute": command})).as_bytes()).await?;
+            self.send(&request_line(command)).await?;
             self.answer().await
         };
         let answer = timeout(limit, talk).await;
-        let mut answer = answer.map_err(|_| silent(&self.path, command))??;
+        let answer = answer.map_err(|_| silent(&self.path, command))??;
+        Self::returned(answer, command)
+    }
+
+    fn returned(mut answer: Value, command: &str) -> Result<Value> {
         if answer.get("error").is_some() {
             let words = answer["error"]["desc"].as_str().unwrap_or("no reason given");
             return Err(Error::new(
@@ -157,6 +164,19 @@ impl Agent {
     }
 }
 
+fn request_line(command: &str) -> Vec<u8> {
+    format!("{}\n", json!({"execute": command})).into_bytes()
+}
+
+/// What begins a conversation, and the number that its answer holds.
+fn sync_line() -> (Vec<u8>, i64) {
+    // Any number will do as long as the next conversation's differs.
+    let id = i64::from(std::process::id()) << 16
+        | i64::from(std::time::UNIX_EPOCH.elapsed().map_or(0, |d| d.subsec_micros() & 0xFFFF));
+    let line = json!({"execute": "guest-sync-delimited", "arguments": {"id": id}}).to_string();
+    ([&[DELIMITER], line.as_bytes(), b"\n"].concat(), id)
+}
+
 fn silent(path: &Path, command: &str) -> Error {
     Error::new(
         Kind::Failed,
@@ -188,12 +208,41 @@ fn unix_path(filename: &str) -> Option<PathBuf> {
     (path.starts_with('/')).then(|| PathBuf::from(path))
 }
 
-/// Thaws in a conversation of its own: the one that froze may be broken.
+/// Thaws in a conversation of its own: the one that froze may be broken. The thaw goes out with the
+/// beginning: an agent that is still busy freezing finds it when it is done, even if nobody listens
+/// to its answer any more.
 ///
 /// # Errors
 /// The agent cannot be reached or refuses.
 pub async fn thaw_at(path: &Path) -> Result<u64> {
-    Agent::connect(path).await?.thaw().await
+    const COMMAND: &str = "guest-fsfreeze-thaw";
+    let mut agent = Agent::reach(path).await?;
+    let (mut lines, id) = sync_line();
+    lines.extend(request_line(COMMAND));
+    let talk = async {
+        agent.synchronise(&lines, id).await?;
+        agent.answer().await
+    };
+    let answer = timeout(SYNC_LIMIT + THAW_LIMIT, talk).await;
+    let answer = answer.map_err(|_| silent(path, COMMAND))??;
+    Agent::returned(answer, COMMAND).map(|v| v.as_u64().unwrap_or(0))
+}
+
+/// Thaws, and tries for a while.
+///
+/// # Errors
+/// It did not work within a minute.
+pub async fn thaw_patiently(path: &Path) -> Result<u64> {
+    let begin = Instant::now();
+    let mut pause = Duration::from_millis(250);
+    loop {
+        let result = thaw_at(path).await;
+        if result.is_ok() || begin.elapsed() + pause > PATIENCE {
+            return result;
+        }
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+    }
 }
 
 #[cfg(test)]
@@ -232,6 +281,7 @@ mod tests {
                         .concat()
                 }
                 "guest-fsfreeze-freeze" => b"{\"return\": 1}\n".to_vec(),
+                "guest-fsfreeze-thaw" if rubbish.is_empty() => b"{\"return\": 2}\n".to_vec(),
                 _ => b"{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"frozen\"}}\n"
                     .to_vec(),
             };
@@ -258,6 +308,15 @@ mod tests {
         let error = agent.thaw().await.unwrap_err();
         assert!(error.to_string().contains("refused guest-fsfreeze-thaw: frozen"), "{error}");
         drop(agent);
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_thaw_goes_out_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qga.sock");
+        let server = tokio::spawn(pretend(UnixListener::bind(&path).unwrap(), b""));
+        assert_eq!(thaw_at(&path).await.unwrap(), 2);
         server.await.unwrap();
     }
 

@@ -164,6 +164,15 @@ pub enum Action {
     },
 }
 
+impl Action {
+    /// The disk's node.
+    #[must_use]
+    pub fn node(&self) -> &str {
+        let (Action::Remove { node, .. } | Action::MergeBack { node, .. }) = self;
+        node
+    }
+}
+
 /// Decisions for all disks, in their order, and what must be done first.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Plan {

@@ -80,7 +80,12 @@ pub async fn check(vm: &Vm, scratch_dir: &Path) -> Result<Report> {
         report.obstacles.push("no disk to back up".into());
     }
     report.agent = agent_state(&session).await?;
-    match scratch::free_space(scratch_dir) {
+    // The default folder is made by the first backup.
+    let existing = match scratch_dir == Path::new(scratch::DEFAULT_DIR) {
+        true => scratch_dir.ancestors().find(|path| path.is_dir()).unwrap_or(scratch_dir),
+        false => scratch_dir,
+    };
+    match scratch::free_space(existing) {
         Ok(free) => {
             report.scratch_free = free;
             if free < LITTLE_SCRATCH {

@@ -39,7 +39,7 @@ mod point;
 mod push;
 pub mod recover;
 pub mod running;
-mod scratch;
+pub mod scratch;
 pub mod session;
 pub mod view;
 mod watch;

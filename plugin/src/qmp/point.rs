@@ -29,6 +29,8 @@ pub(crate) struct Part {
     pub(crate) names: Names,
     /// The bitmap that begins at the point in time.
     pub(crate) new: String,
+    /// Bytes per second that a push may copy; 0 for no limit, as QEMU has it.
+    pub(crate) speed: u64,
 }
 
 impl Part {
@@ -247,6 +249,9 @@ fn job_actions(part: &Part) -> Vec<Value> {
         "job-id": part.names.job, "device": part.disk.node, "target": part.names.scratch,
         "filter-node-name": part.names.filter, "auto-dismiss": false,
     });
+    if part.speed > 0 {
+        backup["speed"] = json!(part.speed);
+    }
     match (part.way, part.dirty()) {
         (Way::Push, Some(bitmap)) => {
             backup["sync"] = json!("bitmap");

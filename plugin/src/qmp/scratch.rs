@@ -12,6 +12,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// Where scratch goes unless told otherwise.
+pub const DEFAULT_DIR: &str = "/var/lib/fleece/scratch";
 /// The cap where none is given; half of what is free if that is less.
 const DEFAULT_MAX: u64 = 20 << 30;
 /// Below this a scratch image holds little more than its own tables.
@@ -188,6 +190,32 @@ fn budget(base: &Path, needs: &[Need], max: Option<u64>) -> Result<u64> {
     Ok(budget)
 }
 
+/// Makes sure that there is a folder for scratch. The default one is made: others may pass through
+/// it, as QEMU must, whoever it runs as, and see nothing.
+///
+/// # Errors
+/// `Usage`: it was given and is no folder. Else it could not be made.
+pub fn ready(base: &Path) -> Result<()> {
+    if base.is_dir() {
+        return Ok(());
+    }
+    if base != Path::new(DEFAULT_DIR) {
+        let text = format!("--scratch-dir {} is no folder: create it first", base.display());
+        return Err(Error::new(Kind::Usage, text));
+    }
+    DirBuilder::new().recursive(true).mode(0o711).create(base).map_err(|error| {
+        let kind = match error.kind() {
+            std::io::ErrorKind::PermissionDenied => Kind::NotPermitted,
+            _ => Kind::Failed,
+        };
+        Error::caused(
+            kind,
+            format!("cannot create the scratch directory {}", base.display()),
+            error,
+        )
+    })
+}
+
 /// Bytes free for us in the file system of a directory.
 pub(crate) fn free_space(base: &Path) -> Result<u64> {
     let stat =
@@ -297,6 +325,13 @@ mod tests {
         let caps = caps(&needs, 20 << 30);
         assert!(caps[0] <= most(1 << 20));
         assert!(caps[1] > 19 << 30);
+    }
+
+    #[test]
+    fn a_given_folder_must_exist() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(ready(dir.path()).is_ok());
+        assert_eq!(ready(&dir.path().join("no")).unwrap_err().kind(), Kind::Usage);
     }
 
     #[tokio::test]

@@ -1,8 +1,9 @@
 //! The frozen view of a VM's disks at one point in time, in one of three ways.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context as _, Error, Kind, Result};
 use crate::qmp::agent::{self, Agent};
 use crate::qmp::bitmap::{BitmapName, DiskPlan};
+use crate::qmp::command as cmd;
 use crate::qmp::disk::Disk;
 use crate::qmp::end;
 use crate::qmp::guard::Guard;
@@ -13,8 +14,9 @@ use crate::qmp::scratch::{Need, Scratch};
 use crate::qmp::session::{CallError, Session};
 use crate::qmp::watch;
 use crate::vms::Vm;
+use serde_json::json;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tokio::process::Child;
 
@@ -86,6 +88,8 @@ pub struct Request {
     pub scratch_dir: PathBuf,
     /// The cap on all scratch together, bytes; none: 20 GiB or half of what is free.
     pub scratch_max: Option<u64>,
+    /// Bytes per second that a push may copy, of all disks together.
+    pub read_limit: Option<u64>,
     /// fs-freeze.
     pub freeze: Freeze,
     /// A way to take instead of the best one (tests, and people who know why).
@@ -114,6 +118,8 @@ pub enum Outcome {
     Committed,
     /// It is not: the new bitmaps are merged back into the old ones.
     Failed,
+    /// Only the engine knows: the bitmaps stay as they are until the next backup asked it.
+    Unknown,
 }
 
 /// An open view. It must be ended with [`View::teardown`]; the guard does it otherwise.
@@ -176,7 +182,7 @@ impl View {
                 format!("{} is no id for a snapshot", request.snapshot),
             ));
         }
-        let mut parts = Vec::new();
+        let mut parts: Vec<Part> = Vec::new();
         for (i, (disk, plan)) in request.disks.into_iter().enumerate() {
             let way = point::choose(session, &disk, request.way)?;
             let name = BitmapName {
@@ -190,8 +196,13 @@ impl View {
                 way,
                 names: Names::new(&request.snapshot, i),
                 new: name.to_string(),
+                speed: 0,
             });
         }
+        let pushed = || |part: &&mut Part| part.way == Way::Push;
+        let count = parts.iter_mut().filter(pushed()).count() as u64;
+        let speed = request.read_limit.map_or(0, |limit| (limit / count.max(1)).max(1));
+        parts.iter_mut().filter(pushed()).for_each(|part| part.speed = speed);
         let needs: Vec<Need> = parts.iter().map(need).collect();
         let scratch = Scratch::create(
             &request.scratch_dir,
@@ -262,15 +273,20 @@ impl View {
         let result = point::take(session, guard, &self.parts).await;
         if let Some((path, mut agent, begin)) = frozen {
             let thawed = match agent.thaw().await {
-                Ok(n) => Ok(n),
-                Err(_) => agent::thaw_at(&path).await,
+                Ok(n) => n,
+                Err(_) => {
+                    // The agent takes one client at a time.
+                    drop(agent);
+                    thaw(&path).await?
+                }
             };
             self.frozen = Some(begin.elapsed());
-            match thawed {
-                Ok(_) => guard.tell(|state| state.frozen = None)?,
-                Err(error) => {
-                    self.warnings.push(format!("the guest's file systems may still be frozen, the guard goes on trying: {error}"));
-                }
+            guard.tell(|state| state.frozen = None)?;
+            if thawed == 0 {
+                self.inconsistent(Error::new(
+                    Kind::Failed,
+                    "the guest thawed its file systems before the point in time was over",
+                ))?;
             }
         }
         self.instants = result?;
@@ -291,16 +307,21 @@ impl View {
             Err(error) => error,
         };
         if let Some(path) = guard.state().frozen.clone() {
-            // It may be half frozen; a thaw is harmless.
-            if agent::thaw_at(&path).await.is_ok() {
-                guard.tell(|state| state.frozen = None)?;
-            }
+            // It may be half frozen, or freeze yet; a thaw is harmless.
+            thaw(&path).await?;
+            guard.tell(|state| state.frozen = None)?;
         }
+        self.inconsistent(error)?;
+        Ok(None)
+    }
+
+    /// The file systems are not frozen: a warning, or an error if that was asked for.
+    fn inconsistent(&mut self, error: Error) -> Result<()> {
         if self.freeze == Freeze::Require {
             return Err(Error::caused(error.kind(), "fs-freeze was required", error));
         }
         self.warnings.push(format!("not frozen, the snapshot is crash-consistent only: {error}"));
-        Ok(None)
+        Ok(())
     }
 
     async fn try_freeze(
@@ -308,6 +329,11 @@ impl View {
         session: &Session,
         guard: &mut Guard,
     ) -> Result<(PathBuf, Agent, Instant)> {
+        // The agent of a guest that stands still cannot answer, and would freeze it later.
+        let status = session.call(cmd::QueryStatus(json!({})), "").await?;
+        if !status.running {
+            return Err(Error::new(Kind::Failed, format!("the guest is {}", status.status)));
+        }
         let Some(path) = agent::find(session).await? else {
             let text = format!(
                 "VM {}: no guest agent is known (agent = \"SOCKET\" in vms.d)",
@@ -319,7 +345,12 @@ impl View {
         let told = path.clone();
         guard.tell(|state| state.frozen = Some(told))?;
         let begin = Instant::now();
-        agent.freeze().await?;
+        if agent.freeze().await? == 0 {
+            return Err(Error::new(
+                Kind::Failed,
+                "the guest has no file system that can be frozen",
+            ));
+        }
         Ok((path, agent, begin))
     }
 
@@ -449,6 +480,7 @@ impl View {
                     }
                 }
             }
+            Outcome::Unknown => {}
             Outcome::Failed => {
                 let pairs: Vec<_> = self.parts.iter().map(Part::pair).collect();
                 report.left.extend(end::merge_back(session, &pairs).await?.left);
@@ -456,6 +488,13 @@ impl View {
         }
         Ok(report.left)
     }
+}
+
+/// A guest that stays frozen is worse than no backup: the view is then ended, and the guard goes on.
+async fn thaw(path: &Path) -> Result<u64> {
+    agent::thaw_patiently(path)
+        .await
+        .context(|| "the guest's file systems may still be frozen, the guard goes on trying".into())
 }
 
 /// A push copies everything, or what is dirty; the other ways only what the guest overwrites.
