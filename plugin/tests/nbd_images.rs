@@ -261,3 +261,23 @@ fn throughput_beside_nbdcopy() {
         println!("{mib} MiB from qemu-nbd: nbdcopy {theirs} MiB/s, we {ours} MiB/s");
     }
 }
+
+#[test]
+fn what_cannot_keep_track_is_known() {
+    let place = Place::new();
+    let made = |name: &str, with: String| {
+        let file = place.path(name);
+        tool(
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", "-o", &with, file.to_str().unwrap(), "1M"],
+        );
+        run(async { ImageInfo::read(&file, None).await.unwrap() })
+    };
+    let old = made("old.qcow2", "compat=0.10".to_owned());
+    assert!(old.old_version && !old.can_keep_bitmaps() && !old.external_data);
+    let data = place.path("data.raw");
+    let outside = made("outside.qcow2", format!("data_file={}", data.display()));
+    assert!(outside.external_data && !outside.old_version);
+    let plain = made("plain.qcow2", "compat=1.1".to_owned());
+    assert!(plain.can_keep_bitmaps() && plain.is_writable() && !plain.external_data);
+}

@@ -123,3 +123,24 @@ fn stdout_is_a_target() -> Result {
     assert!(status.success());
     image::same(&path, &out)
 }
+
+#[test]
+fn an_image_that_cannot_keep_track_is_read_in_full_each_time() -> Result {
+    let fixture = Fixture::new()?;
+    let truth = fixture.path("truth.raw");
+    let outside = format!("data_file={}", fixture.path("data.raw").display());
+    for (name, with) in [("old", "compat=0.10"), ("outside", outside.as_str())] {
+        let path = fixture.path(&format!("{name}.qcow2"));
+        let create = ["create", "-q", "-f", "qcow2", "-o", with];
+        tools::run(tools::qemu("qemu-img")?.args(create).arg(&path).arg("16M"))?;
+        for round in 1..=2 {
+            let write = format!("write -P {round} {round}M 1M");
+            tools::run(tools::qemu("qemu-io")?.args(["-f", "qcow2", "-c", &write]).arg(&path))?;
+            let (id, printed) = fixture.backup_images(name, &[("vda", &path)])?;
+            assert!(printed.printed().contains("FULL READ"), "{}", printed.printed());
+            image::convert(&path, "qcow2", &truth, "raw")?;
+            image::same(&truth, &fixture.restore(&format!("{name}@{id}"), "vda")?)?;
+        }
+    }
+    Ok(())
+}

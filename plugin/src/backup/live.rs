@@ -87,7 +87,8 @@ pub async fn live(
             // The guard may need the monitor now, and the next try must not find it at work.
             drop(qemu);
             failure.give_up(session).await;
-            recover::wait_for_guard(&options.run_dir, vm).await?;
+            // The failure is what is to be told, not what came after it.
+            let _ = recover::wait_for_guard(&options.run_dir, vm).await;
             Err(failure.error)
         }
     }

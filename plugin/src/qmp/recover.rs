@@ -67,7 +67,7 @@ pub async fn cleanup(run_dir: &Path, vm: &Vm) -> Result<Report> {
     let mut report = set_right(&session, &mut state).await?;
     // A backup died while it was committed: its bitmaps are for the next one, who asks the engine.
     if state.committing {
-        let unsettled = State { committing: true, ..State::default() };
+        let unsettled = State { committing: true, frozen: state.frozen, ..State::default() };
         drop(std::fs::write(&files.state, serde_json::to_vec(&unsettled).unwrap_or_default()));
         return Ok(report);
     }
