@@ -66,7 +66,7 @@ fn what_the_guest_overwrites_before_it_is_read_is_the_old() -> Result {
         for place in (0..4).rev() {
             let offset = (24 + place * 2) * MIB;
             guest.obey(&format!("write vda {offset} {} {place}9", 2 * MIB))?;
-            guest.obey(&format!("zero vdb {offset} {}", MIB))?;
+            guest.obey(&format!("zero vdb {offset} {MIB}"))?;
             guest.obey(&format!("trim vdb {} {MIB}", offset + MIB))?;
         }
         assert!(
