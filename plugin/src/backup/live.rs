@@ -322,7 +322,8 @@ async fn backup(
     };
     let ended = view.teardown(qemu, outcome).await;
     match &ended {
-        Ok(()) if outcome == Outcome::Unknown => guard.done_but_unsettled(),
+        // If it cannot be told any more, its last word was the same.
+        Ok(()) if outcome == Outcome::Unknown => drop(guard.done_but_unsettled()),
         Ok(()) => guard.done(),
         Err(error) => {
             let committed = if result.is_ok() { "committed, but " } else { "" };

@@ -123,8 +123,16 @@ impl Guard {
 
     /// The view is ended, but only the engine knows what the bitmaps are worth: it may go, and
     /// `cleanup` and `abort` leave the bitmaps to the next backup.
-    pub fn done_but_unsettled(self) {
+    ///
+    /// # Errors
+    /// That cannot be noted for them.
+    pub fn done_but_unsettled(mut self) -> Result<()> {
+        let State { frozen, stopped, .. } = std::mem::take(&mut self.state);
+        let noted = self.tell(|state| {
+            *state = State { frozen, stopped, committing: true, ..State::default() };
+        });
         self.end();
+        noted
     }
 
     /// Whether nothing is left to it.
@@ -264,9 +272,12 @@ fn set_right(
     if let Ok(mut file) = options.create(true).append(true).mode(0o600).open(log) {
         drop(file.write_all(text.as_bytes()));
     }
-    // While nobody knows whether the backup committed, the file keeps `cleanup` off its bitmaps.
-    if !state.committing && result.as_ref().is_ok_and(|report| report.left.is_empty()) {
-        drop(std::fs::remove_file(&files.state));
+    if result.as_ref().is_ok_and(|report| report.left.is_empty()) {
+        // While nobody knows whether the backup committed, the file keeps `cleanup` off its bitmaps.
+        match state.committing {
+            true => note(&State { committing: true, ..State::default() }),
+            false => drop(std::fs::remove_file(&files.state)),
+        }
     }
     result.map(drop)
 }

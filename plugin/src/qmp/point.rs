@@ -249,7 +249,7 @@ fn job_actions(part: &Part) -> Vec<Value> {
         "job-id": part.names.job, "device": part.disk.node, "target": part.names.scratch,
         "filter-node-name": part.names.filter, "auto-dismiss": false,
     });
-    if part.speed > 0 {
+    if part.speed > 0 && part.way == Way::Push {
         backup["speed"] = json!(part.speed);
     }
     match (part.way, part.dirty()) {

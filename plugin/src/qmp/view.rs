@@ -199,10 +199,10 @@ impl View {
                 speed: 0,
             });
         }
-        let pushed = || |part: &&mut Part| part.way == Way::Push;
-        let count = parts.iter_mut().filter(pushed()).count() as u64;
-        let speed = request.read_limit.map_or(0, |limit| (limit / count.max(1)).max(1));
-        parts.iter_mut().filter(pushed()).for_each(|part| part.speed = speed);
+        // All pushes begin at once, so they share the limit.
+        let pushes = parts.iter().filter(|part| part.way == Way::Push).count() as u64;
+        let speed = request.read_limit.map_or(0, |limit| (limit / pushes.max(1)).max(1));
+        parts.iter_mut().for_each(|part| part.speed = speed);
         let needs: Vec<Need> = parts.iter().map(need).collect();
         let scratch = Scratch::create(
             &request.scratch_dir,
@@ -271,6 +271,10 @@ impl View {
     async fn take(&mut self, session: &Session, guard: &mut Guard) -> Result<()> {
         let frozen = self.freeze(session, guard).await?;
         let result = point::take(session, guard, &self.parts).await;
+        if result.is_err() && guard.state().stopped {
+            // A guest that stands still cannot thaw; the guard does both.
+            return result.map(drop);
+        }
         if let Some((path, mut agent, begin)) = frozen {
             let thawed = match agent.thaw().await {
                 Ok(n) => n,
