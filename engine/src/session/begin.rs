@@ -335,7 +335,8 @@ fn session(
         request,
         snapshot: live.snapshot,
         seq,
-        parent: latest.map(|m| m.snapshot),
+        // Of a snapshot that was read in full, nothing comes from an earlier one.
+        parent: latest.filter(|_| disks.iter().any(|d| d.incremental)).map(|m| m.snapshot),
         progress: Arc::clone(&live.progress),
         disks,
         windows: std::collections::VecDeque::new(),

@@ -265,6 +265,7 @@ fn a_full_backup_and_increments_restore_exactly() {
     client.write_all().unwrap();
     let increment = client.commit().unwrap();
     assert_eq!(increment.counts.new, 50 * BLOCK as u64);
+    assert_eq!((full.parent, increment.parent), (None, Some(full.snapshot)));
     host.must_restore(&increment, &second);
     host.must_restore(&full, &first);
     host.must_be_exact(&[&first, &second]);
@@ -286,6 +287,7 @@ fn what_the_parent_has_is_settled_without_a_question() {
     let zero = again.counts.zero;
     assert_eq!(again.counts.unchanged, again.counts.read - zero);
     assert_eq!((again.counts.new, again.counts.duplicate), (0, 0));
+    assert_eq!(again.parent, None, "it was read in full");
     host.must_restore(&again, &image);
     host.must_be_exact(&[&image]);
 }
