@@ -39,7 +39,7 @@ pub struct Session {
 }
 
 impl Session {
-    pub(super) fn new(client: wire::backup_session::Client) -> Session {
+    pub(crate) fn new(client: wire::backup_session::Client) -> Session {
         Session { client }
     }
 
