@@ -39,7 +39,7 @@ pub struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(client: wire::backup_session::Client) -> Session {
+    pub(super) fn new(client: wire::backup_session::Client) -> Session {
         Session { client }
     }
 
@@ -162,5 +162,35 @@ pub(super) fn fill(mut request: wire::backup_request::Builder<'_>, wanted: &Back
         item.set_name(disk.name.as_str());
         item.set_size(disk.size);
         item.set_parent(disk.parent.as_ref().map_or("", |id| id.0.as_str()));
+    }
+}
+
+#[cfg(test)]
+mod refusing {
+    use std::rc::Rc;
+
+    use super::{Session, wire};
+
+    /// An engine that answers a commit with these words, or goes away.
+    struct Refusing(Option<&'static str>);
+
+    impl wire::backup_session::Server for Refusing {
+        async fn commit(
+            self: Rc<Self>,
+            _: wire::backup_session::CommitParams,
+            _: wire::backup_session::CommitResults,
+        ) -> Result<(), capnp::Error> {
+            Err(match self.0 {
+                Some(words) => capnp::Error::failed(words.into()),
+                None => capnp::Error::disconnected("gone".into()),
+            })
+        }
+    }
+
+    impl Session {
+        /// A session whose engine does not commit.
+        pub(crate) fn that_cannot_commit(answer: Option<&'static str>) -> Session {
+            Session::new(capnp_rpc::new_client(Refusing(answer)))
+        }
     }
 }
