@@ -1,6 +1,7 @@
 //! QEMU 7.2 aborts when an NBD client leaves an export of a disk with an iothread: Fleece takes
 //! another way there, and the guest lives.
 
+use qemu_tests::wait::LONG;
 use qemu_tests::{Fixture, MIB, Machine, Result, take};
 
 #[test]
@@ -19,5 +20,12 @@ fn a_disk_with_an_iothread_beside_one_without() -> Result {
         guest.keeps_writing()?;
         guest.is_left_alone(&machine, 2)?;
     }
+    // The time limit holds while QEMU copies too, and the limit of the rate holds the copy up.
+    let limits = ["--full", "--read-limit", "1M", "--max-hold", "2s"];
+    let late = fixture.backup(&machine, &limits)?.finish(LONG)?.code(1)?;
+    assert!(late.printed().contains("--max-hold"), "{}", late.printed());
+    guest.keeps_writing()?;
+    guest.is_left_alone(&machine, 2)?;
+    take(&fixture, &machine, &mut guest, "after")?.restores_exactly(&fixture)?;
     guest.power_off()
 }
