@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -319,5 +320,18 @@ fn passphrases_and_keys() -> Result {
     fs::write(path("garbage"), "this is not a key")?;
     let refused = run(&["key", "check", &path("garbage"), "--config", &config])?.code(12)?;
     names(&refused, &["garbage"]);
+
+    // The key file is lost: refused with the ways out, and only the right passphrase brings it back.
+    let lost = folder.path().join("engine.key");
+    fs::remove_file(&lost)?;
+    let refused = engine_refuses(Path::new(&config), &folder.path().join("state"), 12)?;
+    names(&refused, &["engine.key", "--passphrase-file"]);
+    let export = |passphrase: &str| {
+        run(&["key", "export", "--config", &config, "--passphrase-file", &path(passphrase)])
+    };
+    names(&export("wrong")?.code(12)?, &["passphrase"]);
+    fs::write(&lost, export("right")?.code(0)?.out)?;
+    fs::set_permissions(&lost, fs::Permissions::from_mode(0o400))?;
+    assert_eq!(fs::read_to_string(&lost)?.trim(), exported.out.trim());
     Ok(())
 }

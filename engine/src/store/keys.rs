@@ -258,8 +258,11 @@ impl StoreKey {
     /// [`Kind::Key`] when it is missing, damaged, or readable by others than its owner.
     pub fn load(path: &Path) -> Result<Self> {
         let shown = path.display();
-        let failed =
-            |error| Error::caused(Kind::Key, format!("cannot read the key file {shown}"), error);
+        let failed = |error| {
+            let ways = "put a copy of the key there, or get it back from the store with \
+                        `fleecectl key export --passphrase-file FILE`";
+            Error::caused(Kind::Key, format!("cannot read the key file {shown} ({ways})"), error)
+        };
         let metadata = fs::metadata(path).map_err(failed)?;
         if metadata.mode() & 0o077 != 0 {
             let mode = metadata.mode() & 0o777;
