@@ -109,7 +109,7 @@ async fn an_iothread_makes_it_push_and_others_do_not() {
     let mut guard = guard(&qemu.dir, &qemu.vm());
     let mut view = open(&session, &mut guard, request(&qemu.dir, "mixed", disks, None)).await;
     let ways: Vec<Way> = view.targets().iter().map(|t| t.way).collect();
-    let second = if session.features().iothread_safe { Way::Job } else { Way::Push };
+    let second = Way::Push;
     assert_eq!(ways, [Way::Filter, second]);
     for (target, content) in view.targets().iter().zip(qemu.contents()) {
         assert_same("view", &read_all(&qemu.dir, target), &content);
