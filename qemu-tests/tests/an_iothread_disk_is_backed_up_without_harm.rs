@@ -1,6 +1,6 @@
 //! QEMU 7.2 aborts when an NBD client leaves an export of a disk with an iothread: Fleece takes
-//! another way there, and the guest lives. The scenario is of 7.2 alone: on 10.0.2 the guest's
-//! writes hang in one run of five, which is an open fault (README, limits).
+//! another way there, and the guest lives. The scenario is of 7.2 alone: on 10.0.2 guests hung in
+//! a write by other ways, and whether push is free of it is an open question (README, limits).
 
 use qemu_tests::wait::LONG;
 use qemu_tests::{Fixture, MIB, Machine, Result, take, tools};
