@@ -67,6 +67,27 @@ pub fn begin(
     Ok(Reading { running, truths, vm: machine.name.clone() })
 }
 
+/// The same where the guest's processors must not be stopped (a disk with an iothread on QEMU 10,
+/// which loses completions then): its writer rests instead.
+///
+/// # Errors
+/// When the backup fails before that.
+pub fn begin_at_rest(
+    fixture: &Fixture,
+    machine: &Machine,
+    guest: &mut Guest,
+    writer: &str,
+    round: &str,
+) -> Result<Reading> {
+    guest.obey("stop")?;
+    guest.obey("sync")?;
+    let truths = truths(fixture, machine, round)?;
+    let mut running = fixture.backup(machine, &[])?;
+    running.wait_printed(SOON, POINT_IN_TIME)?;
+    guest.obey(writer)?;
+    Ok(Reading { running, truths, vm: machine.name.clone() })
+}
+
 impl Reading {
     /// Waits for the commit.
     ///

@@ -210,6 +210,7 @@ impl Found {
 
     /// Takes over what the engine decided.
     fn heed(&mut self, plan: &BackupPlan, qemu: &Qemu) {
+        let ways = view::ways_for(qemu, &self.disks);
         for (i, decided) in plan.disks.iter().enumerate() {
             if !decided.incremental && !self.plans[i].parent().is_empty() {
                 self.plans[i].make_full(decided.reason.as_str());
@@ -218,7 +219,7 @@ impl Found {
             self.forced[i] =
                 forced.map(|range| range.offset..range.offset + range.length).collect();
             // The image of a push holds what is dirty, and zeros in place of all else.
-            let pushed = view::way_for(qemu, &self.disks[i]) == Way::Push;
+            let pushed = ways.get(i) == Some(&Way::Push);
             if pushed && !self.forced[i].is_empty() && !self.plans[i].parent().is_empty() {
                 self.plans[i].make_full("parts of its last snapshot are damaged");
             }
@@ -238,8 +239,7 @@ impl Found {
 
     /// The way that the disks will most likely need; the view decides.
     fn likely_way(&self, qemu: &Qemu) -> Way {
-        let way = |disk: &Disk| view::way_for(qemu, disk);
-        self.disks.iter().map(way).max().unwrap_or(Way::Filter)
+        view::ways_for(qemu, &self.disks).into_iter().max().unwrap_or(Way::Filter)
     }
 
     fn message(&self, engine: &Engine, qemu: &Qemu, options: &Options) -> Plan {

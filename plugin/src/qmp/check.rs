@@ -8,6 +8,7 @@ use crate::qmp::names::PREFIX;
 use crate::qmp::point;
 use crate::qmp::scratch;
 use crate::qmp::session::Session;
+use crate::qmp::view::Way;
 use crate::vms::Vm;
 use serde::Serialize;
 use serde_json::json;
@@ -73,8 +74,9 @@ pub async fn check(vm: &Vm, scratch_dir: &Path) -> Result<Report> {
         skipped: found.skipped,
         ..Report::default()
     };
-    for disk in &found.disks {
-        report.disks.push(of_disk(&session, disk, &mut report.obstacles));
+    let ways = point::choose(&session, &found.disks, None)?;
+    for (disk, way) in found.disks.iter().zip(ways) {
+        report.disks.push(of_disk(disk, way, &mut report.obstacles));
     }
     if report.disks.is_empty() {
         report.obstacles.push("no disk to back up".into());
@@ -107,11 +109,7 @@ pub async fn check(vm: &Vm, scratch_dir: &Path) -> Result<Report> {
     Ok(report)
 }
 
-fn of_disk(session: &Session, disk: &Disk, obstacles: &mut Vec<String>) -> DiskReport {
-    let (way, means) = match point::choose(session, disk, None) {
-        Ok(way) => (way.to_string(), way.means().to_owned()),
-        Err(error) => (String::new(), error.to_string()),
-    };
+fn of_disk(disk: &Disk, way: Way, obstacles: &mut Vec<String>) -> DiskReport {
     if !disk.persistent {
         let text = format!(
             "{}: a {} disk's bitmap does not outlive QEMU: full reads after restarts",
@@ -144,8 +142,8 @@ fn of_disk(session: &Session, disk: &Disk, obstacles: &mut Vec<String>) -> DiskR
         file: disk.file.clone(),
         format: disk.format.clone(),
         size: disk.size,
-        way,
-        means,
+        way: way.to_string(),
+        means: way.means().to_owned(),
         bitmaps: disk.bitmaps.iter().map(words).collect(),
     }
 }

@@ -64,28 +64,40 @@ pub(crate) struct Instants {
     pub(crate) stopped: Duration,
 }
 
-/// The best way for a disk, or the one that was asked for if it is possible.
-pub(crate) fn choose(session: &Session, disk: &Disk, asked: Option<Way>) -> Result<Way> {
-    // 7.2 aborts; 10.0.2, seen too: after filter or job one guest in five hung in a write.
-    let pull_kills = disk.iothread;
-    let can_filter = session.features().filter && disk.qdev.is_some();
-    let refuse = |why: &str| {
+/// The best way for each disk of one view, or the one that was asked for if it is possible.
+///
+/// With an iothread, QEMU 7.2 aborts when a view's client leaves, so nothing but a push is left. On
+/// QEMU 10 the guest must not be stopped: `stop` and `cont` alone, with nothing of ours in between,
+/// now and then lose a completion, and the guest waits for it for ever (seen on 10.0.2 with TCG).
+/// Filters of several disks need the stop; jobs are one transaction and need none.
+pub(crate) fn choose(session: &Session, disks: &[Disk], asked: Option<Way>) -> Result<Vec<Way>> {
+    let safe = session.features().iothread_safe;
+    let jobs = safe && disks.len() > 1 && disks.iter().any(|disk| disk.iothread);
+    let refuse = |disk: &Disk, why: &str| {
         let text = format!("VM {}: disk {}: {why}", session.identity().name, disk.label);
         Err(Error::new(Kind::Usage, text))
     };
-    match asked {
-        Some(Way::Push) => Ok(Way::Push),
-        Some(_) if pull_kills => refuse(
-            "with an iothread, QEMU or the guest may not survive a view; only the way push is possible",
-        ),
-        Some(Way::Filter) if !can_filter => {
-            refuse("no filter can be put between it and its device")
+    let choose_one = |disk: &Disk| {
+        let pull_kills = disk.iothread && !safe;
+        let can_filter = session.features().filter && disk.qdev.is_some();
+        match asked {
+            Some(Way::Push) => Ok(Way::Push),
+            Some(_) if pull_kills => {
+                refuse(disk, "this QEMU would abort; with an iothread, only push is possible")
+            }
+            Some(Way::Filter) if jobs => {
+                refuse(disk, "filters of several disks need a stop, which iothreads do not bear")
+            }
+            Some(Way::Filter) if !can_filter => {
+                refuse(disk, "no filter can be put between it and its device")
+            }
+            Some(way) => Ok(way),
+            None if pull_kills => Ok(Way::Push),
+            None if can_filter && !jobs => Ok(Way::Filter),
+            None => Ok(Way::Job),
         }
-        Some(way) => Ok(way),
-        None if pull_kills => Ok(Way::Push),
-        None if can_filter => Ok(Way::Filter),
-        None => Ok(Way::Job),
-    }
+    };
+    disks.iter().map(choose_one).collect()
 }
 
 /// The NBD server: QEMU has one, and it may be someone else's.
@@ -132,11 +144,12 @@ pub(crate) async fn prepare(session: &Session, parts: &[Part], scratch: &Scratch
     Ok(())
 }
 
-/// Takes the point in time. Several disks with filters, or a push, need the guest to stand still
-/// for it: inserting a filter is no transaction action. The guest goes on whatever happens.
+/// Takes the point in time. Several disks with filters need the guest to stand still for it:
+/// inserting a filter is no transaction action; and so do pushes where QEMU's graph must not change
+/// under a running iothread. The guest goes on whatever happens.
 pub(crate) async fn take(session: &Session, guard: &mut Guard, parts: &[Part]) -> Result<Instants> {
     let filters = parts.iter().filter(|p| p.way == Way::Filter).count();
-    let push = parts.iter().any(|p| p.way == Way::Push);
+    let push = parts.iter().any(|p| p.way == Way::Push) && !session.features().iothread_safe;
     let running = session.call_within(cmd::QueryStatus(json!({})), "", SHORT).await?.running;
     let stop = running && (push || filters > 1 || (filters == 1 && parts.len() > 1));
     if !stop {

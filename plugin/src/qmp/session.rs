@@ -148,7 +148,8 @@ pub type Called<T> = std::result::Result<T, CallError>;
 pub struct Features {
     /// An explicit copy-before-write filter that breaks the snapshot and not the guest.
     pub filter: bool,
-    /// NBD clients of a disk with an iothread do not end QEMU (10.0; 7.2 aborts).
+    /// NBD clients of a disk with an iothread do not end QEMU (10.0; 7.2 aborts). What it does
+    /// not bear instead: see `point::choose`.
     pub iothread_safe: bool,
 }
 

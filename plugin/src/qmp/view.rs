@@ -55,12 +55,12 @@ impl fmt::Display for Way {
     }
 }
 
-/// The way that a disk's point in time will be held. A push of an incremental disk has what is
-/// dirty and nothing else: whoever needs more of it must read it in full.
+/// The ways that the point in time of these disks will be held, one each. A push of an incremental
+/// disk has what is dirty and nothing else: whoever needs more of it must read it in full.
 #[must_use]
-pub fn way_for(session: &Session, disk: &Disk) -> Way {
+pub fn ways_for(session: &Session, disks: &[Disk]) -> Vec<Way> {
     // Only a way that was asked for can be impossible.
-    point::choose(session, disk, None).unwrap_or(Way::Push)
+    point::choose(session, disks, None).unwrap_or_default()
 }
 
 /// fs-freeze around the point in time.
@@ -182,9 +182,10 @@ impl View {
                 format!("{} is no id for a snapshot", request.snapshot),
             ));
         }
+        let (disks, plans): (Vec<Disk>, Vec<DiskPlan>) = request.disks.into_iter().unzip();
+        let ways = point::choose(session, &disks, request.way)?;
         let mut parts: Vec<Part> = Vec::new();
-        for (i, (disk, plan)) in request.disks.into_iter().enumerate() {
-            let way = point::choose(session, &disk, request.way)?;
+        for (i, ((disk, plan), way)) in disks.into_iter().zip(plans).zip(ways).enumerate() {
             let name = BitmapName {
                 store: request.store.clone(),
                 snapshot: request.snapshot.clone(),
