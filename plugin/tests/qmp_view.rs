@@ -109,9 +109,9 @@ async fn an_iothread_decides_the_way() {
     let mut guard = guard(&qemu.dir, &qemu.vm());
     let mut view = open(&session, &mut guard, request(&qemu.dir, "mixed", disks, None)).await;
     let ways: Vec<Way> = view.targets().iter().map(|t| t.way).collect();
-    // 7.2 would abort when a client leaves; 10 must not be stopped, which two filters would need.
+    // Neither may be stopped, which filters would need; 7.2 would abort when a client leaves.
     let expected = match session.features().iothread_safe {
-        false => [Way::Filter, Way::Push],
+        false => [Way::Job, Way::Push],
         true => [Way::Job, Way::Job],
     };
     assert_eq!(ways, expected);

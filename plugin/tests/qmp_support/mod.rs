@@ -197,7 +197,23 @@ impl Qemu {
             .spawn()
             .expect("qemu-system-x86_64 is needed for this test (apt-get install qemu-system-x86)");
         let monitor = Monitor::connect(&dir.join("test.sock"));
-        Qemu { dir, child, monitor, images, arguments, _temp: temp }
+        let mut qemu = Qemu { dir, child, monitor, images, arguments, _temp: temp };
+        qemu.wait_for_firmware();
+        qemu
+    }
+
+    /// Until the firmware has found nothing to boot and idles. While it sets up its disks, a job on
+    /// one with an iothread can abort QEMU 7.2.
+    fn wait_for_firmware(&mut self) {
+        /// One look after the other that must find it idle: it waits for devices now and then.
+        const IDLE: u32 = 20;
+        let mut idle = 0;
+        wait_for("the firmware", || {
+            let registers = json!({"command-line": "info registers"});
+            let text = self.monitor.call("human-monitor-command", registers);
+            idle = if text.as_str().unwrap().contains("HLT=1") { idle + 1 } else { 0 };
+            (idle >= IDLE).then_some(())
+        });
     }
 
     /// Ends QEMU (cleanly: bitmaps are stored) or kills it, and starts it again.
