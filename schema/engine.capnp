@@ -205,4 +205,5 @@ struct SessionStatus {
   counts @4 :Counts;
   ageMs @5 :UInt64;
   requested @6 :UInt64;      # blocks whose fingerprint was asked
+  stageMs @7 :List(UInt64);  # milliseconds so far of scan, detect, write, settle, publish
 }

@@ -1,5 +1,6 @@
 //! `fleecectl`'s end of the socket.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -11,6 +12,7 @@ use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 
 use super::{MESSAGE_WORDS, from_wire};
 use crate::error::{Error, Kind, Result};
+use crate::session::registry::StageName;
 
 /// A connection to the engine of this host. Lives on a `LocalSet`.
 pub struct EngineClient {
@@ -73,6 +75,8 @@ pub struct Session {
     pub read: u64,
     /// Of it zero.
     pub zero: u64,
+    /// Of it fingerprinted: all that is not zero.
+    pub hashed: u64,
     /// Of it as in the parent.
     pub unchanged: u64,
     /// Of it stored before.
@@ -83,6 +87,8 @@ pub struct Session {
     pub stored: u64,
     /// Blocks asked about.
     pub requested: u64,
+    /// Milliseconds that each stage took so far.
+    pub stage_ms: BTreeMap<String, u64>,
 }
 
 /// Receives the lines of a long job.
@@ -228,11 +234,17 @@ fn sessions(
                 age_ms: session.get_age_ms(),
                 read: counts.get_read(),
                 zero: counts.get_zero(),
+                hashed: counts.get_read().saturating_sub(counts.get_zero()),
                 unchanged: counts.get_unchanged(),
                 duplicate: counts.get_duplicate(),
                 new: counts.get_new(),
                 stored: counts.get_stored(),
                 requested: session.get_requested(),
+                stage_ms: StageName::ALL
+                    .iter()
+                    .map(|stage| stage.name().to_owned())
+                    .zip(session.get_stage_ms()?.iter())
+                    .collect(),
             })
         })
         .collect()

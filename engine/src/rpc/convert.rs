@@ -135,5 +135,10 @@ pub(super) fn set_session(mut to: wire::session_status::Builder<'_>, live: &Live
     to.set_stage(live.progress.stage());
     to.set_age_ms(live.since.elapsed().as_millis() as u64);
     to.set_requested(live.progress.requested.load(std::sync::atomic::Ordering::Relaxed));
-    set_counts(to.init_counts(), &live.progress.counts());
+    set_counts(to.reborrow().init_counts(), &live.progress.counts());
+    let times = live.progress.stage_times();
+    let mut list = to.init_stage_ms(times.len() as u32);
+    for (i, time) in times.iter().enumerate() {
+        list.set(i as u32, time.as_millis() as u64);
+    }
 }

@@ -1,9 +1,9 @@
 //! The sessions that live in this engine.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
@@ -31,12 +31,28 @@ pub struct Progress {
     pub undetected: AtomicU64,
     /// Fingerprints that were asked about.
     pub requested: AtomicU64,
-    stage: AtomicU8,
+    stage: Mutex<Stage>,
 }
+
+/// The stage that a session is in, and the time that each one took so far.
+#[derive(Debug)]
+struct Stage {
+    name: StageName,
+    since: Instant,
+    spent: [Duration; STAGES],
+}
+
+impl Default for Stage {
+    fn default() -> Self {
+        Stage { name: StageName::Scan, since: Instant::now(), spent: [Duration::ZERO; STAGES] }
+    }
+}
+
+/// The number of stages.
+pub const STAGES: usize = 5;
 
 /// What a session is doing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u8)]
 pub enum StageName {
     /// The plugin scans.
     Scan,
@@ -50,22 +66,60 @@ pub enum StageName {
     Publish,
 }
 
+impl StageName {
+    /// All of them, in their order.
+    pub const ALL: [StageName; STAGES] = [
+        StageName::Scan,
+        StageName::Detect,
+        StageName::Write,
+        StageName::Settle,
+        StageName::Publish,
+    ];
+
+    /// The stage's name for people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            StageName::Scan => "scan",
+            StageName::Detect => "detect",
+            StageName::Write => "write",
+            StageName::Settle => "settle",
+            StageName::Publish => "publish",
+        }
+    }
+}
+
 impl Progress {
+    fn lock(&self) -> MutexGuard<'_, Stage> {
+        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Notes the stage.
-    pub fn enter(&self, stage: StageName) {
-        self.stage.store(stage as u8, Ordering::Relaxed);
+    pub fn enter(&self, name: StageName) {
+        let mut stage = self.lock();
+        if stage.name == name {
+            return;
+        }
+        let now = Instant::now();
+        let (left, since) = (stage.name, stage.since);
+        stage.spent[left as usize] += now.saturating_duration_since(since);
+        (stage.name, stage.since) = (name, now);
     }
 
     /// The stage's name for people.
     #[must_use]
     pub fn stage(&self) -> &'static str {
-        match self.stage.load(Ordering::Relaxed) {
-            0 => "scan",
-            1 => "detect",
-            2 => "write",
-            3 => "settle",
-            _ => "publish",
-        }
+        self.lock().name.name()
+    }
+
+    /// The time that each of [`StageName::ALL`] took so far. A scan that goes on while the window
+    /// before it is written counts as the writing.
+    #[must_use]
+    pub fn stage_times(&self) -> [Duration; STAGES] {
+        let stage = self.lock();
+        let mut spent = stage.spent;
+        spent[stage.name as usize] += stage.since.elapsed();
+        spent
     }
 
     /// Of `placed` bytes that were asked about, what was not packed here was elsewhere.
@@ -179,4 +233,29 @@ fn busy(vm: &str) -> Error {
             "VM {vm} is being backed up already (see `fleecectl sessions`; `fleece abort {vm}` ends it)"
         ),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stages_times_add_up_to_the_sessions() {
+        let begun = Instant::now();
+        let progress = Progress::default();
+        for stage in [StageName::Scan, StageName::Write, StageName::Scan, StageName::Publish] {
+            let entered = Instant::now();
+            progress.enter(stage);
+            while entered.elapsed() < Duration::from_millis(3) {
+                std::hint::spin_loop();
+            }
+        }
+        assert_eq!(progress.stage(), "publish");
+        let times = progress.stage_times();
+        let of = |stage: StageName| times[stage as usize];
+        assert!(of(StageName::Scan) >= Duration::from_millis(6), "{times:?}");
+        assert!(of(StageName::Write) >= Duration::from_millis(3), "{times:?}");
+        assert_eq!(of(StageName::Detect), Duration::ZERO);
+        assert!(times.iter().sum::<Duration>() <= begun.elapsed());
+    }
 }

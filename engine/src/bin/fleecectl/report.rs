@@ -110,14 +110,17 @@ pub(crate) fn sessions(socket: &Path, json: bool) -> Result<()> {
 fn print_sessions(sessions: &[Session]) {
     for s in sessions {
         println!(
-            "session    {}@{} {}: read {} = zero {} + unchanged {} + the rest; new {}, since {} s",
+            "session    {}@{} {}: read {} = zero {} + unchanged {} + the rest; {} blocks asked about, \
+             new {}, written {}, since {} s",
             s.vm,
             s.snapshot,
             s.stage,
             human(s.read),
             human(s.zero),
             human(s.unchanged),
+            s.requested,
             human(s.new),
+            human(s.stored),
             s.age_ms / 1000
         );
     }
