@@ -1,0 +1,190 @@
+//! Increments of shut-off qcow2 guests through their dirty bitmaps.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::ensure;
+use qemu_tests::bench::blocks::{self, Range};
+use qemu_tests::bench::{Bench, Cost, nbd};
+use qemu_tests::content::BLOCK;
+use qemu_tests::wait::{SOON, wait_for};
+use qemu_tests::{Fixture, Result, Running, image, tools};
+
+use crate::guests::{DAYS, Guests};
+use crate::tools::{LIMIT, backup_image};
+
+/// What one run of it cost.
+#[derive(Clone, Default)]
+pub(crate) struct Increments {
+    /// The first backup, from qcow2.
+    pub(crate) first: Cost,
+    /// Of all guests, from the second day on.
+    pub(crate) days: Vec<Cost>,
+    /// Bytes of the changes of each day, as the images differ.
+    pub(crate) changed: Vec<u64>,
+    /// Backups of single guests in which nothing was dirty.
+    pub(crate) idle: Vec<Cost>,
+}
+
+/// The guests as qcow2, backed up on their first day, changed through QEMU, backed up again, and
+/// once more with nothing changed. With `compare` what comes back is compared with the images.
+pub(crate) fn measure(bench: &Bench, guests: &Guests, compare: bool) -> Result<Increments> {
+    let mut fixture = Fixture::new()?;
+    let mut found = Increments::default();
+    let folder = fixture.folder().to_owned();
+    let path = |name: &str| folder.join(format!("{name}.qcow2"));
+    for name in &guests.names {
+        let qcow2 = path(name);
+        image::convert(&guests.image(name, 1), "raw", &qcow2, "qcow2")?;
+        found.first = found.first.then(backup_image(&mut fixture, name, &qcow2)?.0);
+    }
+    for day in 2..=DAYS {
+        bench.step(&format!("day {day} through bitmaps"));
+        let (mut sum, mut changed) = (Cost::default(), 0);
+        for name in &guests.names {
+            let (before, after) = (guests.image(name, day - 1), guests.image(name, day));
+            changed += Changed::open(&fixture, &path(name))?.apply(&before, &after)?;
+        }
+        rustix::fs::sync();
+        for name in &guests.names {
+            sum = sum.then(increment(&mut fixture, name, &path(name))?);
+        }
+        found.days.push(sum);
+        found.changed.push(changed);
+    }
+    for name in &guests.names {
+        found.idle.push(increment(&mut fixture, name, &path(name))?);
+        if compare {
+            let restored = fixture.restore(&format!("{name}@latest"), "vda")?;
+            blocks::same(&guests.image(name, DAYS), &restored)?;
+            std::fs::remove_file(restored)?;
+        }
+    }
+    Ok(found)
+}
+
+/// A backup that must go through the bitmap.
+pub(crate) fn increment(fixture: &mut Fixture, name: &str, image: &Path) -> Result<Cost> {
+    let (cost, printed) = backup_image(fixture, name, image)?;
+    ensure!(printed.contains("incremental since"), "{name} was read in full:\n{printed}");
+    Ok(cost)
+}
+
+/// A qcow2 image that is being changed, through QEMU, which notes it in the bitmap.
+pub(crate) struct Changed {
+    server: Running,
+    client: nbd::Client,
+    socket: PathBuf,
+}
+
+impl Changed {
+    /// Opens an image for writing.
+    pub(crate) fn open(fixture: &Fixture, image: &Path) -> Result<Self> {
+        let socket = fixture.path("change.sock");
+        let mut command = tools::qemu("qemu-nbd")?;
+        command.args(["-f", "qcow2", "--discard=unmap", "-x", "vda", "-k"]).arg(&socket).arg(image);
+        // It ends by itself when its client has gone.
+        let server = Running::start("qemu-nbd", &mut command)?;
+        let client =
+            wait_for(SOON, "qemu-nbd's socket", || Ok(nbd::Client::connect(&socket, "vda").ok()))?;
+        Ok(Changed { server, client, socket })
+    }
+
+    /// Writes one piece.
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Result {
+        self.client.write(offset, data)
+    }
+
+    /// Makes the image what `after` is, if it is what `before` is: blocks that differ are written,
+    /// or trimmed where they became zero. Bytes changed.
+    fn apply(mut self, before: &Path, after: &Path) -> Result<u64> {
+        let mut changed = 0;
+        let client = &mut self.client;
+        each_difference(before, after, |range, data| {
+            changed += range.length;
+            match data {
+                Some(data) => client.write(range.offset, data),
+                None => client.trim(range.offset, range.length as usize),
+            }
+        })?;
+        self.close()?;
+        Ok(changed)
+    }
+
+    /// Flushes, and waits until the image is closed.
+    pub(crate) fn close(mut self) -> Result {
+        self.client.flush()?;
+        drop(self.client);
+        self.server.finish(LIMIT)?.code(0)?;
+        if self.socket.exists() {
+            std::fs::remove_file(self.socket)?;
+        }
+        Ok(())
+    }
+}
+
+/// Shows where two images differ, in runs of blocks of at most 1 MiB, with what the second one has
+/// there; nothing where that is zero.
+fn each_difference(
+    before: &Path,
+    after: &Path,
+    mut visit: impl FnMut(Range, Option<&[u8]>) -> Result,
+) -> Result {
+    let (a, b) = (File::open(before)?, File::open(after)?);
+    let mut ranges = blocks::data_ranges(&a)?;
+    ranges.extend(blocks::data_ranges(&b)?);
+    ranges.sort_by_key(|range| range.offset);
+    let (mut old, mut new) = (vec![0; nbd::MAX], vec![0; nbd::MAX]);
+    let mut done = 0;
+    for range in ranges {
+        let end = range.offset + range.length;
+        done = done.max(range.offset);
+        while done < end {
+            let length = (end - done).min(nbd::MAX as u64) as usize;
+            a.read_exact_at(&mut old[..length], done)?;
+            b.read_exact_at(&mut new[..length], done)?;
+            for (range, data) in runs(&old[..length], &new[..length], done) {
+                visit(range, data)?;
+            }
+            done += length as u64;
+        }
+    }
+    Ok(())
+}
+
+/// What becomes of a block.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Same,
+    Zero,
+    Data,
+}
+
+fn fate(old: &[u8], new: &[u8]) -> Fate {
+    if old == new {
+        Fate::Same
+    } else if new.iter().all(|byte| *byte == 0) {
+        Fate::Zero
+    } else {
+        Fate::Data
+    }
+}
+
+/// The runs of changed blocks in a piece at `offset`.
+fn runs<'a>(old: &[u8], new: &'a [u8], offset: u64) -> Vec<(Range, Option<&'a [u8]>)> {
+    let pairs = old.chunks(BLOCK).zip(new.chunks(BLOCK));
+    let fates: Vec<Fate> = pairs.map(|(old, new)| fate(old, new)).collect();
+    let (mut found, mut at) = (Vec::new(), 0);
+    for run in fates.chunk_by(|a, b| a == b) {
+        let bytes = &new[at..(at + run.len() * BLOCK).min(new.len())];
+        let range = Range { offset: offset + at as u64, length: bytes.len() as u64 };
+        match run[0] {
+            Fate::Same => {}
+            Fate::Zero => found.push((range, None)),
+            Fate::Data => found.push((range, Some(bytes))),
+        }
+        at += bytes.len();
+    }
+    found
+}
