@@ -54,12 +54,36 @@ fn disk(folder: &Path) -> Result<String> {
     Ok(line.split_whitespace().collect::<Vec<_>>().join(" on "))
 }
 
-/// The first words of what a program prints about its version.
+/// What a program says about its version, in its first line, without its own path and ornaments.
 ///
 /// # Errors
 /// When it cannot be run.
 pub fn version(command: &mut Command) -> Result<String> {
     let text = tools::run(command)?;
-    let line = text.lines().next().unwrap_or_default();
-    Ok(line.split(" compiled").next().unwrap_or_default().trim().to_owned())
+    Ok(plain(text.lines().next().unwrap_or_default()))
+}
+
+fn plain(line: &str) -> String {
+    let line = line.split([',', ';']).next().unwrap_or_default();
+    let words = line.split_whitespace().filter(|word| *word != "***");
+    let words = words.take_while(|word| *word != "compiled");
+    words.map(|word| word.rsplit('/').next().unwrap_or(word)).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_is_a_few_words() {
+        assert_eq!(
+            plain("/usr/bin/qemu-nbd 7.2.22 (Debian 1:7.2)"),
+            "qemu-nbd 7.2.22 (Debian 1:7.2)"
+        );
+        assert_eq!(
+            plain("*** Zstandard CLI (64-bit) v1.5.4, by Yann Collet ***"),
+            "Zstandard CLI (64-bit) v1.5.4"
+        );
+        assert_eq!(plain("restic 0.14.0 compiled with go1.19.8 on linux/amd64"), "restic 0.14.0");
+    }
 }

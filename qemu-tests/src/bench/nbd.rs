@@ -32,7 +32,7 @@ enum Command {
     Write = 1,
     Disconnect = 2,
     Flush = 3,
-    Trim = 4,
+    WriteZeroes = 6,
 }
 
 impl Client {
@@ -83,12 +83,13 @@ impl Client {
         self.request(Command::Write, offset, data.len(), data)
     }
 
-    /// Discards a range of at most 1 GiB.
+    /// Makes a range of at most 1 GiB zero; whole clusters become holes. (A trim would leave the
+    /// old bytes in clusters that it covers in part.)
     ///
     /// # Errors
     /// The server's.
-    pub fn trim(&mut self, offset: u64, length: usize) -> Result {
-        self.request(Command::Trim, offset, length, &[])
+    pub fn zero(&mut self, offset: u64, length: usize) -> Result {
+        self.request(Command::WriteZeroes, offset, length, &[])
     }
 
     /// Makes durable what was written.

@@ -97,7 +97,7 @@ impl Changed {
     }
 
     /// Makes the image what `after` is, if it is what `before` is: blocks that differ are written,
-    /// or trimmed where they became zero. Bytes changed.
+    /// and freed where they became zero. Bytes changed.
     fn apply(mut self, before: &Path, after: &Path) -> Result<u64> {
         let mut changed = 0;
         let client = &mut self.client;
@@ -105,7 +105,7 @@ impl Changed {
             changed += range.length;
             match data {
                 Some(data) => client.write(range.offset, data),
-                None => client.trim(range.offset, range.length as usize),
+                None => client.zero(range.offset, range.length as usize),
             }
         })?;
         self.close()?;

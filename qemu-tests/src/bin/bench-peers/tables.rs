@@ -201,7 +201,7 @@ impl Given<'_> {
         self.step_table(report, &steps);
         report.text(
             "Increments of the same guests as shut-off qcow2 images through their dirty bitmaps. The \
-             changes of the day were written and trimmed in the image through `qemu-nbd`. The peers have \
+             changes of the day were written to and freed in the image through `qemu-nbd`. The peers have \
              no such way: they read the raw images of that day, as above.",
         );
         let mut table = Table::new(&["", "changed", "wall", "CPU", "", "memory", "fastest peer"]);
