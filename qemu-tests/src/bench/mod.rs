@@ -5,6 +5,7 @@
 //! writes one [`Report`] (`PART.md`) and any number of [`Csv`] files (`PART-*.csv`).
 
 pub mod blocks;
+pub mod change;
 pub mod cost;
 pub mod csv;
 pub mod machine;

@@ -2,17 +2,17 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::ensure;
 use qemu_tests::bench::blocks::{self, Range};
+use qemu_tests::bench::change::change;
 use qemu_tests::bench::{Bench, Cost, nbd};
 use qemu_tests::content::BLOCK;
-use qemu_tests::wait::{SOON, wait_for};
-use qemu_tests::{Fixture, Result, Running, image, tools};
+use qemu_tests::{Fixture, Result, image};
 
 use crate::guests::{DAYS, Guests};
-use crate::tools::{LIMIT, backup_image};
+use crate::tools::backup_image;
 
 /// What one run of it cost.
 #[derive(Clone, Default)]
@@ -44,9 +44,11 @@ pub(crate) fn measure(bench: &Bench, guests: &Guests, compare: bool) -> Result<I
         let (mut sum, mut changed) = (Cost::default(), 0);
         for name in &guests.names {
             let (before, after) = (guests.image(name, day - 1), guests.image(name, day));
-            changed += Changed::open(&fixture, &path(name))?.apply(&before, &after)?;
+            change(&path(name), |client| {
+                changed += apply(client, &before, &after)?;
+                Ok(())
+            })?;
         }
-        rustix::fs::sync();
         for name in &guests.names {
             sum = sum.then(increment(&mut fixture, name, &path(name))?);
         }
@@ -71,57 +73,18 @@ pub(crate) fn increment(fixture: &mut Fixture, name: &str, image: &Path) -> Resu
     Ok(cost)
 }
 
-/// A qcow2 image that is being changed, through QEMU, which notes it in the bitmap.
-pub(crate) struct Changed {
-    server: Running,
-    client: nbd::Client,
-    socket: PathBuf,
-}
-
-impl Changed {
-    /// Opens an image for writing.
-    pub(crate) fn open(fixture: &Fixture, image: &Path) -> Result<Self> {
-        let socket = fixture.path("change.sock");
-        let mut command = tools::qemu("qemu-nbd")?;
-        command.args(["-f", "qcow2", "--discard=unmap", "-x", "vda", "-k"]).arg(&socket).arg(image);
-        // It ends by itself when its client has gone.
-        let server = Running::start("qemu-nbd", &mut command)?;
-        let client =
-            wait_for(SOON, "qemu-nbd's socket", || Ok(nbd::Client::connect(&socket, "vda").ok()))?;
-        Ok(Changed { server, client, socket })
-    }
-
-    /// Writes one piece.
-    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Result {
-        self.client.write(offset, data)
-    }
-
-    /// Makes the image what `after` is, if it is what `before` is: blocks that differ are written,
-    /// and freed where they became zero. Bytes changed.
-    fn apply(mut self, before: &Path, after: &Path) -> Result<u64> {
-        let mut changed = 0;
-        let client = &mut self.client;
-        each_difference(before, after, |range, data| {
-            changed += range.length;
-            match data {
-                Some(data) => client.write(range.offset, data),
-                None => client.zero(range.offset, range.length as usize),
-            }
-        })?;
-        self.close()?;
-        Ok(changed)
-    }
-
-    /// Flushes, and waits until the image is closed.
-    pub(crate) fn close(mut self) -> Result {
-        self.client.flush()?;
-        drop(self.client);
-        self.server.finish(LIMIT)?.code(0)?;
-        if self.socket.exists() {
-            std::fs::remove_file(self.socket)?;
+/// Makes an image what `after` is, if it is what `before` is: blocks that differ are written, and
+/// freed where they became zero. Bytes changed.
+fn apply(client: &mut nbd::Client, before: &Path, after: &Path) -> Result<u64> {
+    let mut changed = 0;
+    each_difference(before, after, |range, data| {
+        changed += range.length;
+        match data {
+            Some(data) => client.write(range.offset, data),
+            None => client.zero(range.offset, range.length as usize),
         }
-        Ok(())
-    }
+    })?;
+    Ok(changed)
 }
 
 /// Shows where two images differ, in runs of blocks of at most 1 MiB, with what the second one has
@@ -187,4 +150,31 @@ fn runs<'a>(old: &[u8], new: &'a [u8], offset: u64) -> Vec<(Range, Option<&'a [u
         at += bytes.len();
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use qemu_tests::MIB;
+
+    use super::*;
+
+    #[test]
+    fn differences_are_found_and_told_apart() -> Result {
+        let folder = tempfile::tempdir()?;
+        let (a, b) = (folder.path().join("a.raw"), folder.path().join("b.raw"));
+        image::raw(&a, 8 * MIB, &[(0, 16384, 1), (MIB, 8192, 2)])?;
+        image::raw(&b, 8 * MIB, &[(0, 16384, 1), (6 * MIB, 4096, 4)])?;
+        File::options().write(true).open(&b)?.write_all_at(b"changed", 8192)?;
+        let mut found = Vec::new();
+        each_difference(&a, &b, |range, data| {
+            found.push((range.offset, range.length, data.map(|data| data[0])));
+            Ok(())
+        })?;
+        let new = qemu_tests::content::block(4, 0)[0];
+        let expected = [(8192, 4096, Some(b'c')), (MIB, 8192, None), (6 * MIB, 4096, Some(new))];
+        assert_eq!(found, expected);
+        Ok(())
+    }
 }

@@ -7,13 +7,14 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow};
+use qemu_tests::bench::change::change;
 use qemu_tests::bench::{Bench, Cost, blocks, measure, median, nbd, rate};
 use qemu_tests::content::{BLOCK, block, mix};
 use qemu_tests::wait::SOON;
 use qemu_tests::{Fixture, Result, Running, image};
 use rustix::process::Signal;
 
-use crate::bitmaps::{Changed, increment};
+use crate::bitmaps::increment;
 use crate::guests::Guests;
 use crate::tools::{LIMIT, backup_image, restore_image};
 
@@ -88,12 +89,13 @@ pub(crate) fn measure_chain(bench: &Bench, guests: &Guests) -> Result<Chain> {
     let mut seconds = Vec::new();
     let size = std::fs::metadata(&truth)?.len();
     for number in 1..=increments {
-        let mut open = Changed::open(&fixture, &qcow2)?;
-        for index in 0..CHANGED {
-            let place = random.next(size / BLOCK as u64) * BLOCK as u64;
-            open.write(place, &block(SEED + number, index))?;
-        }
-        open.close()?;
+        change(&qcow2, |client| {
+            for index in 0..CHANGED {
+                let place = random.next(size / BLOCK as u64) * BLOCK as u64;
+                client.write(place, &block(SEED + number, index))?;
+            }
+            Ok(())
+        })?;
         seconds.push(increment(&mut fixture, &guest, &qcow2)?.wall);
     }
     let newest_truth = fixture.path("newest.raw");
