@@ -192,9 +192,14 @@ mod tests {
     fn a_daemon_is_counted_with_the_command() -> Result {
         let mut daemon = Command::new("sh");
         let daemon = Running::start("sh", daemon.args(["-c", "while :; do :; done"]))?;
+        // The command ends when the daemon has worked for a fifth of a second.
+        let (pid, ticks) = (daemon.pid(), (cpu(daemon.pid())? * TICKS) as u64 + 20);
+        let script = format!(
+            "while [ $(awk '{{print $14}}' /proc/{pid}/stat) -lt {ticks} ]; do sleep 0.02; done"
+        );
         let limit = Duration::from_secs(60);
-        let (cost, _) = measure("sleep", Command::new("sleep").arg("0.5"), &[daemon.pid()], limit)?;
-        assert!(cost.cpu >= 0.05 && cost.memory > 0, "{cost:?}");
+        let (cost, _) = measure("sh", Command::new("sh").args(["-c", &script]), &[pid], limit)?;
+        assert!(cost.cpu >= 0.1 && cost.memory > 0, "{cost:?}");
         crate::process::send(daemon.pid(), rustix::process::Signal::KILL)
     }
 

@@ -103,12 +103,17 @@ impl Bench {
     }
 }
 
-/// The middle one; of an even number the higher of the two in the middle. 0 for none.
+/// The middle one; of an even number the mean of the two in the middle. 0 for none.
 #[must_use]
 pub fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => 0.0,
+        odd if odd % 2 == 1 => values[middle],
+        _ => f64::midpoint(values[middle - 1], values[middle]),
+    }
 }
 
 /// Bytes as MiB.
@@ -121,4 +126,17 @@ pub fn mib(bytes: u64) -> f64 {
 #[must_use]
 pub fn rate(bytes: u64, seconds: f64) -> f64 {
     if seconds > 0.0 { mib(bytes) / seconds } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert_eq!(median(&[]), 0.0);
+        assert_eq!(median(&[3.0]), 3.0);
+        assert_eq!(median(&[4.0, 1.0]), 2.5);
+        assert_eq!(median(&[9.0, 1.0, 2.0]), 2.0);
+    }
 }
