@@ -1,6 +1,6 @@
 //! Increments of shut-off qcow2 guests through their dirty bitmaps.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -27,41 +27,37 @@ pub(crate) struct Increments {
     pub(crate) idle: Vec<Cost>,
 }
 
-/// The guests as qcow2, backed up on their first day, changed through QEMU, backed up again, and
-/// once more with nothing changed. With `compare` what comes back is compared with the images.
+/// The guests as qcow2, one after the other: backed up on the first day, changed through QEMU,
+/// backed up again, and once more with nothing changed. With `compare` what comes back is compared
+/// with the images.
 pub(crate) fn measure(bench: &Bench, guests: &Guests, compare: bool) -> Result<Increments> {
+    bench.step("increments through bitmaps");
     let mut fixture = Fixture::new()?;
-    let mut found = Increments::default();
-    let folder = fixture.folder().to_owned();
-    let path = |name: &str| folder.join(format!("{name}.qcow2"));
+    let mut found = Increments {
+        days: vec![Cost::default(); DAYS - 1],
+        changed: vec![0; DAYS - 1],
+        ..Increments::default()
+    };
     for name in &guests.names {
-        let qcow2 = path(name);
+        let qcow2 = fixture.path("guest.qcow2");
         image::convert(&guests.image(name, 1), "raw", &qcow2, "qcow2")?;
         found.first = found.first.then(backup_image(&mut fixture, name, &qcow2)?.0);
-    }
-    for day in 2..=DAYS {
-        bench.step(&format!("day {day} through bitmaps"));
-        let (mut sum, mut changed) = (Cost::default(), 0);
-        for name in &guests.names {
+        for day in 2..=DAYS {
             let (before, after) = (guests.image(name, day - 1), guests.image(name, day));
-            change(&path(name), |client| {
-                changed += apply(client, &before, &after)?;
+            change(&qcow2, |client| {
+                found.changed[day - 2] += apply(client, &before, &after)?;
                 Ok(())
             })?;
+            let cost = increment(&mut fixture, name, &qcow2)?;
+            found.days[day - 2] = found.days[day - 2].then(cost);
         }
-        for name in &guests.names {
-            sum = sum.then(increment(&mut fixture, name, &path(name))?);
-        }
-        found.days.push(sum);
-        found.changed.push(changed);
-    }
-    for name in &guests.names {
-        found.idle.push(increment(&mut fixture, name, &path(name))?);
+        found.idle.push(increment(&mut fixture, name, &qcow2)?);
         if compare {
             let restored = fixture.restore(&format!("{name}@latest"), "vda")?;
             blocks::same(&guests.image(name, DAYS), &restored)?;
-            std::fs::remove_file(restored)?;
+            fs::remove_file(restored)?;
         }
+        fs::remove_file(qcow2)?;
     }
     Ok(found)
 }
