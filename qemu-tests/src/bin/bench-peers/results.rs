@@ -88,6 +88,11 @@ impl Results {
         self.stored.insert((kind, day), bytes);
     }
 
+    /// Leaves a tool out of all tables; its runs stay in `peers-runs.csv`.
+    pub(crate) fn forget(&mut self, kind: Kind) {
+        self.commands.remove(&kind);
+    }
+
     /// Bytes after a day.
     pub(crate) fn stored(&self, kind: Kind, day: usize) -> Option<u64> {
         self.stored.get(&(kind, day)).copied()

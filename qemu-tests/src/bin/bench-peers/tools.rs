@@ -51,6 +51,8 @@ impl Kind {
 
     /// What it calls its version; an error where it is not installed.
     pub(crate) fn version(self) -> Result<String> {
+        let built = self != Kind::Rustic || Path::new(self.program()?.get_program()).exists();
+        ensure!(built, "ci/bench has not been able to build it");
         let argument = if self == Kind::Restic { "version" } else { "--version" };
         machine::version(self.program()?.arg(argument))
     }
