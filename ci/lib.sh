@@ -26,6 +26,27 @@ as_root() {
     fi
 }
 
+# The packages among the names given that are not installed.
+missing() {
+    local name
+    for name in "$@"; do
+        [ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$name" 2>/dev/null | head -c 2)" = ii ] || printf '%s\n' "$name"
+    done
+}
+
+updated=
+# Installs the Debian packages among the names given that are missing.
+install_packages() {
+    local absent
+    mapfile -t absent < <(missing "$@")
+    [ "${#absent[@]}" -gt 0 ] || return 0
+    say "installing ${absent[*]}"
+    [ -n "$updated" ] || as_root apt-get -qq update
+    updated=yes
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends --no-remove \
+        install "${absent[@]}" >"$cache/apt.log" 2>&1 || { tail -n 20 "$cache/apt.log" >&2; die "apt-get install failed"; }
+}
+
 # sha256 over the words and files given, for keys of cached things: key WORD… -- FILE…
 key() {
     local words=()
