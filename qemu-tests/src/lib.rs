@@ -3,6 +3,7 @@
 //!
 //! Nothing here knows Fleece's insides: only its three programs and what they print.
 
+pub mod bench;
 pub mod content;
 pub mod fixture;
 pub mod guest;
