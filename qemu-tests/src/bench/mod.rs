@@ -4,9 +4,11 @@
 //! A part is a binary `bench-PART`. It reads its [`Bench`] from the environment, measures, and
 //! writes one [`Report`] (`PART.md`) and any number of [`Csv`] files (`PART-*.csv`).
 
+pub mod blocks;
 pub mod cost;
 pub mod csv;
 pub mod machine;
+pub mod nbd;
 pub mod report;
 
 use std::env;
