@@ -10,6 +10,7 @@ mod compaction;
 mod current;
 mod detector;
 mod format;
+mod group;
 mod header;
 mod index;
 mod lookup;

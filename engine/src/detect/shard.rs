@@ -2,8 +2,8 @@
 //! LMDB.
 //!
 //! A run is written once, by ascending APPEND in bounded transactions, and read in ascending order.
-//! The key is the fingerprint, the value the address and two bytes that are zero for now. The last
-//! record, behind every fingerprint, is the run's header.
+//! A record is a group of entries under the fingerprint of its first one. The last record, behind
+//! every fingerprint, is the run's header.
 
 use std::fs::File;
 use std::num::NonZeroU64;
@@ -12,18 +12,19 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use heed::types::Bytes;
-use heed::{CommitOrAbort, Database, Env, EnvFlags, EnvOpenOptions, PutFlags, RoTxn, WithoutTls};
+use heed::{
+    CommitOrAbort, Database, Env, EnvFlags, EnvOpenOptions, PutFlags, RoTxn, RwTxn, WithoutTls,
+};
 use rustix::fs::{Advice, fadvise};
 
+use super::group::{self, GROUP, Packed};
 use super::memtable::{Entry, Lead};
 use crate::error::{Context, Error, Kind, Result};
 use crate::ids::{Address, Fingerprint};
 
-/// Bytes of a value: an address and two reserved bytes.
-const VALUE: usize = Address::LEN + 2;
 /// Sorts behind every fingerprint.
 const HEADER_KEY: [u8; Fingerprint::LEN + 1] = [0xff; Fingerprint::LEN + 1];
-/// Bytes of the map per entry while writing. Full leaf pages take 42.2; what is above is never
+/// Bytes of the map per entry while writing. Full leaf pages take 30.6; what is above is never
 /// touched and costs address space only.
 const MAP_PER_ENTRY: u64 = 64;
 /// Bytes of the map besides: meta pages, branch pages, pages freed by the last transactions.
@@ -35,8 +36,8 @@ const WINDOW: u64 = 4 << 20;
 /// Bytes after which a sweep renews its map, to let go what is behind it: so much of a run is
 /// mapped at most. Renewing takes some 50 microseconds.
 const MAPPED: u64 = 4 * WINDOW;
-/// Entries read at a time: 32 KiB for each of some 17 runs, and a seek for each 42 KiB of file.
-const BATCH: usize = 1024;
+/// Entries read at a time: 32 KiB for each of some 17 runs, and a seek for each of them.
+const BATCH: usize = 16 * GROUP;
 /// Bytes by which a place in the file may be guessed wrongly.
 const WINDOW_SLACK: u64 = 256 << 10;
 
@@ -83,6 +84,8 @@ pub(super) struct RunWriter {
     path: PathBuf,
     txn_entries: usize,
     entries: u64,
+    /// The group that is not full yet.
+    group: Vec<Packed>,
 }
 
 impl RunWriter {
@@ -103,7 +106,8 @@ impl RunWriter {
         };
         match begin() {
             Ok(Some((env, pairs))) => {
-                Ok(RunWriter { env, pairs, path, txn_entries: txn_entries.max(1), entries: 0 })
+                let (txn_entries, group) = (txn_entries.max(1), Vec::with_capacity(GROUP));
+                Ok(RunWriter { env, pairs, path, txn_entries, entries: 0, group })
             }
             Ok(None) => Err(Error::new(Kind::Failed, "LMDB made no database")),
             Err(error) => Err(failed(error, "create", &path)),
@@ -121,16 +125,16 @@ impl RunWriter {
             let batch = left.min(self.txn_entries);
             let mut txn = self.env.write_txn().map_err(|e| failed(e, "write", &self.path))?;
             for _ in 0..batch {
-                let Some((fingerprint, address)) = next()? else {
+                let Some(entry) = next()? else {
                     txn.commit().map_err(|e| failed(e, "write", &self.path))?;
                     return Ok(false);
                 };
-                let mut value = [0; VALUE];
-                value[..Address::LEN].copy_from_slice(&address.to_bytes());
-                self.pairs
-                    .put_with_flags(&mut txn, PutFlags::APPEND, &fingerprint.0, &value)
-                    .map_err(|e| failed(e, "append to", &self.path))?;
+                self.group.push(group::pack(&entry));
                 self.entries += 1;
+                if self.group.len() == GROUP {
+                    put(&self.pairs, &mut txn, &mut self.group)
+                        .map_err(|e| failed(e, "append to", &self.path))?;
+                }
             }
             txn.commit().map_err(|e| failed(e, "write", &self.path))?;
             left -= batch;
@@ -149,9 +153,10 @@ impl RunWriter {
     }
 
     /// Ends the run with its header; it is durable then, but for its name in the directory.
-    pub(super) fn finish(self, header: &[u8]) -> Result<()> {
-        let finish = || -> heed::Result<()> {
+    pub(super) fn finish(mut self, header: &[u8]) -> Result<()> {
+        let mut finish = || -> heed::Result<()> {
             let mut txn = self.env.write_txn()?;
+            put(&self.pairs, &mut txn, &mut self.group)?;
             self.pairs.put_with_flags(&mut txn, PutFlags::APPEND, &HEADER_KEY, header)?;
             txn.commit()?;
             self.env.force_sync()
@@ -166,6 +171,15 @@ impl RunWriter {
         // A leftover is swept at the next opening.
         let _ = std::fs::remove_file(path);
     }
+}
+
+/// Appends a group, if there is anything in it, and empties it.
+fn put(pairs: &Pairs, txn: &mut RwTxn<'_>, group: &mut Vec<Packed>) -> heed::Result<()> {
+    if let Some(first) = group.first() {
+        pairs.put_with_flags(txn, PutFlags::APPEND, group::key(first), group.as_flattened())?;
+    }
+    group.clear();
+    Ok(())
 }
 
 /// An open run.
@@ -205,11 +219,18 @@ impl RunReader {
 
     /// Looks one fingerprint up.
     pub(super) fn get(&self, fingerprint: &Fingerprint) -> Result<Option<Address>> {
-        let value = self.pairs.get(&self.txn, &fingerprint.0);
-        match value.map_err(|e| failed(e, "read", &self.path))? {
-            Some(value) => address(value, &self.path).map(Some),
-            None => Ok(None),
-        }
+        let record = self.pairs.get_lower_than_or_equal_to(&self.txn, &fingerprint.0);
+        let Some((_, record)) = record.map_err(|e| failed(e, "read", &self.path))? else {
+            return Ok(None);
+        };
+        let group = self.group(record)?;
+        let found = group.binary_search_by(|packed| group::key(packed).cmp(&fingerprint.0));
+        Ok(found.ok().and_then(|at| group.get(at)).map(|packed| group::unpack(packed).1))
+    }
+
+    fn group<'r>(&self, record: &'r [u8]) -> Result<&'r [Packed]> {
+        let message = || format!("index run {} has a record that is no group", self.path.display());
+        group::group(record).ok_or_else(|| Error::new(Kind::Damaged, message()))
     }
 
     /// Asks the kernel for all of it, if it is small.
@@ -262,36 +283,37 @@ impl RunReader {
         &self,
         first: Bound<Fingerprint>,
         last: &Fingerprint,
-        batch: &mut Vec<Entry>,
+        batch: &mut Vec<Packed>,
     ) -> Result<()> {
+        let failed = |e| failed(e, "sweep", &self.path);
+        // The first entry may be in the middle of a group.
         let start = match &first {
-            Bound::Included(first) => Bound::Included(&first.0[..]),
-            Bound::Excluded(first) => Bound::Excluded(&first.0[..]),
-            Bound::Unbounded => Bound::Unbounded,
+            Bound::Included(first) | Bound::Excluded(first) => {
+                self.pairs.get_lower_than_or_equal_to(&self.txn, &first.0).map_err(failed)?
+            }
+            Bound::Unbounded => None,
         };
-        let range = (start, Bound::Unbounded);
-        let entries =
-            self.pairs.range(&self.txn, &range).map_err(|e| failed(e, "sweep", &self.path))?;
-        for entry in entries {
-            let (key, value) = entry.map_err(|e| failed(e, "sweep", &self.path))?;
+        let start = start.map_or(Bound::Unbounded, |(key, _)| Bound::Included(key));
+        let records = self.pairs.range(&self.txn, &(start, Bound::Unbounded)).map_err(failed)?;
+        for record in records {
+            let (key, record) = record.map_err(failed)?;
             // The header, the last record, has a longer key.
-            let Ok(fingerprint) = key.try_into().map(Fingerprint) else { break };
-            if batch.len() == BATCH || fingerprint.lead() > last.lead() {
+            if key.len() != Fingerprint::LEN {
                 break;
             }
-            batch.push((fingerprint, address(value, &self.path)?));
+            let group = self.group(record)?;
+            let begin = group.partition_point(|packed| match &first {
+                Bound::Included(first) => *group::key(packed) < first.0[..],
+                Bound::Excluded(first) => *group::key(packed) <= first.0[..],
+                Bound::Unbounded => false,
+            });
+            let end = group.partition_point(|packed| group::lead(packed) <= last.lead());
+            if end == 0 || batch.len() + GROUP > BATCH {
+                break;
+            }
+            batch.extend_from_slice(group.get(begin..end).unwrap_or(&[]));
         }
         Ok(())
-    }
-}
-
-fn address(value: &[u8], path: &Path) -> Result<Address> {
-    match value.first_chunk::<{ Address::LEN }>() {
-        Some(bytes) if value.len() == VALUE => Ok(Address::from_bytes(*bytes)),
-        _ => {
-            let message = format!("index run {} has a value of a wrong size", path.display());
-            Err(Error::new(Kind::Damaged, message))
-        }
     }
 }
 
@@ -308,7 +330,7 @@ pub(super) struct Sweep {
     /// Where the next batch begins.
     next: Bound<Fingerprint>,
     last: Fingerprint,
-    batch: Vec<Entry>,
+    batch: Vec<Packed>,
     taken: usize,
     /// Bytes of the file up to which the kernel was asked to read.
     ahead: u64,
@@ -326,9 +348,31 @@ impl Sweep {
         if self.taken == self.batch.len() {
             self.fill()?;
         }
-        let entry = self.batch.get(self.taken).copied();
-        self.taken += 1;
+        let entry = self.batch.get(self.taken).map(group::unpack);
+        self.taken += usize::from(entry.is_some());
         Ok(entry)
+    }
+
+    /// Steps over what is before `fingerprint`; where its block is, if it comes next.
+    #[inline]
+    pub(super) fn seek_forward(&mut self, fingerprint: &Fingerprint) -> Result<Option<Address>> {
+        let wanted = fingerprint.lead();
+        loop {
+            let rest = self.batch.get(self.taken..).unwrap_or(&[]);
+            let before = |packed: &Packed| {
+                let lead = group::lead(packed);
+                lead < wanted || (lead == wanted && *group::key(packed) < fingerprint.0[..])
+            };
+            if let Some(steps) = rest.iter().position(|packed| !before(packed)) {
+                self.taken += steps;
+                let found = rest.get(steps).filter(|p| *group::key(p) == fingerprint.0[..]);
+                return Ok(found.map(|packed| group::unpack(packed).1));
+            }
+            self.fill()?;
+            if self.batch.is_empty() {
+                return Ok(None);
+            }
+        }
     }
 
     /// Reads the next batch; an empty one at the end.
@@ -340,7 +384,7 @@ impl Sweep {
         self.batch.reserve_exact(BATCH);
         run.read(self.next, &self.last, &mut self.batch)?;
         match self.batch.last() {
-            Some((fingerprint, _)) => self.next = Bound::Excluded(*fingerprint),
+            Some(packed) => self.next = Bound::Excluded(group::unpack(packed).0),
             None => {
                 self.run = None;
                 self.forget(self.end);
