@@ -3,7 +3,8 @@
 use std::ops::Bound;
 
 use super::memtable::Entry;
-use super::shard::{RunReader, Sweep};
+use super::shard::RunReader;
+use super::sweep::Sweep;
 use crate::error::Result;
 use crate::ids::{Address, Fingerprint};
 
@@ -41,7 +42,7 @@ pub(super) struct Lookup<'r> {
 /// A place in a run that only moves forward.
 enum Cursor {
     Seek(RunReader),
-    Sweep(Box<Sweep>),
+    Sweep(Sweep),
 }
 
 impl<'r> Lookup<'r> {
@@ -55,7 +56,7 @@ impl<'r> Lookup<'r> {
         let mut cursors = Vec::with_capacity(runs.len());
         for run in runs {
             cursors.push(if run.sweeps(lookups) {
-                Cursor::Sweep(Box::new(run.reader.sweep(Bound::Included(range.0), range.1)?))
+                Cursor::Sweep(Sweep::begin(run.reader, Bound::Included(range.0), range.1)?)
             } else {
                 run.reader.prefetch();
                 Cursor::Seek(run.reader)

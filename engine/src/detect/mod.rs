@@ -23,6 +23,7 @@ mod rebuild;
 mod records;
 mod request_log;
 mod shard;
+mod sweep;
 mod verdict;
 mod watermark;
 

@@ -6,7 +6,6 @@
 //! every fingerprint, is the run's header.
 
 use std::fs::File;
-use std::num::NonZeroU64;
 use std::ops::Bound;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -32,14 +31,9 @@ const MAP_BESIDES: u64 = 16 << 20;
 /// Pages of any platform divide this.
 const MAP_UNIT: u64 = 1 << 20;
 /// Bytes read ahead of a sweep and let go behind it.
-const WINDOW: u64 = 4 << 20;
-/// Bytes after which a sweep renews its map, to let go what is behind it: so much of a run is
-/// mapped at most. Renewing takes some 50 microseconds.
-const MAPPED: u64 = 4 * WINDOW;
+pub(super) const WINDOW: u64 = 4 << 20;
 /// Entries read at a time: 32 KiB for each of some 17 runs, and a seek for each of them.
-const BATCH: usize = 16 * GROUP;
-/// Bytes by which a place in the file may be guessed wrongly.
-const WINDOW_SLACK: u64 = 256 << 10;
+pub(super) const BATCH: usize = 16 * GROUP;
 
 type Pairs = Database<'static, Bytes, Bytes>;
 
@@ -243,35 +237,24 @@ impl RunReader {
         }
     }
 
-    /// A sweep over the entries from `first` (or behind it) to `last`.
-    pub(super) fn sweep(self, first: Bound<Fingerprint>, last: Fingerprint) -> Result<Sweep> {
-        let file =
-            File::open(&self.path).context(|| format!("cannot open {}", self.path.display()))?;
-        let at = match &first {
-            Bound::Included(first) | Bound::Excluded(first) => self.place(first),
-            Bound::Unbounded => 0,
-        };
-        let end = self.place(&last).saturating_add(WINDOW_SLACK).min(self.bytes);
-        let (path, range, small) = (self.path.clone(), self.range, self.is_small());
-        Ok(Sweep {
-            run: Some(self),
-            file,
-            path,
-            range,
-            small,
-            next: first,
-            last,
-            batch: Vec::new(),
-            taken: 0,
-            ahead: at,
-            behind: at,
-            end,
-        })
+    /// Its file.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Length of its file.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Where its fingerprints can lie.
+    pub(super) fn range(&self) -> (Fingerprint, Fingerprint) {
+        self.range
     }
 
     /// About where in the file a fingerprint is: sorted APPEND lays leaves out in order, and
     /// fingerprints are spread evenly over the run's range.
-    fn place(&self, fingerprint: &Fingerprint) -> u64 {
+    pub(super) fn place(&self, fingerprint: &Fingerprint) -> u64 {
         let (first, last) = (u128::from(self.range.0.lead()), u128::from(self.range.1.lead()));
         let span = (last + 1).saturating_sub(first).max(1);
         let share = u128::from(fingerprint.lead()).saturating_sub(first).min(span);
@@ -279,7 +262,7 @@ impl RunReader {
     }
 
     /// Appends entries from `first` to `last` to `batch`, up to [`BATCH`] of them.
-    fn read(
+    pub(super) fn read(
         &self,
         first: Bound<Fingerprint>,
         last: &Fingerprint,
@@ -301,126 +284,26 @@ impl RunReader {
             if key.len() != Fingerprint::LEN {
                 break;
             }
-            let group = self.group(record)?;
-            let begin = group.partition_point(|packed| match &first {
-                Bound::Included(first) => *group::key(packed) < first.0[..],
-                Bound::Excluded(first) => *group::key(packed) <= first.0[..],
-                Bound::Unbounded => false,
-            });
-            let end = group.partition_point(|packed| group::lead(packed) <= last.lead());
-            if end == 0 || batch.len() + GROUP > BATCH {
+            let mut group = self.group(record)?;
+            if batch.is_empty() {
+                let before = |packed: &Packed| match &first {
+                    Bound::Included(first) => *group::key(packed) < first.0[..],
+                    Bound::Excluded(first) => *group::key(packed) <= first.0[..],
+                    Bound::Unbounded => false,
+                };
+                group = group.get(group.partition_point(before)..).unwrap_or(&[]);
+            }
+            if batch.len() + group.len() > BATCH {
                 break;
             }
-            batch.extend_from_slice(group.get(begin..end).unwrap_or(&[]));
+            let beyond = |packed: &Packed| group::lead(packed) > last.lead();
+            if group.last().is_some_and(beyond) {
+                let end = group.partition_point(|packed| !beyond(packed));
+                batch.extend_from_slice(group.get(..end).unwrap_or(&[]));
+                break;
+            }
+            batch.extend_from_slice(group);
         }
         Ok(())
-    }
-}
-
-/// Entries of a run in ascending order.
-///
-/// They are read in batches, so that between two of them the map can be renewed: pages that are
-/// mapped cannot be let go, and a large run would fill the memory with pages of no more use.
-pub(super) struct Sweep {
-    run: Option<RunReader>,
-    file: File,
-    path: PathBuf,
-    range: (Fingerprint, Fingerprint),
-    small: bool,
-    /// Where the next batch begins.
-    next: Bound<Fingerprint>,
-    last: Fingerprint,
-    batch: Vec<Packed>,
-    taken: usize,
-    /// Bytes of the file up to which the kernel was asked to read.
-    ahead: u64,
-    /// Bytes of the file up to which the kernel was told to forget.
-    behind: u64,
-    /// Where the sweep ends in the file.
-    end: u64,
-}
-
-impl Sweep {
-    /// The next entry.
-    #[allow(clippy::should_implement_trait)] // It can fail.
-    #[inline]
-    pub(super) fn next(&mut self) -> Result<Option<Entry>> {
-        if self.taken == self.batch.len() {
-            self.fill()?;
-        }
-        let entry = self.batch.get(self.taken).map(group::unpack);
-        self.taken += usize::from(entry.is_some());
-        Ok(entry)
-    }
-
-    /// Steps over what is before `fingerprint`; where its block is, if it comes next.
-    #[inline]
-    pub(super) fn seek_forward(&mut self, fingerprint: &Fingerprint) -> Result<Option<Address>> {
-        let wanted = fingerprint.lead();
-        loop {
-            let rest = self.batch.get(self.taken..).unwrap_or(&[]);
-            let before = |packed: &Packed| {
-                let lead = group::lead(packed);
-                lead < wanted || (lead == wanted && *group::key(packed) < fingerprint.0[..])
-            };
-            if let Some(steps) = rest.iter().position(|packed| !before(packed)) {
-                self.taken += steps;
-                let found = rest.get(steps).filter(|p| *group::key(p) == fingerprint.0[..]);
-                return Ok(found.map(|packed| group::unpack(packed).1));
-            }
-            self.fill()?;
-            if self.batch.is_empty() {
-                return Ok(None);
-            }
-        }
-    }
-
-    /// Reads the next batch; an empty one at the end.
-    fn fill(&mut self) -> Result<()> {
-        self.batch.clear();
-        self.taken = 0;
-        self.slide()?;
-        let Some(run) = &self.run else { return Ok(()) };
-        self.batch.reserve_exact(BATCH);
-        run.read(self.next, &self.last, &mut self.batch)?;
-        match self.batch.last() {
-            Some(packed) => self.next = Bound::Excluded(group::unpack(packed).0),
-            None => {
-                self.run = None;
-                self.forget(self.end);
-            }
-        }
-        Ok(())
-    }
-
-    /// Keeps a window ahead of us in flight, and lets go what is behind us.
-    fn slide(&mut self) -> Result<()> {
-        let Some(run) = &self.run else { return Ok(()) };
-        let at = match &self.next {
-            Bound::Included(next) | Bound::Excluded(next) => run.place(next),
-            Bound::Unbounded => 0,
-        };
-        while self.ahead < self.end.min(at + WINDOW) {
-            // Advice only: if the kernel does not take it, the sweep is slower.
-            let _ = fadvise(&self.file, self.ahead, NonZeroU64::new(WINDOW), Advice::WillNeed);
-            self.ahead += WINDOW;
-        }
-        if !self.small && at > self.behind + MAPPED {
-            self.run = None;
-            self.forget(at);
-            self.run = Some(RunReader::open(&self.path, self.range)?);
-        }
-        Ok(())
-    }
-
-    /// Lets the page cache before `at` go, which must not be mapped. Small runs stay.
-    fn forget(&mut self, at: u64) {
-        if let Some(length) = NonZeroU64::new(at.saturating_sub(self.behind))
-            && !self.small
-        {
-            // Advice only: if the kernel does not take it, the page cache is fatter.
-            let _ = fadvise(&self.file, self.behind, Some(length), Advice::DontNeed);
-            self.behind = at;
-        }
     }
 }
