@@ -1,14 +1,16 @@
 //! Measures duplicate detection: builds an index of N entries, then passes batches of M requests.
 //!
 //! ```text
-//! cargo run --release -p fleece-engine --example detect_speed -- DIR ENTRIES REQUESTS [NEW%] [BATCHES] [--cold]
+//! cargo run --release -p fleece-engine --example detect_speed -- DIR ENTRIES REQUESTS [NEW%] [BATCHES] [--cold] [--json] [--store=UUID]
 //! ```
 //!
-//! DIR must not exist; it is left behind for another look. Per batch it prints the requests, how
-//! many were stored or granted, fingerprints per second (from the first submit to the last
-//! verdict), what it took to learn the new ones and to merge, and the anonymous memory of the
+//! DIR is left behind; where it is there already, its index is taken as it is, which must have been
+//! built with the same ENTRIES. Per batch it prints the requests, how many were stored or granted,
+//! fingerprints per second (from the first submit to the last verdict), what it took to learn the
+//! new ones and to merge until nothing was left to merge, and the anonymous memory of the
 //! process (`RssAnon`) and its peak resident size, which counts mapped pages of the index too.
-//! `--cold` drops the index from the page cache before each batch.
+//! `--cold` drops the index from the page cache before each batch. `--json`: a line for each batch.
+//! `--store`: the store that the index belongs to, so that its engine takes it as its own.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -22,7 +24,8 @@ use rustix::fs::{Advice, fadvise};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
-const INCARNATION: Incarnation = Incarnation(1);
+/// One that no engine of a new store has: its own journal is not taken for known.
+const INCARNATION: Incarnation = Incarnation(1_000_000);
 /// Entries of a container, which are learned at once.
 const CONTAINER: usize = 4096;
 
@@ -44,6 +47,17 @@ fn address(n: u64) -> Address {
     Address { container, slot: Slot((n % 60_000) as u16) }
 }
 
+/// MiB that the process had read from and written to disks so far.
+fn disk_mib() -> (f64, f64) {
+    let text = fs::read_to_string("/proc/self/io").unwrap_or_default();
+    let field = |name: &str| {
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
+        let bytes: f64 = line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0.0);
+        bytes / f64::from(1 << 20)
+    };
+    (field("read_bytes"), field("write_bytes"))
+}
+
 /// A field of /proc/self/status in MiB.
 fn status_mib(field: &str) -> f64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -52,7 +66,7 @@ fn status_mib(field: &str) -> f64 {
     kib / 1024.0
 }
 
-/// Processor time of the (only) thread: on a busy machine the wall clock says little.
+/// Processor time of the main thread: on a busy machine the wall clock says little.
 fn processor() -> Duration {
     let schedule = fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
     let ran = schedule.split_whitespace().next().and_then(|ns| ns.parse().ok());
@@ -77,7 +91,7 @@ fn build(detector: &mut Detector, entries: u64) -> Outcome<()> {
     watermark.raise(INCARNATION, 1);
     let sorted = start.elapsed();
     detector.install(rebuild.build(watermark)?)?;
-    println!(
+    eprintln!(
         "built {entries} entries in {:.1} s ({} entries/s; fed in {:.1} s), {:.1} bytes each, {}",
         start.elapsed().as_secs_f64(),
         per_second(entries, start.elapsed()),
@@ -102,6 +116,58 @@ struct Load {
     entries: u64,
     requests: u64,
     new_percent: u64,
+    json: bool,
+}
+
+/// What a batch took, in seconds where nothing else is said.
+#[derive(Default)]
+struct Took {
+    stored: u64,
+    granted: u64,
+    same: u64,
+    submitting: f64,
+    /// From the first submit to the last verdict.
+    detecting: f64,
+    learning: f64,
+    merging: f64,
+    merge_steps: u64,
+    longest_step: f64,
+    processor: f64,
+    /// The most that was seen at the ends of passes and merge steps, MiB.
+    anonymous: f64,
+}
+
+impl Took {
+    fn look_at_memory(&mut self) {
+        self.anonymous = self.anonymous.max(status_mib("RssAnon"));
+    }
+
+    fn print(&self, load: &Load, number: u64, entries: u64, (read, written): (f64, f64)) {
+        let Took { stored, granted, same, submitting, detecting, learning, merging, .. } = self;
+        let Took { merge_steps, longest_step, processor, anonymous, .. } = self;
+        let requests = load.requests;
+        if load.json {
+            println!(
+                "{{\"batch\":{number},\"requests\":{requests},\"stored\":{stored},\"granted\":{granted},\
+                 \"detecting\":{detecting},\"submitting\":{submitting},\"learning\":{learning},\
+                 \"merging\":{merging},\"longest_step\":{longest_step},\"processor\":{processor},\
+                 \"anonymous_mib\":{anonymous},\"entries\":{entries},\"read_mib\":{read},\
+                 \"written_mib\":{written}}}"
+            );
+            return;
+        }
+        let rate = |seconds: f64| (requests as f64 / seconds) as u64;
+        println!(
+            "batch {number}: {requests} requests, {stored} stored, {granted} granted, {same} same: \
+             {} fp/s ({detecting:.3} s, {submitting:.3} s of it submitting); learned in {learning:.3} s, \
+             merged in {merging:.3} s ({merge_steps} steps, the longest {longest_step:.3} s): {} fp/s with \
+             these; {processor:.3} s on the processor, read {read:.0} MiB, written {written:.0} MiB, \
+             {entries} entries, {}",
+            rate(*detecting),
+            rate(detecting + learning + merging),
+            memory(),
+        );
+    }
 }
 
 fn batch(detector: &mut Detector, load: &Load, number: u64, journal: &mut u64) -> Outcome<()> {
@@ -114,7 +180,8 @@ fn batch(detector: &mut Detector, load: &Load, number: u64, journal: &mut u64) -
             false => (pick >> 8) % load.entries.max(1),
         }
     };
-    let (start, ran) = (Instant::now(), processor());
+    let mut took = Took::default();
+    let (start, ran, disk) = (Instant::now(), processor(), disk_mib());
     let mut asked = Vec::with_capacity(4096);
     for i in 0..load.requests {
         asked.push((fingerprint(of(i)), Sequence(i)));
@@ -123,40 +190,36 @@ fn batch(detector: &mut Detector, load: &Load, number: u64, journal: &mut u64) -
             asked.clear();
         }
     }
-    let submitted = start.elapsed();
-    let (mut stored, mut same) = (0, 0);
+    took.submitting = start.elapsed().as_secs_f64();
     let mut granted = Vec::new();
     while let Some(partition) = detector.due(Instant::now(), true) {
         detector.pass(partition, &|_| true, &mut |_, sequence, verdict| {
             match verdict {
-                Verdict::Stored(_) => stored += 1,
+                Verdict::Stored(_) => took.stored += 1,
                 Verdict::Grant => granted.push(sequence.0),
-                Verdict::SameAs(..) => same += 1,
+                Verdict::SameAs(..) => took.same += 1,
             }
             Ok(())
         })?;
+        took.look_at_memory();
     }
-    let (passed, ran) = (start.elapsed(), processor() - ran);
-    println!(
-        "batch {number}: {} requests, {stored} stored, {} granted, {same} same: {} fp/s ({:.3} s, {:.3} s of it submitting), {:.3} s on the processor, {}",
-        load.requests,
-        granted.len(),
-        per_second(load.requests, passed),
-        passed.as_secs_f64(),
-        submitted.as_secs_f64(),
-        ran.as_secs_f64(),
-        memory(),
-    );
-    learn(detector, &granted, &|i| fingerprint(of(i)), journal)?;
+    took.detecting = start.elapsed().as_secs_f64();
+    took.granted = granted.len() as u64;
+    learn(detector, &granted, &|i| fingerprint(of(i)), journal, &mut took)?;
     detector.withdraw(session);
+    took.processor = (processor() - ran).as_secs_f64();
+    let (read, written) = disk_mib();
+    took.print(load, number, detector.entries(), (read - disk.0, written - disk.1));
     Ok(())
 }
 
+/// Learns what was granted, and merges until there is nothing to merge.
 fn learn(
     detector: &mut Detector,
     granted: &[u64],
     of: &dyn Fn(u64) -> Fingerprint,
     journal: &mut u64,
+    took: &mut Took,
 ) -> Outcome<()> {
     let start = Instant::now();
     for part in granted.chunks(CONTAINER) {
@@ -164,48 +227,51 @@ fn learn(
         *journal += 1;
         detector.learn(&mut entries, JournalPosition { incarnation: INCARNATION, n: *journal })?;
     }
-    let learned = start.elapsed();
-    let (mut steps, mut longest) = (0, Duration::ZERO);
+    took.learning = start.elapsed().as_secs_f64();
+    let merging = Instant::now();
     loop {
         let start = Instant::now();
         if !detector.maintain()? {
             break;
         }
-        steps += 1;
-        longest = longest.max(start.elapsed());
+        took.merge_steps += 1;
+        took.longest_step = took.longest_step.max(start.elapsed().as_secs_f64());
+        took.look_at_memory();
     }
-    println!(
-        "  learned in {:.3} s; merged in {:.3} s ({steps} steps, the longest {:.3} s); {} entries, {}",
-        learned.as_secs_f64(),
-        (start.elapsed() - learned).as_secs_f64(),
-        longest.as_secs_f64(),
-        detector.entries(),
-        memory(),
-    );
+    took.merging = merging.elapsed().as_secs_f64();
     Ok(())
 }
 
 fn main() -> Outcome<()> {
     let (flags, words): (Vec<_>, Vec<_>) =
         std::env::args().skip(1).partition(|word| word.starts_with("--"));
+    let has = |wanted: &str| flags.iter().any(|flag| flag == wanted);
     let number = |i: usize, default: u64| -> Outcome<u64> {
         Ok(words.get(i).map_or(Ok(default), |word| word.parse())?)
     };
     let Some(dir) = words.first().map(Path::new) else {
-        return Err("usage: detect_speed DIR ENTRIES REQUESTS [NEW%] [BATCHES] [--cold]".into());
+        return Err(
+            "usage: detect_speed DIR ENTRIES REQUESTS [NEW%] [BATCHES] [--cold] [--json]".into()
+        );
     };
     let load = Load {
         entries: number(1, 1_000_000)?,
         requests: number(2, 100_000)?,
         new_percent: number(3, 20)?,
+        json: has("--json"),
     };
-    fs::create_dir(dir)?;
-    let options = DetectOptions::new(StoreId(uuid::Uuid::nil()));
-    let (mut detector, _) = Detector::open(dir, options)?;
-    build(&mut detector, load.entries)?;
-    let mut journal = 1;
+    let built = dir.exists();
+    let store = flags.iter().find_map(|flag| flag.strip_prefix("--store=")).map(str::parse);
+    let options = DetectOptions::new(StoreId(store.transpose()?.unwrap_or_default()));
+    let (mut detector, report) = Detector::open(dir, options)?;
+    if !built {
+        build(&mut detector, load.entries)?;
+    } else if let Some(why) = report.set_aside {
+        return Err(format!("the index in {} {why}", dir.display()).into());
+    }
+    let mut journal = detector.watermark().get(INCARNATION);
     for n in 0..number(4, 3)? {
-        if flags.iter().any(|flag| flag == "--cold") {
+        if has("--cold") {
             drop_cache(dir)?;
         }
         batch(&mut detector, &load, n, &mut journal)?;

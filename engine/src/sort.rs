@@ -3,7 +3,7 @@
 //! Records are compared as whole byte strings, so callers encode keys big endian and
 //! first. Runs live in unlinked files: a kill leaves nothing behind.
 
-use std::cmp::Reverse;
+use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 use std::collections::binary_heap::PeekMut;
 use std::fs::File;
@@ -40,6 +40,18 @@ pub struct Sorted<const N: usize> {
 enum Source<const N: usize> {
     Memory(std::vec::IntoIter<[u8; N]>),
     Merge(Merge<N>),
+}
+
+/// The leading bits of a record as a number, which compares faster than bytes.
+#[inline]
+fn lead<const N: usize>(record: &[u8; N]) -> u64 {
+    record.first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes))
+}
+
+/// The order of whole byte strings; most records differ in their leading bits.
+#[inline]
+fn compare<const N: usize>(a: &[u8; N], b: &[u8; N]) -> Ordering {
+    lead(a).cmp(&lead(b)).then_with(|| a.cmp(b))
 }
 
 /// Sorted runs, one behind the other in an unlinked file.
@@ -83,7 +95,7 @@ impl<const N: usize> Sorter<N> {
     pub fn finish(mut self) -> Result<Sorted<N>> {
         let count = self.count;
         if self.spilled.is_none() {
-            self.records.sort_unstable();
+            self.records.sort_unstable_by(compare);
             return Ok(Sorted { source: Source::Memory(self.records.into_iter()), count });
         }
         if !self.records.is_empty() {
@@ -104,7 +116,7 @@ impl<const N: usize> Sorter<N> {
 
     /// Sorts what is in memory and appends it as a run.
     fn spill(&mut self) -> Result<()> {
-        self.records.sort_unstable();
+        self.records.sort_unstable_by(compare);
         let mut spill = match self.spilled.take() {
             Some(spill) => spill,
             None => Spill::create(&self.dir)?,
@@ -166,7 +178,8 @@ impl Spill {
 struct Merge<const N: usize> {
     spill: Spill,
     runs: Vec<RunReader<N>>,
-    heads: BinaryHeap<Reverse<([u8; N], usize)>>,
+    /// The next record of each run, behind its leading bits.
+    heads: BinaryHeap<Reverse<(u64, [u8; N], usize)>>,
 }
 
 impl<const N: usize> Merge<N> {
@@ -188,7 +201,7 @@ impl<const N: usize> Merge<N> {
         let mut heads = BinaryHeap::with_capacity(count);
         for (i, run) in runs.iter_mut().enumerate() {
             if let Some(record) = run.next(&spill.file)? {
-                heads.push(Reverse((record, i)));
+                heads.push(Reverse((lead(&record), record, i)));
             }
         }
         Ok(Merge { spill, runs, heads })
@@ -196,9 +209,9 @@ impl<const N: usize> Merge<N> {
 
     fn next(&mut self) -> Result<Option<[u8; N]>> {
         let Some(mut head) = self.heads.peek_mut() else { return Ok(None) };
-        let Reverse((record, run)) = *head;
+        let Reverse((_, record, run)) = *head;
         match self.runs[run].next(&self.spill.file)? {
-            Some(following) => *head = Reverse((following, run)),
+            Some(following) => *head = Reverse((lead(&following), following, run)),
             None => drop(PeekMut::pop(head)),
         }
         Ok(Some(record))

@@ -11,6 +11,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::bench::cgroup::{self, Cgroup};
 use crate::guest::Machine;
 use crate::process::{Finished, Running};
 use crate::wait::{LONG, SOON, wait_until};
@@ -23,6 +24,8 @@ pub struct Fixture {
     engine: Option<Running>,
     budget: &'static str,
     verify_at_end: bool,
+    /// `cgroup.procs` of the group that programs are started in.
+    group: Option<PathBuf>,
 }
 
 impl Fixture {
@@ -43,7 +46,8 @@ impl Fixture {
     pub fn without_engine() -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("fleece").tempdir()?;
         fs::create_dir(folder.path().join("scratch"))?;
-        let fixture = Fixture { folder, engine: None, budget: "32M", verify_at_end: true };
+        let fixture =
+            Fixture { folder, engine: None, budget: "32M", verify_at_end: true, group: None };
         fixture.fleecectl(&[
             "init",
             "--store",
@@ -57,6 +61,18 @@ impl Fixture {
     /// For a scenario that damages the store on purpose: no verify at the end.
     pub fn leave_damaged(&mut self) {
         self.verify_at_end = false;
+    }
+
+    /// From here on the engine and `fleece` are started in a control group; `None`: no longer.
+    pub fn confine(&mut self, group: Option<&Cgroup>) {
+        self.group = group.map(Cgroup::processes);
+    }
+
+    fn confined(&self, command: Command) -> Command {
+        match &self.group {
+            Some(processes) => cgroup::within(processes, &command),
+            None => command,
+        }
     }
 
     /// The folder of everything.
@@ -96,7 +112,7 @@ impl Fixture {
             &self.text("engine.sock"),
         ]);
         command.args(["--state-dir", &self.text("state"), "--memory-budget", self.budget]);
-        let mut engine = Running::start("fleece-engine", &mut command)?;
+        let mut engine = Running::start("fleece-engine", &mut self.confined(command))?;
         let socket = self.socket();
         wait_until(SOON, "the engine's socket", || {
             ensure!(engine.ended()?.is_none(), "the engine ended: {}", engine.printed());
@@ -141,7 +157,7 @@ impl Fixture {
         let mut command = tools::fleece("fleece")?;
         command.env("FLEECE_ENGINE", self.socket()).env("FLEECE_VMS_DIR", self.path("vms.d"));
         command.args(arguments);
-        Ok(command)
+        Ok(self.confined(command))
     }
 
     /// Runs `fleece` to its end, whatever its exit code.
@@ -166,9 +182,18 @@ impl Fixture {
     /// # Errors
     /// When it does not end in time.
     pub fn try_fleecectl(&self, arguments: &[&str]) -> Result<Finished> {
+        let name = format!("fleecectl {}", arguments.join(" "));
+        Running::start(&name, &mut self.fleecectl_command(arguments)?)?.finish(LONG)
+    }
+
+    /// A command of `fleecectl` towards this engine.
+    ///
+    /// # Errors
+    /// When it has not been built.
+    pub fn fleecectl_command(&self, arguments: &[&str]) -> Result<Command> {
         let mut command = tools::fleece("fleecectl")?;
         command.env("FLEECE_ENGINE", self.socket()).args(arguments);
-        Running::start(&format!("fleecectl {}", arguments.join(" ")), &mut command)?.finish(LONG)
+        Ok(self.confined(command))
     }
 
     /// Runs `fleecectl`, which must succeed.

@@ -41,6 +41,10 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// Does it have a guest agent's channel?
     pub agent: bool,
+    /// An initramfs of its own, where that of `ci/setup` lacks something.
+    pub initramfs: Option<PathBuf>,
+    /// MiB of memory.
+    pub memory: u32,
 }
 
 /// A running machine.
@@ -66,6 +70,8 @@ impl Machine {
             folder,
             disks: Vec::new(),
             agent: false,
+            initramfs: None,
+            memory: 128,
         })
     }
 
@@ -134,16 +140,12 @@ impl Machine {
         for folder in ["share/qemu", "share/seabios", "lib/ipxe/qemu"] {
             command.arg("-L").arg(share.join(folder));
         }
-        command.args(
-            "-machine pc -accel tcg -m 128 -nodefaults -no-user-config -display none".split(' '),
-        );
+        command.args("-machine pc -accel tcg -nodefaults -no-user-config -display none".split(' '));
+        command.args(["-m", &self.memory.to_string()]);
         command.args(["-name", &self.name, "-uuid", &self.uuid.to_string(), "-no-reboot"]);
         command.arg("-kernel").arg(guest.join("vmlinuz"));
-        command.arg("-initrd").arg(guest.join(if self.agent {
-            "initramfs-agent"
-        } else {
-            "initramfs"
-        }));
+        let usual = guest.join(if self.agent { "initramfs-agent" } else { "initramfs" });
+        command.arg("-initrd").arg(self.initramfs.as_ref().unwrap_or(&usual));
         // On a host that is busy with something else the timer's self-test fails, and panics.
         command.args(["-append", "console=ttyS1 quiet panic=-1 no_timer_check"]);
         for name in ["console", "qmp", "monitor"] {

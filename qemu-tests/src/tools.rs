@@ -59,7 +59,10 @@ pub fn fleece(program: &str) -> Result<Command> {
 }
 
 /// The folder of Fleece's programs: `FLEECE_TEST_PROGRAMS`, or where this test was built.
-fn programs() -> Result<PathBuf> {
+///
+/// # Errors
+/// When this is no program that cargo built.
+pub fn programs() -> Result<PathBuf> {
     if let Some(folder) = env::var_os("FLEECE_TEST_PROGRAMS") {
         return Ok(folder.into());
     }

@@ -14,7 +14,8 @@ use crate::ids::{Fingerprint, StoreId};
 const NAME: &str = "CURRENT";
 const TEMPORARY: &str = "CURRENT.new";
 const MAGIC: &[u8; 8] = b"FLEECEIX";
-const VERSION: u16 = 1;
+/// 2: runs hold groups of entries. An index of version 1 is set aside and refilled.
+const VERSION: u16 = 2;
 /// More than 256 partitions with all their runs ever need; a larger file is not ours.
 const MAX_BYTES: u64 = 4 << 20;
 
@@ -297,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn contradictions_and_newer_formats_are_refused() {
+    fn contradictions_and_other_formats_are_refused() {
         let decode = |current: &Current| Current::decode(&current.encode());
         let mut wrong = current();
         wrong.next_run = 5;
@@ -308,8 +309,11 @@ mod tests {
         let mut wrong = current();
         wrong.runs.swap(0, 1);
         assert!(decode(&wrong).is_err());
-        let newer = Encoder::begin(MAGIC, VERSION + 1).finish();
-        assert!(Current::decode(&newer).unwrap_err().contains("version 2"));
+        for version in [VERSION - 1, VERSION + 1] {
+            let other = Encoder::begin(MAGIC, version).finish();
+            let refused = Current::decode(&other).unwrap_err();
+            assert!(refused.contains(&format!("version {version}")), "{refused}");
+        }
     }
 
     /// Any bytes, also behind a right magic and checksum, are refused or read, without a panic.

@@ -7,7 +7,8 @@ use super::current::{Identity, Level, RunMeta};
 use super::format::{Decoder, Encoder};
 
 const MAGIC: &[u8; 8] = b"FLEECERN";
-const VERSION: u16 = 1;
+/// 2: entries in groups.
+const VERSION: u16 = 2;
 
 /// The header record of a run.
 #[derive(Clone, PartialEq, Eq, Debug)]

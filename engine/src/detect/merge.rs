@@ -4,7 +4,7 @@ use std::ops::Bound;
 
 use super::lookup::OpenRun;
 use super::memtable::{Entry, Lead};
-use super::shard::Sweep;
+use super::sweep::Sweep;
 use crate::error::Result;
 use crate::ids::Fingerprint;
 
@@ -16,7 +16,7 @@ struct Input<'r> {
 
 enum Source<'r> {
     Memory(&'r [Entry]),
-    Run(Box<Sweep>),
+    Run(Sweep),
 }
 
 /// Entries of a memtable and of runs.
@@ -40,7 +40,7 @@ impl<'r> Merge<'r> {
             inputs.push(Input { head: None, rest: Source::Memory(memtable) });
         }
         for run in runs {
-            let rest = Source::Run(Box::new(run.reader.sweep(first, last)?));
+            let rest = Source::Run(Sweep::begin(run.reader, first, last)?);
             inputs.push(Input { head: None, rest });
         }
         for input in &mut inputs {

@@ -10,6 +10,7 @@ mod compaction;
 mod current;
 mod detector;
 mod format;
+mod group;
 mod header;
 mod index;
 mod lookup;
@@ -22,6 +23,7 @@ mod rebuild;
 mod records;
 mod request_log;
 mod shard;
+mod sweep;
 mod verdict;
 mod watermark;
 

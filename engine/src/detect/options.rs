@@ -30,7 +30,7 @@ pub struct DetectOptions {
     pub pass_age: Duration,
     /// Entries of fresh blocks kept in memory before they become a young run.
     pub memtable_entries: usize,
-    /// Entries of one LMDB transaction: its dirty pages are anonymous memory (50,000 take 2.5 MiB).
+    /// Entries of one LMDB transaction: its dirty pages are anonymous memory (50,000 take 1.5 MiB).
     pub txn_entries: usize,
     /// Young runs that are merged into deltas.
     pub young_runs: usize,

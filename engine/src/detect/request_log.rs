@@ -78,6 +78,11 @@ impl Log {
     }
 }
 
+fn find(logs: &mut [Log], partition: Partition) -> Result<&mut Log> {
+    logs.get_mut(usize::from(partition.0))
+        .ok_or_else(|| Error::new(Kind::Usage, format!("no partition {}", partition.0)))
+}
+
 impl RequestLogs {
     pub(super) fn new(dir: &Path, partitions: u16) -> Self {
         let logs = (0..partitions).map(|_| Log::default()).collect();
@@ -85,19 +90,18 @@ impl RequestLogs {
     }
 
     fn log(&mut self, partition: Partition) -> Result<&mut Log> {
-        self.logs
-            .get_mut(usize::from(partition.0))
-            .ok_or_else(|| Error::new(Kind::Usage, format!("no partition {}", partition.0)))
+        find(&mut self.logs, partition)
     }
 
     pub(super) fn push(&mut self, partition: Partition, request: Request) -> Result<()> {
         let (segment, buffer) = (self.next_segment, BUFFERS / self.logs.len().max(1));
-        let name = format!("log-{:03}-{segment:08}", partition.0);
-        let path = self.dir.join(name);
-        let log = self.log(partition)?;
-        let writer = match &mut log.open {
+        let RequestLogs { dir, logs, .. } = self;
+        let writer = match &mut find(logs, partition)?.open {
             Some(writer) => writer,
-            empty => empty.insert(RecordWriter::create(path, buffer)?),
+            empty => {
+                let path = dir.join(format!("log-{:03}-{segment:08}", partition.0));
+                empty.insert(RecordWriter::create(path, buffer)?)
+            }
         };
         writer.push(&request.to_bytes())?;
         self.next_segment = self.next_segment.max(segment + 1);

@@ -2,28 +2,28 @@
 //! LMDB.
 //!
 //! A run is written once, by ascending APPEND in bounded transactions, and read in ascending order.
-//! The key is the fingerprint, the value the address and two bytes that are zero for now. The last
-//! record, behind every fingerprint, is the run's header.
+//! A record is a group of entries under the fingerprint of its first one. The last record, behind
+//! every fingerprint, is the run's header.
 
 use std::fs::File;
-use std::num::NonZeroU64;
 use std::ops::Bound;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use heed::types::Bytes;
-use heed::{CommitOrAbort, Database, Env, EnvFlags, EnvOpenOptions, PutFlags, RoTxn, WithoutTls};
+use heed::{
+    CommitOrAbort, Database, Env, EnvFlags, EnvOpenOptions, PutFlags, RoTxn, RwTxn, WithoutTls,
+};
 use rustix::fs::{Advice, fadvise};
 
+use super::group::{self, GROUP, Packed};
 use super::memtable::{Entry, Lead};
 use crate::error::{Context, Error, Kind, Result};
 use crate::ids::{Address, Fingerprint};
 
-/// Bytes of a value: an address and two reserved bytes.
-const VALUE: usize = Address::LEN + 2;
 /// Sorts behind every fingerprint.
 const HEADER_KEY: [u8; Fingerprint::LEN + 1] = [0xff; Fingerprint::LEN + 1];
-/// Bytes of the map per entry while writing. Full leaf pages take 42.2; what is above is never
+/// Bytes of the map per entry while writing. Full leaf pages take 30.6; what is above is never
 /// touched and costs address space only.
 const MAP_PER_ENTRY: u64 = 64;
 /// Bytes of the map besides: meta pages, branch pages, pages freed by the last transactions.
@@ -31,14 +31,9 @@ const MAP_BESIDES: u64 = 16 << 20;
 /// Pages of any platform divide this.
 const MAP_UNIT: u64 = 1 << 20;
 /// Bytes read ahead of a sweep and let go behind it.
-const WINDOW: u64 = 4 << 20;
-/// Bytes after which a sweep renews its map, to let go what is behind it: so much of a run is
-/// mapped at most. Renewing takes some 50 microseconds.
-const MAPPED: u64 = 4 * WINDOW;
-/// Entries read at a time: 32 KiB for each of some 17 runs, and a seek for each 42 KiB of file.
-const BATCH: usize = 1024;
-/// Bytes by which a place in the file may be guessed wrongly.
-const WINDOW_SLACK: u64 = 256 << 10;
+pub(super) const WINDOW: u64 = 4 << 20;
+/// Entries read at a time: 32 KiB for each of some 17 runs, and a seek for each of them.
+pub(super) const BATCH: usize = 16 * GROUP;
 
 type Pairs = Database<'static, Bytes, Bytes>;
 
@@ -83,6 +78,8 @@ pub(super) struct RunWriter {
     path: PathBuf,
     txn_entries: usize,
     entries: u64,
+    /// The group that is not full yet.
+    group: Vec<Packed>,
 }
 
 impl RunWriter {
@@ -103,7 +100,8 @@ impl RunWriter {
         };
         match begin() {
             Ok(Some((env, pairs))) => {
-                Ok(RunWriter { env, pairs, path, txn_entries: txn_entries.max(1), entries: 0 })
+                let (txn_entries, group) = (txn_entries.max(1), Vec::with_capacity(GROUP));
+                Ok(RunWriter { env, pairs, path, txn_entries, entries: 0, group })
             }
             Ok(None) => Err(Error::new(Kind::Failed, "LMDB made no database")),
             Err(error) => Err(failed(error, "create", &path)),
@@ -121,16 +119,16 @@ impl RunWriter {
             let batch = left.min(self.txn_entries);
             let mut txn = self.env.write_txn().map_err(|e| failed(e, "write", &self.path))?;
             for _ in 0..batch {
-                let Some((fingerprint, address)) = next()? else {
+                let Some(entry) = next()? else {
                     txn.commit().map_err(|e| failed(e, "write", &self.path))?;
                     return Ok(false);
                 };
-                let mut value = [0; VALUE];
-                value[..Address::LEN].copy_from_slice(&address.to_bytes());
-                self.pairs
-                    .put_with_flags(&mut txn, PutFlags::APPEND, &fingerprint.0, &value)
-                    .map_err(|e| failed(e, "append to", &self.path))?;
+                self.group.push(group::pack(&entry));
                 self.entries += 1;
+                if self.group.len() == GROUP {
+                    put(&self.pairs, &mut txn, &mut self.group)
+                        .map_err(|e| failed(e, "append to", &self.path))?;
+                }
             }
             txn.commit().map_err(|e| failed(e, "write", &self.path))?;
             left -= batch;
@@ -149,9 +147,10 @@ impl RunWriter {
     }
 
     /// Ends the run with its header; it is durable then, but for its name in the directory.
-    pub(super) fn finish(self, header: &[u8]) -> Result<()> {
-        let finish = || -> heed::Result<()> {
+    pub(super) fn finish(mut self, header: &[u8]) -> Result<()> {
+        let mut finish = || -> heed::Result<()> {
             let mut txn = self.env.write_txn()?;
+            put(&self.pairs, &mut txn, &mut self.group)?;
             self.pairs.put_with_flags(&mut txn, PutFlags::APPEND, &HEADER_KEY, header)?;
             txn.commit()?;
             self.env.force_sync()
@@ -166,6 +165,15 @@ impl RunWriter {
         // A leftover is swept at the next opening.
         let _ = std::fs::remove_file(path);
     }
+}
+
+/// Appends a group, if there is anything in it, and empties it.
+fn put(pairs: &Pairs, txn: &mut RwTxn<'_>, group: &mut Vec<Packed>) -> heed::Result<()> {
+    if let Some(first) = group.first() {
+        pairs.put_with_flags(txn, PutFlags::APPEND, group::key(first), group.as_flattened())?;
+    }
+    group.clear();
+    Ok(())
 }
 
 /// An open run.
@@ -205,11 +213,18 @@ impl RunReader {
 
     /// Looks one fingerprint up.
     pub(super) fn get(&self, fingerprint: &Fingerprint) -> Result<Option<Address>> {
-        let value = self.pairs.get(&self.txn, &fingerprint.0);
-        match value.map_err(|e| failed(e, "read", &self.path))? {
-            Some(value) => address(value, &self.path).map(Some),
-            None => Ok(None),
-        }
+        let record = self.pairs.get_lower_than_or_equal_to(&self.txn, &fingerprint.0);
+        let Some((_, record)) = record.map_err(|e| failed(e, "read", &self.path))? else {
+            return Ok(None);
+        };
+        let group = self.group(record)?;
+        let found = group.binary_search_by(|packed| group::key(packed).cmp(&fingerprint.0));
+        Ok(found.ok().and_then(|at| group.get(at)).map(|packed| group::unpack(packed).1))
+    }
+
+    fn group<'r>(&self, record: &'r [u8]) -> Result<&'r [Packed]> {
+        let message = || format!("index run {} has a record that is no group", self.path.display());
+        group::group(record).ok_or_else(|| Error::new(Kind::Damaged, message()))
     }
 
     /// Asks the kernel for all of it, if it is small.
@@ -222,35 +237,24 @@ impl RunReader {
         }
     }
 
-    /// A sweep over the entries from `first` (or behind it) to `last`.
-    pub(super) fn sweep(self, first: Bound<Fingerprint>, last: Fingerprint) -> Result<Sweep> {
-        let file =
-            File::open(&self.path).context(|| format!("cannot open {}", self.path.display()))?;
-        let at = match &first {
-            Bound::Included(first) | Bound::Excluded(first) => self.place(first),
-            Bound::Unbounded => 0,
-        };
-        let end = self.place(&last).saturating_add(WINDOW_SLACK).min(self.bytes);
-        let (path, range, small) = (self.path.clone(), self.range, self.is_small());
-        Ok(Sweep {
-            run: Some(self),
-            file,
-            path,
-            range,
-            small,
-            next: first,
-            last,
-            batch: Vec::new(),
-            taken: 0,
-            ahead: at,
-            behind: at,
-            end,
-        })
+    /// Its file.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Length of its file.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Where its fingerprints can lie.
+    pub(super) fn range(&self) -> (Fingerprint, Fingerprint) {
+        self.range
     }
 
     /// About where in the file a fingerprint is: sorted APPEND lays leaves out in order, and
     /// fingerprints are spread evenly over the run's range.
-    fn place(&self, fingerprint: &Fingerprint) -> u64 {
+    pub(super) fn place(&self, fingerprint: &Fingerprint) -> u64 {
         let (first, last) = (u128::from(self.range.0.lead()), u128::from(self.range.1.lead()));
         let span = (last + 1).saturating_sub(first).max(1);
         let share = u128::from(fingerprint.lead()).saturating_sub(first).min(span);
@@ -258,125 +262,48 @@ impl RunReader {
     }
 
     /// Appends entries from `first` to `last` to `batch`, up to [`BATCH`] of them.
-    fn read(
+    pub(super) fn read(
         &self,
         first: Bound<Fingerprint>,
         last: &Fingerprint,
-        batch: &mut Vec<Entry>,
+        batch: &mut Vec<Packed>,
     ) -> Result<()> {
+        let failed = |e| failed(e, "sweep", &self.path);
+        // The first entry may be in the middle of a group.
         let start = match &first {
-            Bound::Included(first) => Bound::Included(&first.0[..]),
-            Bound::Excluded(first) => Bound::Excluded(&first.0[..]),
-            Bound::Unbounded => Bound::Unbounded,
+            Bound::Included(first) | Bound::Excluded(first) => {
+                self.pairs.get_lower_than_or_equal_to(&self.txn, &first.0).map_err(failed)?
+            }
+            Bound::Unbounded => None,
         };
-        let range = (start, Bound::Unbounded);
-        let entries =
-            self.pairs.range(&self.txn, &range).map_err(|e| failed(e, "sweep", &self.path))?;
-        for entry in entries {
-            let (key, value) = entry.map_err(|e| failed(e, "sweep", &self.path))?;
+        let start = start.map_or(Bound::Unbounded, |(key, _)| Bound::Included(key));
+        let records = self.pairs.range(&self.txn, &(start, Bound::Unbounded)).map_err(failed)?;
+        for record in records {
+            let (key, record) = record.map_err(failed)?;
             // The header, the last record, has a longer key.
-            let Ok(fingerprint) = key.try_into().map(Fingerprint) else { break };
-            if batch.len() == BATCH || fingerprint.lead() > last.lead() {
+            if key.len() != Fingerprint::LEN {
                 break;
             }
-            batch.push((fingerprint, address(value, &self.path)?));
-        }
-        Ok(())
-    }
-}
-
-fn address(value: &[u8], path: &Path) -> Result<Address> {
-    match value.first_chunk::<{ Address::LEN }>() {
-        Some(bytes) if value.len() == VALUE => Ok(Address::from_bytes(*bytes)),
-        _ => {
-            let message = format!("index run {} has a value of a wrong size", path.display());
-            Err(Error::new(Kind::Damaged, message))
-        }
-    }
-}
-
-/// Entries of a run in ascending order.
-///
-/// They are read in batches, so that between two of them the map can be renewed: pages that are
-/// mapped cannot be let go, and a large run would fill the memory with pages of no more use.
-pub(super) struct Sweep {
-    run: Option<RunReader>,
-    file: File,
-    path: PathBuf,
-    range: (Fingerprint, Fingerprint),
-    small: bool,
-    /// Where the next batch begins.
-    next: Bound<Fingerprint>,
-    last: Fingerprint,
-    batch: Vec<Entry>,
-    taken: usize,
-    /// Bytes of the file up to which the kernel was asked to read.
-    ahead: u64,
-    /// Bytes of the file up to which the kernel was told to forget.
-    behind: u64,
-    /// Where the sweep ends in the file.
-    end: u64,
-}
-
-impl Sweep {
-    /// The next entry.
-    #[allow(clippy::should_implement_trait)] // It can fail.
-    #[inline]
-    pub(super) fn next(&mut self) -> Result<Option<Entry>> {
-        if self.taken == self.batch.len() {
-            self.fill()?;
-        }
-        let entry = self.batch.get(self.taken).copied();
-        self.taken += 1;
-        Ok(entry)
-    }
-
-    /// Reads the next batch; an empty one at the end.
-    fn fill(&mut self) -> Result<()> {
-        self.batch.clear();
-        self.taken = 0;
-        self.slide()?;
-        let Some(run) = &self.run else { return Ok(()) };
-        self.batch.reserve_exact(BATCH);
-        run.read(self.next, &self.last, &mut self.batch)?;
-        match self.batch.last() {
-            Some((fingerprint, _)) => self.next = Bound::Excluded(*fingerprint),
-            None => {
-                self.run = None;
-                self.forget(self.end);
+            let mut group = self.group(record)?;
+            if batch.is_empty() {
+                let before = |packed: &Packed| match &first {
+                    Bound::Included(first) => *group::key(packed) < first.0[..],
+                    Bound::Excluded(first) => *group::key(packed) <= first.0[..],
+                    Bound::Unbounded => false,
+                };
+                group = group.get(group.partition_point(before)..).unwrap_or(&[]);
             }
+            if batch.len() + group.len() > BATCH {
+                break;
+            }
+            let beyond = |packed: &Packed| group::lead(packed) > last.lead();
+            if group.last().is_some_and(beyond) {
+                let end = group.partition_point(|packed| !beyond(packed));
+                batch.extend_from_slice(group.get(..end).unwrap_or(&[]));
+                break;
+            }
+            batch.extend_from_slice(group);
         }
         Ok(())
-    }
-
-    /// Keeps a window ahead of us in flight, and lets go what is behind us.
-    fn slide(&mut self) -> Result<()> {
-        let Some(run) = &self.run else { return Ok(()) };
-        let at = match &self.next {
-            Bound::Included(next) | Bound::Excluded(next) => run.place(next),
-            Bound::Unbounded => 0,
-        };
-        while self.ahead < self.end.min(at + WINDOW) {
-            // Advice only: if the kernel does not take it, the sweep is slower.
-            let _ = fadvise(&self.file, self.ahead, NonZeroU64::new(WINDOW), Advice::WillNeed);
-            self.ahead += WINDOW;
-        }
-        if !self.small && at > self.behind + MAPPED {
-            self.run = None;
-            self.forget(at);
-            self.run = Some(RunReader::open(&self.path, self.range)?);
-        }
-        Ok(())
-    }
-
-    /// Lets the page cache before `at` go, which must not be mapped. Small runs stay.
-    fn forget(&mut self, at: u64) {
-        if let Some(length) = NonZeroU64::new(at.saturating_sub(self.behind))
-            && !self.small
-        {
-            // Advice only: if the kernel does not take it, the page cache is fatter.
-            let _ = fadvise(&self.file, self.behind, Some(length), Advice::DontNeed);
-            self.behind = at;
-        }
     }
 }

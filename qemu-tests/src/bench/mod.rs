@@ -5,9 +5,11 @@
 //! writes one [`Report`] (`PART.md`) and any number of [`Csv`] files (`PART-*.csv`).
 
 pub mod blocks;
+pub mod cgroup;
 pub mod change;
 pub mod cost;
 pub mod csv;
+pub mod detect;
 pub mod machine;
 pub mod nbd;
 pub mod report;
@@ -20,6 +22,7 @@ use anyhow::Context;
 
 use crate::Result;
 
+pub use cgroup::Cgroup;
 pub use cost::{Cost, measure};
 pub use csv::Csv;
 pub use report::{Report, Table, Target};
