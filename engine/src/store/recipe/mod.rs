@@ -15,7 +15,9 @@ mod stored;
 mod tests;
 
 pub use editor::RecipeEditor;
-pub use node::{NodeRef, decode_node_for_fuzzing, fingerprint};
+#[cfg(any(test, fuzzing))]
+pub(crate) use node::decode_node;
+pub use node::{NodeRef, fingerprint};
 pub use reader::{Lost, RecipeReader, Runs, Visit};
 pub use stored::StoredNodes;
 
