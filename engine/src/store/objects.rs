@@ -565,4 +565,7 @@ fn failed(what: &str, key: &str, error: object_store::Error) -> Error {
 mod memory;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
+pub(crate) mod recording;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests;
