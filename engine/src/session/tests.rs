@@ -451,6 +451,14 @@ fn a_client_that_lies_is_refused_and_harms_nobody() {
 }
 
 #[test]
+fn a_disk_larger_than_any_can_be_is_refused() {
+    let host = Host::new();
+    let refused = begin(&host.context, Host::request(1, "", u64::MAX), 0).err().unwrap();
+    assert_eq!(refused.kind(), Kind::Usage, "{refused}");
+    assert!(host.context.registry.list().is_empty());
+}
+
+#[test]
 fn a_shard_that_points_at_a_wrong_slot_harms_nothing() {
     let host = Host::new();
     let first = image(7, 500, 200);
