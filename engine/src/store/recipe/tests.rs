@@ -248,6 +248,32 @@ fn a_damaged_node_is_found_and_the_rest_is_read() {
 }
 
 #[test]
+fn a_node_beyond_the_disks_end_is_said_to_be_one() {
+    // A tree of three segments as that of a disk of two.
+    let shape = Shape::new(3 * SEGMENT_SIZE, 4096);
+    let mut nodes = Memory::default();
+    let mut editor = RecipeEditor::new(&mut nodes, None, shape).unwrap();
+    editor.put(0, shape.blocks(), Placement::At(address(1, 0))).unwrap();
+    let root = editor.finish().unwrap();
+    let shorter = Shape::new(2 * SEGMENT_SIZE, 4096);
+    let reader = RecipeReader::new(&nodes, root, shorter).unwrap();
+    let (mut good, mut bad) = (0, Vec::new());
+    let mut visit = |_: &NodeRef, below: Range<u64>, read: Result<&[Run]>| {
+        match read {
+            Ok(_) => good += 1,
+            Err(error) => bad.push((below, error.to_string())),
+        }
+        Ok(())
+    };
+    reader.visit_new(None, &mut visit).unwrap();
+    assert_eq!((good, bad.len()), (3, 1));
+    assert_eq!(bad[0].0, 1024..1024);
+    assert!(bad[0].1.contains("beyond the disk's end"), "{}", bad[0].1);
+    let blocks: u64 = read_all(reader.all_runs()).iter().map(|run| run.count).sum();
+    assert_eq!(blocks, shorter.blocks());
+}
+
+#[test]
 fn a_damaged_node_is_healed_by_putting_all_below_it() {
     let shape = Shape::new((3 << 30) + 5000, 4096);
     for damaged_level in [0, 1, 2] {
