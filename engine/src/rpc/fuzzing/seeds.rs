@@ -64,15 +64,14 @@ impl event_sink::Server for Sink {
 pub(crate) fn recordings() -> Vec<(&'static str, Vec<u8>)> {
     let rig = Rig::new().unwrap();
     let fingerprinter = rig.services().unwrap().context.store.fingerprinter().clone();
-    let all = vec![
+    vec![
         ("hello", record(&rig, hello)),
         ("looking", record(&rig, looking)),
         ("backup", record(&rig, |engine| backup(engine, fingerprinter.clone(), true))),
         ("abort", record(&rig, |engine| backup(engine, fingerprinter.clone(), false))),
         ("restore", record(&rig, restore)),
         ("jobs", record(&rig, jobs)),
-    ];
-    all
+    ]
 }
 
 fn record<F: Future<Output = Done> + 'static>(
