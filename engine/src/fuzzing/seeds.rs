@@ -10,7 +10,10 @@ use super::{containers, indexes, objects, recipes, recordings};
 
 type Seeds = Vec<(&'static str, Vec<u8>)>;
 
-const TARGETS: [(&str, fn(&[u8])); 5] = [
+/// A target's name, and what it does with an input.
+type Target = (&'static str, fn(&[u8]));
+
+const TARGETS: [Target; 5] = [
     ("small_objects", super::small_objects),
     ("container", super::container),
     ("recipe", super::recipe),

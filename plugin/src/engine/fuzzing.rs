@@ -35,7 +35,7 @@ fn convert_one(which: u8, message: &Reader<BufferSegments<&[u8]>>) -> Wire<()> {
         3 => drop(convert::status(message.get_root()?)?),
         4 => {
             let root: wire::backup_session::grants_results::Reader<'_> = message.get_root()?;
-            for grant in root.get_extents()?.iter() {
+            for grant in root.get_extents()? {
                 let _ = (grant.get_first_block(), grant.get_blocks(), grant.get_disk());
             }
         }
@@ -66,7 +66,8 @@ pub(crate) mod seeds {
         root.set_store_id(&[7; 16]);
         root.set_block_size(4096);
         root.set_host("hv3");
-        (0..5).for_each(|n| root.reborrow().init_fingerprint_state(5).set(n, n));
+        let mut words = root.init_fingerprint_state(5);
+        (0..5).for_each(|n| words.set(n, n));
         let mut snapshot = Builder::new_default();
         fill(snapshot.init_root());
         let mut plan = Builder::new_default();

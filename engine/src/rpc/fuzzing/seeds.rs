@@ -164,7 +164,7 @@ async fn write_all(session: &backup_session::Client, blocks: &[Vec<u8>]) -> Done
     loop {
         let answer = session.grants_request().send().promise.await?;
         let grants = answer.get()?;
-        for grant in grants.get_extents()?.iter() {
+        for grant in grants.get_extents()? {
             let first = grant.get_first_block();
             let data = blocks[first as usize..][..grant.get_blocks() as usize].concat();
             let mut write = session.write_request();
