@@ -6,6 +6,9 @@ pub mod damage;
 pub mod detect;
 pub mod error;
 pub mod fingerprint;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod ids;
 pub mod jobs;
 pub mod memory;

@@ -7,6 +7,9 @@ pub mod engine;
 pub mod error;
 pub mod extents;
 pub mod fingerprint;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hash_pool;
 pub mod image;
 pub mod nbd;

@@ -177,7 +177,7 @@ impl Current {
         write().context(|| format!("cannot replace {}", path.display()))
     }
 
-    fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let mut encoder = Encoder::begin(MAGIC, VERSION);
         self.identity.encode(&mut encoder);
         encoder.u64(self.instance);

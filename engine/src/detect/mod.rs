@@ -10,6 +10,8 @@ mod compaction;
 mod current;
 mod detector;
 mod format;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod group;
 mod header;
 mod index;

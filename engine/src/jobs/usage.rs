@@ -40,7 +40,9 @@ pub fn usage(store: &Store, manifests: &Manifests) -> Result<Usage> {
                 Ok(Some(manifest)) => {
                     usage.snapshots += 1;
                     usage.undetected += manifest.counts.undetected;
-                    usage.logical_bytes += manifest.disks.iter().map(|disk| disk.size).sum::<u64>();
+                    for disk in &manifest.disks {
+                        usage.logical_bytes = usage.logical_bytes.saturating_add(disk.size);
+                    }
                 }
                 Err(error) if error.kind() == Kind::Damaged => {}
                 Err(error) => return Err(error),

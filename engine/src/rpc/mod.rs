@@ -8,6 +8,8 @@ mod blocking;
 pub mod client;
 mod convert;
 mod engine;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod image;
 mod server;
 

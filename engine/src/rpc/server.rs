@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use capnp_rpc::{RpcSystem, rpc_twoparty_capnp, twoparty};
 use fleece_schema::engine_capnp::engine;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
@@ -103,7 +104,19 @@ async fn talk(services: Rc<Services>, stream: UnixStream) {
     // A peer without credentials is nobody.
     let uid = stream.peer_cred().map_or(u32::MAX, |peer| peer.uid());
     let permitted = services.permits(uid);
-    let (read, write) = stream.into_split();
+    converse(services, permitted, uid, stream.into_split()).await;
+}
+
+/// What a peer and we say to each other, over whatever is between us.
+pub(super) async fn converse<R, W>(
+    services: Rc<Services>,
+    permitted: bool,
+    uid: u32,
+    (read, write): (R, W),
+) where
+    R: AsyncRead + Unpin + 'static,
+    W: AsyncWrite + Unpin + 'static,
+{
     let mut options = capnp::message::ReaderOptions::new();
     options.traversal_limit_in_words(Some(MESSAGE_WORDS));
     let network = twoparty::VatNetwork::new(

@@ -16,7 +16,7 @@ use super::stages::{Calls, Session};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::ids::{DiskId, SessionId, SnapshotId, VmId};
 use crate::store::container::{ContainerKind, Packer};
-use crate::store::manifest::{Counts, MAX_CONFIG, MAX_DISKS, Manifest};
+use crate::store::manifest::{Counts, MAX_CONFIG, MAX_DISK_SIZE, MAX_DISKS, Manifest};
 use crate::store::recipe::{RecipeReader, Shape};
 use crate::store::sessions::SessionRecord;
 
@@ -175,6 +175,12 @@ fn check(request: &Request) -> Result<()> {
         return wrong(format!("its configuration is larger than {} KiB", MAX_CONFIG >> 10));
     }
     for (i, disk) in request.disks.iter().enumerate() {
+        if disk.size > MAX_DISK_SIZE {
+            return wrong(format!(
+                "disk {} of {} bytes; at most {MAX_DISK_SIZE} are possible",
+                disk.name, disk.size
+            ));
+        }
         if request.disks[..i].iter().any(|d| d.uuid == disk.uuid || d.name == disk.name) {
             return wrong(format!("disk {} ({}) is named twice", disk.name, disk.uuid));
         }

@@ -2,6 +2,8 @@
 //! slowly, or not at all.
 #![allow(clippy::unwrap_used)]
 
+mod power_cut;
+
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,17 +22,19 @@ use crate::budget::Budget;
 use crate::damage::Damage;
 use crate::detect::{DetectOptions, Detector};
 use crate::error::{Kind, Result};
-use crate::ids::{DiskId, VmId};
+use crate::ids::{DiskId, StoreId, VmId};
 use crate::owner::Owner;
 use crate::store::commit::Manifests;
+use crate::store::keys::StoreKey;
 use crate::store::manifest::Manifest;
-use crate::store::{InitOptions, Location, Store, StoreOptions};
+use crate::store::objects::Objects;
+use crate::store::{InitOptions, Location, Store, StoreOptions, objects_at};
 use crate::upkeep;
 
 const BLOCK: usize = 4096;
 
 struct Host {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     context: Context,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -40,12 +44,26 @@ impl Host {
         let dir = tempfile::tempdir().unwrap();
         let location = Location::Directory(dir.path().join("store"));
         let key = Store::init(&location, &InitOptions::default(), |_| Ok(())).unwrap();
+        let objects = objects_at(&location).unwrap();
+        Self::open(dir, objects, key, StoreOptions::default(), DetectOptions::new)
+    }
+
+    /// On the store, the state and the index in `dir`, whatever state they are in.
+    fn open(
+        dir: tempfile::TempDir,
+        objects: Objects,
+        key: StoreKey,
+        options: StoreOptions,
+        detect: impl FnOnce(StoreId) -> DetectOptions,
+    ) -> Self {
+        let location = Location::Directory(dir.path().join("store"));
         let work_dir = dir.path().join("sessions");
-        std::fs::create_dir(&work_dir).unwrap();
-        let options = StoreOptions::default();
-        let store = Store::open(&location, key, &dir.path().join("state"), options).unwrap();
-        let options = DetectOptions::new(store.id());
-        let (detector, _) = Detector::open(&dir.path().join("index"), options).unwrap();
+        std::fs::create_dir_all(&work_dir).unwrap();
+        let state = dir.path().join("state");
+        let store = Store::open_objects(objects, &location, key, Some(&state), options).unwrap();
+        let (mut detector, report) =
+            Detector::open(&dir.path().join("index"), detect(store.id())).unwrap();
+        upkeep::refill(&store, &mut detector, &report.watermark).unwrap();
         let (owner, thread) = Owner::start(detector, Box::new(|_| Ok(()))).unwrap();
         let context = Context {
             manifests: Manifests::of(&store, &work_dir),
@@ -59,25 +77,28 @@ impl Host {
             rebuilding: Arc::default(),
             patience: Duration::from_millis(300),
         };
-        Host { _dir: dir, context, thread: Some(thread) }
+        Host { dir, context, thread: Some(thread) }
     }
 
     fn begin(&self, vm: u128, parent: &str, image: &[u8]) -> Result<Client> {
-        let request = Request {
+        let begun = begin(&self.context, Self::request(vm, parent, image.len() as u64), 0)?;
+        Ok(Client { begun, image: image.to_vec(), context: self.context.clone() })
+    }
+
+    fn request(vm: u128, parent: &str, size: u64) -> Request {
+        Request {
             vm: VmId(Uuid::from_u128(vm)),
             vm_name: format!("vm{vm}"),
             adopt: false,
             disks: vec![DiskSpec {
                 uuid: DiskId(Uuid::from_u128(vm + 1000)),
                 name: "vda".into(),
-                size: image.len() as u64,
+                size,
                 parent: parent.into(),
             }],
             config: Vec::new(),
             hypervisor: "test".into(),
-        };
-        let begun = begin(&self.context, request, 0)?;
-        Ok(Client { begun, image: image.to_vec(), context: self.context.clone() })
+        }
     }
 
     fn must_restore(&self, manifest: &Manifest, image: &[u8]) {
@@ -427,6 +448,14 @@ fn a_client_that_lies_is_refused_and_harms_nobody() {
     let manifest = host.begin(1, "", &image).unwrap().run().unwrap();
     host.must_restore(&manifest, &image);
     host.must_be_exact(&[&image]);
+}
+
+#[test]
+fn a_disk_larger_than_any_can_be_is_refused() {
+    let host = Host::new();
+    let refused = begin(&host.context, Host::request(1, "", u64::MAX), 0).err().unwrap();
+    assert_eq!(refused.kind(), Kind::Usage, "{refused}");
+    assert!(host.context.registry.list().is_empty());
 }
 
 #[test]

@@ -268,12 +268,18 @@ pub fn mark(
 
 fn read(objects: &Objects, sealer: &Sealer, name: &str) -> Result<DamageMark> {
     let bytes = objects.read_all(name, SEALED_MAX)?;
-    let body = sealer.open(ObjectKind::Damage, name, &bytes)?;
-    let damaged = || Error::new(Kind::Damaged, format!("object {name} is no damage mark"));
-    let text = body.strip_prefix(&MAGIC).ok_or_else(damaged)?;
-    serde_json::from_slice(text).map_err(|error| {
-        Error::caused(Kind::Damaged, format!("object {name} is no damage mark"), error)
-    })
+    DamageMark::decode(&sealer.open(ObjectKind::Damage, name, &bytes)?, name)
+}
+
+impl DamageMark {
+    /// Reads a body; `name` is the object's, for messages.
+    pub(super) fn decode(body: &[u8], name: &str) -> Result<Self> {
+        let damaged = || Error::new(Kind::Damaged, format!("object {name} is no damage mark"));
+        let text = body.strip_prefix(&MAGIC).ok_or_else(damaged)?;
+        serde_json::from_slice(text).map_err(|error| {
+            Error::caused(Kind::Damaged, format!("object {name} is no damage mark"), error)
+        })
+    }
 }
 
 /// The container that a mark's key names.

@@ -52,8 +52,13 @@ impl StoreInfo {
             }
             bytes => bytes?,
         };
+        Ok((Self::decode(&bytes, location)?, bytes))
+    }
+
+    /// Reads the header object's bytes; not authenticated yet.
+    pub(super) fn decode(bytes: &[u8], location: &Location) -> Result<Self> {
         let foreign = || format!("what is at {location} is not a usable Fleece store");
-        let header = Header::decode(&bytes, names::STORE)
+        let header = Header::decode(bytes, names::STORE)
             .map_err(|error| Error::caused(Kind::NoStore, foreign(), error))?;
         header.expect(ObjectKind::Store, header.store, names::STORE)?;
         let body =
@@ -69,7 +74,7 @@ impl StoreInfo {
         if info.store != header.store || !is_block_size(info.block_size) {
             return Err(damaged(names::STORE, "it contradicts itself"));
         }
-        Ok((info, bytes))
+        Ok(info)
     }
 
     /// Reads the header object and makes sure that `key` is this store's.

@@ -347,7 +347,11 @@ impl State {
 
     /// `None` when it is missing or anything is wrong with it.
     fn load(file: &Path) -> Option<Self> {
-        let state: State = toml::from_str(&fs::read_to_string(file).ok()?).ok()?;
+        Self::decode(&fs::read_to_string(file).ok()?)
+    }
+
+    fn decode(text: &str) -> Option<Self> {
+        let state: State = toml::from_str(text).ok()?;
         (state.checksum == state.sum()).then_some(state)
     }
 
@@ -405,7 +409,7 @@ fn lock_mutex<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Number of containers u32, then [`ENTRY_LEN`] bytes for each.
-fn encode_entries(entries: &[Entry]) -> Vec<u8> {
+pub(super) fn encode_entries(entries: &[Entry]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(4 + entries.len() * ENTRY_LEN);
     bytes.extend_from_slice(&(entries.len() as u32).to_le_bytes());
     for entry in entries {
@@ -429,7 +433,13 @@ fn encode_entries(entries: &[Entry]) -> Vec<u8> {
     bytes
 }
 
-fn decode_entries(bytes: &[u8]) -> Option<Vec<Entry>> {
+/// Whether a state file's text is one, for the fuzzer.
+#[cfg(any(test, fuzzing))]
+pub(super) fn decode_state(text: &str) -> bool {
+    State::decode(text).is_some()
+}
+
+pub(super) fn decode_entries(bytes: &[u8]) -> Option<Vec<Entry>> {
     let (count, rest) = bytes.split_first_chunk::<4>()?;
     let (entries, rest) = rest.as_chunks::<ENTRY_LEN>();
     if !rest.is_empty() || entries.len() != u32::from_le_bytes(*count) as usize {

@@ -164,6 +164,12 @@ impl StoreKey {
         bytes
     }
 
+    /// A binary form with its checksum, for the fuzzer.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn summed(body: &[u8]) -> Vec<u8> {
+        [body, &Sha256::digest(body)[..8]].concat()
+    }
+
     /// Reads the canonical form.
     ///
     /// # Errors

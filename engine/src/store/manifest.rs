@@ -15,6 +15,9 @@ use crate::ids::{DiskId, SnapshotId, VmId};
 pub const MAX_CONFIG: usize = 256 * 1024;
 /// Disks of a VM: above QEMU's practical limits, below what would crowd a manifest.
 pub const MAX_DISKS: usize = 256;
+/// Bytes of a disk: more than any image format holds (qcow2: 64 PiB), and offsets stay far from
+/// where they would wrap.
+pub const MAX_DISK_SIZE: u64 = 1 << 60;
 /// Bytes of a name, a host, a version: a label, not a document.
 const MAX_LABEL: usize = 1024;
 /// Bytes of the JSON text: 256 disks with all labels at their limit.
@@ -167,6 +170,9 @@ impl Manifest {
         }
         if self.disks.len() > MAX_DISKS || self.bitmaps.len() > MAX_DISKS {
             return Err(format!("has more than {MAX_DISKS} disks or bitmaps"));
+        }
+        if let Some(disk) = self.disks.iter().find(|disk| disk.size > MAX_DISK_SIZE) {
+            return Err(format!("has a disk {} of {} bytes", disk.name, disk.size));
         }
         let labels = [&self.vm_name, &self.host, &self.engine, &self.hypervisor];
         let names = self.disks.iter().map(|disk| &disk.name);

@@ -7,6 +7,8 @@ mod commit_tests;
 pub mod container;
 pub mod damage;
 pub mod format;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod info;
 pub mod journal;
 pub mod keys;
@@ -154,7 +156,17 @@ impl Store {
         state_dir: Option<&Path>,
         options: StoreOptions,
     ) -> Result<Self> {
-        let objects = objects_at(location)?;
+        Self::open_objects(objects_at(location)?, location, key, state_dir, options)
+    }
+
+    /// The same over objects that are open; without `state_dir` only to read.
+    pub(crate) fn open_objects(
+        objects: Objects,
+        location: &Location,
+        key: StoreKey,
+        state_dir: Option<&Path>,
+        options: StoreOptions,
+    ) -> Result<Self> {
         let info = StoreInfo::check(&objects, location, &key)?;
         let fingerprinter = key.fingerprinter(info.block_size);
         let sealer = Sealer::new(Arc::new(key), info.encrypted);

@@ -87,8 +87,13 @@ impl Objects {
                 Error::caused(Kind::NoStore, format!("cannot open {}", root.display()), error)
             })?
             .with_fsync(true);
+        Self::over(Arc::new(store), Some(root))
+    }
+
+    /// Over any store; `local` is the directory behind it where there is one.
+    fn over(store: Arc<dyn ObjectStore>, local: Option<PathBuf>) -> Result<Self> {
         let (runtime, stop) = start_runtime()?;
-        let inner = Inner { store: Arc::new(store), local: Some(root), runtime, _stop: stop };
+        let inner = Inner { store, local, runtime, _stop: stop };
         Ok(Objects { inner: Arc::new(inner) })
     }
 
@@ -556,6 +561,11 @@ fn failed(what: &str, key: &str, error: object_store::Error) -> Error {
     Error::caused(kind, format!("cannot {what} object {key}{advice}"), error)
 }
 
+#[cfg(any(test, fuzzing))]
+mod memory;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(crate) mod recording;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;

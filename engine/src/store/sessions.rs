@@ -47,6 +47,16 @@ pub struct SessionRecord {
 }
 
 impl SessionRecord {
+    /// Reads a body; `name` is the object's, for messages.
+    pub(super) fn decode(body: &[u8], name: &str) -> Result<Self> {
+        let text = body.strip_prefix(&MAGIC).ok_or_else(|| {
+            Error::new(Kind::Damaged, format!("object {name} is no session of this version"))
+        })?;
+        serde_json::from_slice(text).map_err(|error| {
+            Error::caused(Kind::Damaged, format!("object {name} is no session"), error)
+        })
+    }
+
     /// The commit key that ends the session.
     #[must_use]
     pub fn key(&self) -> SnapshotKey {
@@ -94,13 +104,7 @@ impl Manifests {
     pub fn session(&self, key: &SnapshotKey) -> Result<SessionRecord> {
         let name = names::session(key.vm, key.seq, key.snapshot);
         let bytes = self.objects().read_all(&name, SEALED_MAX)?;
-        let body = self.sealer().open(ObjectKind::Session, &name, &bytes)?;
-        let text = body.strip_prefix(&MAGIC).ok_or_else(|| {
-            Error::new(Kind::Damaged, format!("object {name} is no session of this version"))
-        })?;
-        serde_json::from_slice(text).map_err(|error| {
-            Error::caused(Kind::Damaged, format!("object {name} is no session"), error)
-        })
+        SessionRecord::decode(&self.sealer().open(ObjectKind::Session, &name, &bytes)?, &name)
     }
 
     /// The sessions of a VM that began and have neither committed nor ended: alive, or dead

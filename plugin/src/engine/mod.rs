@@ -4,6 +4,8 @@
 //! here lives on the plugin's one `LocalSet` thread.
 
 mod convert;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod image;
 mod session;
 mod types;

@@ -144,16 +144,34 @@ impl Export {
                 Err(e) => return Err(e),
             }
         }
+        Ok(Self::of(place, shape, joined, options))
+    }
+
+    fn of(place: Arc<str>, shape: Shape, links: Vec<Link>, options: &ConnectOptions) -> Self {
         let units = (options.in_flight / UNIT).max(MAX_READ / UNIT / 8);
-        Ok(Export(Arc::new(Inner {
+        Export(Arc::new(Inner {
             place,
             shape,
             contexts: options.contexts.clone(),
-            links: joined,
+            links,
             pool: Pool::new(options.in_flight as usize),
             in_flight: Arc::new(Semaphore::new(units as usize)),
             units,
-        })))
+        }))
+    }
+
+    /// The server at the other end of a socket, over this connection only.
+    #[cfg(any(test, fuzzing))]
+    pub(super) async fn over(
+        socket: UnixStream,
+        options: &ConnectOptions,
+    ) -> Result<Self, NbdError> {
+        let place: Arc<str> = "a socket".into();
+        let (read, write) = socket.into_split();
+        let halves: (ReadHalf, WriteHalf) = (Box::new(read), Box::new(write));
+        let share = share_of(0, 1, options.contexts.len());
+        let (link, shape) = negotiate(halves, "", &place, options, share).await?;
+        Ok(Self::of(place, shape, vec![link], options))
     }
 
     /// Size in bytes.
@@ -423,22 +441,33 @@ async fn join(
     // Spare connections are not worth a long wait.
     let patience = if i == 0 { 1 } else { 4 };
     let joined = async {
-        let (read, write) = dial(target, place).await?;
-        let mut handshake = Handshake::greet(read, write, place).await?;
-        let structured = handshake.structured_replies().await?;
-        let mut ids = Vec::new();
-        if !share.is_empty() {
-            let names: Vec<&str> = share.iter().map(|at| options.contexts[*at].as_str()).collect();
-            ids = handshake.meta_contexts(&target.export, &names).await?;
-        }
-        let (read, write, shape) = handshake.go(&target.export).await?;
-        let halves = (read, write);
-        let connection =
-            Connection::start(halves, Arc::clone(place), ids, structured, options.reply_timeout);
-        Ok((Link { connection, contexts: share }, shape))
+        let halves = dial(target, place).await?;
+        negotiate(halves, &target.export, place, options, share).await
     };
     let limit = options.connect_timeout / patience;
     timeout(limit, joined).await.unwrap_or_else(|_| Err(silent(place)))
+}
+
+/// From the greeting to the first request.
+async fn negotiate(
+    (read, write): (ReadHalf, WriteHalf),
+    export: &str,
+    place: &Arc<str>,
+    options: &ConnectOptions,
+    share: Vec<usize>,
+) -> Result<(Link, Shape), NbdError> {
+    let mut handshake = Handshake::greet(read, write, place).await?;
+    let structured = handshake.structured_replies().await?;
+    let mut ids = Vec::new();
+    if !share.is_empty() {
+        let names: Vec<&str> = share.iter().map(|at| options.contexts[*at].as_str()).collect();
+        ids = handshake.meta_contexts(export, &names).await?;
+    }
+    let (read, write, shape) = handshake.go(export).await?;
+    let halves = (read, write);
+    let connection =
+        Connection::start(halves, Arc::clone(place), ids, structured, options.reply_timeout);
+    Ok((Link { connection, contexts: share }, shape))
 }
 
 async fn dial(target: &NbdTarget, place: &str) -> Result<(ReadHalf, WriteHalf), NbdError> {

@@ -4,6 +4,8 @@ mod buffer;
 mod client;
 mod connection;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handshake;
 mod pending;
 pub mod server;

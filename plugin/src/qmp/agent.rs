@@ -48,6 +48,14 @@ impl Agent {
         Ok(agent)
     }
 
+    /// Talks to whoever is at the other end of a socket, for the fuzzer.
+    #[cfg(any(test, fuzzing))]
+    pub(super) async fn over(stream: UnixStream, id: i64) -> Result<Agent> {
+        let mut agent = Agent { stream, path: PathBuf::from("agent"), pending: Vec::new() };
+        agent.synchronise(b"\n", id).await?;
+        Ok(agent)
+    }
+
     async fn reach(path: &Path) -> Result<Agent> {
         let fail = |e| Error::caused(Kind::Failed, format!("guest agent at {}", path.display()), e);
         let connected = timeout(SYNC_LIMIT, UnixStream::connect(path)).await;

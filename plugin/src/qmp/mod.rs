@@ -33,6 +33,8 @@ pub mod check;
 pub mod command;
 pub mod disk;
 pub mod end;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 pub mod guard;
 mod names;
 mod point;

@@ -185,7 +185,14 @@ impl Session {
     /// `NotFound`: nothing listens. `Busy`: another program holds this monitor. `NotPermitted`.
     /// `Failed`: not QEMU, or too old.
     pub async fn connect(vm: &Vm) -> Result<Session> {
-        let Greeted { service, version, events, peer } = greet(vm).await?;
+        let at = || format!("VM {}: monitor {}", vm.name, vm.qmp.display());
+        let socket = UnixStream::connect(&vm.qmp).await.map_err(|e| no_connection(&at(), e))?;
+        Self::over(vm, socket).await
+    }
+
+    /// The same over a connection to the monitor.
+    pub(super) async fn over(vm: &Vm, socket: UnixStream) -> Result<Session> {
+        let Greeted { service, version, events, peer } = greet(vm, socket).await?;
         if version < OLDEST {
             return Err(Error::new(
                 Kind::Failed,
@@ -443,14 +450,13 @@ struct Greeted {
     peer: Option<Peer>,
 }
 
-/// Connects and shakes hands, both within [`GREETING_LIMIT`].
-async fn greet(vm: &Vm) -> Result<Greeted> {
+/// Shakes hands within [`GREETING_LIMIT`].
+async fn greet(vm: &Vm, socket: UnixStream) -> Result<Greeted> {
     let path: &PathBuf = &vm.qmp;
     let at = || format!("VM {}: monitor {}", vm.name, path.display());
     let received = Arc::new(AtomicU64::new(0));
     let (events, _) = broadcast::channel(EVENTS);
     let handshake = async {
-        let socket = UnixStream::connect(path).await.map_err(|e| no_connection(&at(), e))?;
         let peer =
             socket.peer_cred().ok().map(|c| Peer { pid: c.pid(), uid: c.uid(), gid: c.gid() });
         let (read, write) = socket.into_split();

@@ -9,6 +9,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::{Journal, address, export, fingerprint, open, position, refill, tempdir, tiny_options};
+use crate::detect::current::Level;
 use crate::detect::{DetectOptions, Detector, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, Fingerprint, Incarnation, Sequence, SessionId, StoreId};
@@ -127,13 +128,25 @@ fn a_crash_between_any_two_file_operations_leaves_the_old_or_the_new_index() {
     let dir = tempdir();
     let options = tiny_options();
     let mut life = Life::begin(dir.path(), &options, rand::random());
-    let mut tried = 0;
-    for _ in 0..60 {
-        let before = files(dir.path());
+    let (mut tried, mut levels) = (0, [0; 3]);
+    // Until merges have written to every level: young runs, deltas, bases.
+    for step in 0.. {
+        assert!(step < 600, "merges do not get to every level: {levels:?}");
+        if step >= 60 && levels.iter().all(|runs| *runs > 0) {
+            break;
+        }
+        let (before, old) = (files(dir.path()), life.detector.index.current.runs.clone());
         life.step();
         let after = files(dir.path());
         if before == after {
             continue;
+        }
+        for run in life.detector.index.current.runs.iter().filter(|run| !old.contains(run)) {
+            levels[match run.level {
+                Level::Young => 0,
+                Level::Delta(_) => 1,
+                Level::Base(_) => 2,
+            }] += 1;
         }
         for state in crashes(&mut life.rng, &before, &after) {
             let copy = tempdir();

@@ -15,7 +15,9 @@ mod stored;
 mod tests;
 
 pub use editor::RecipeEditor;
-pub use node::{NodeRef, decode_node_for_fuzzing, fingerprint};
+#[cfg(any(test, fuzzing))]
+pub(crate) use node::decode_node;
+pub use node::{NodeRef, fingerprint};
 pub use reader::{Lost, RecipeReader, Runs, Visit};
 pub use stored::StoredNodes;
 
@@ -141,10 +143,10 @@ impl Shape {
         1 << (FAN_OUT_BITS * u32::from(level))
     }
 
-    /// The blocks below the node of a level that begins with `segment`.
+    /// The blocks below the node of a level that begins with `segment`; none beyond the disk's end.
     fn blocks_below(&self, segment: u64, level: u8) -> Range<u64> {
         let blocks = u64::from(self.segment_blocks);
-        let first = segment * blocks;
+        let first = (segment * blocks).min(self.blocks);
         first..first.saturating_add(Shape::span(level) * blocks).min(self.blocks)
     }
 

@@ -44,7 +44,7 @@ pub struct NodeRef {
 
 impl NodeRef {
     /// The reference of a node kept at `address`.
-    pub(super) fn of(address: Address, level: u8, bytes: &[u8]) -> Self {
+    pub(in crate::store) fn of(address: Address, level: u8, bytes: &[u8]) -> Self {
         NodeRef { address, level, tag: tag(bytes) }
     }
 
@@ -212,8 +212,9 @@ pub(super) fn decode(level: u8, bytes: &[u8], shape: &Shape) -> Result<Node> {
     }
 }
 
-/// Decodes any bytes as a node of a level; for the fuzzer, which has no other way in.
-pub fn decode_node_for_fuzzing(level: u8, bytes: &[u8]) -> bool {
+/// Whether any bytes are a node of a level, for the fuzzer.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn decode_node(level: u8, bytes: &[u8]) -> bool {
     decode(level, bytes, &Shape::new(u64::MAX / 2, 4096)).is_ok()
 }
 

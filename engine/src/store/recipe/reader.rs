@@ -97,6 +97,9 @@ impl<S: NodeSource> RecipeReader<S> {
             return Ok(());
         }
         let below = self.shape.blocks_below(segment, node.level);
+        if below.is_empty() {
+            return visit(&node, below, Err(beyond_the_end(&node)));
+        }
         let children = match self.node(&node) {
             Err(error) => return visit(&node, below, Err(error)),
             Ok(read) => match &*read {
@@ -148,6 +151,10 @@ impl<S: NodeSource> RecipeReader<S> {
         cache.push_front((*node, read.clone()));
         Ok(read)
     }
+}
+
+fn beyond_the_end(node: &NodeRef) -> Error {
+    Error::new(Kind::Damaged, format!("the recipe node {node} lies beyond the disk's end"))
 }
 
 /// A segment node's runs with their place on the disk.

@@ -126,6 +126,12 @@ async fn client<S: ImageSource>(socket: UnixStream, exports: Rc<Exports<S>>) {
     }
 }
 
+/// Serves one disk to whoever is at the other end of a socket, for the fuzzer.
+#[cfg(any(test, fuzzing))]
+pub(super) async fn to_one<S: ImageSource>(socket: UnixStream, disk: S) {
+    client(socket, Rc::new(Exports { disks: vec![("vda".to_owned(), disk)] })).await;
+}
+
 fn clear_the_way(path: &Path) -> Result<()> {
     use std::os::unix::fs::FileTypeExt;
     let Ok(found) = std::fs::symlink_metadata(path) else { return Ok(()) };
