@@ -55,7 +55,7 @@ fn main() -> Result {
     let mut report = bench.report("Detection")?;
     let group = Cgroup::limited("detection", LIMIT)?;
     report.text(&format!(
-        "The detector of the engine alone (`engine/examples/detect_speed.rs`, one thread), an index of {} M \
+        "The detector of the engine alone (`engine/examples/detect_speed.rs`), an index of {} M \
          entries, dropped from the page cache before every batch; the process in a {}. A batch is timed from the \
          first request to the last verdict; `with merges` adds learning all new ones and merging until \
          nothing was left to merge. The index is opened anew for each table, so the first pass over each \
