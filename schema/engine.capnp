@@ -33,6 +33,9 @@ interface Engine {
   verify @8 (vm :Text, snapshot :Text, events :EventSink) -> (clean :Bool);
   # Everything, or what one VM or snapshot needs ("" = all).
   rebuildIndex @9 (events :EventSink) -> (entries :UInt64);
+  repair @10 (dryRun :Bool, events :EventSink) -> (whole :Bool);
+  # Puts good copies in the place of what is marked as damaged. `whole`: every
+  # snapshot can be restored (dryRun: could be, after it).
 }
 
 enum Fate { committed @0; ended @1; }

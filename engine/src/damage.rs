@@ -5,11 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::error::Result;
 
 use crate::store::Store;
+use crate::store::container::Directories;
 use crate::store::damage::{DamageMap, Found};
 
-/// The damage of a store. The map is replaced as a whole: who reads one keeps it.
+/// The damage of a store, as its directories know it. One at a time changes it.
 pub struct Damage {
-    map: Mutex<Arc<DamageMap>>,
+    directories: Directories,
+    changing: Mutex<()>,
 }
 
 impl Damage {
@@ -18,9 +20,9 @@ impl Damage {
     /// # Errors
     /// When the marks cannot be listed.
     pub fn load(store: &Store) -> Result<Self> {
-        let map = DamageMap::load(store.objects(), store.sealer())?;
-        map.apply(store.directories());
-        Ok(Damage { map: Mutex::new(Arc::new(map)) })
+        let damage = Damage { directories: store.directories().clone(), changing: Mutex::new(()) };
+        damage.reload(store)?;
+        Ok(damage)
     }
 
     /// Loads the marks again, after a job that made some.
@@ -29,18 +31,18 @@ impl Damage {
     /// When the marks cannot be listed.
     pub fn reload(&self, store: &Store) -> Result<()> {
         // Locked first, so that nothing recorded meanwhile is lost.
-        let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
-        *map = Damage::load(store)?.map();
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.directories.set_damage(DamageMap::load(store.objects(), store.sealer())?);
         Ok(())
     }
 
     /// What is known now.
     #[must_use]
     pub fn map(&self) -> Arc<DamageMap> {
-        Arc::clone(&self.map.lock().unwrap_or_else(PoisonError::into_inner))
+        self.directories.damage()
     }
 
-    /// Records damage in the store, then here: no session uses these slots any more.
+    /// Records damage in the store: no session uses these slots any more.
     ///
     /// # Errors
     /// When a mark cannot be created.
@@ -48,10 +50,16 @@ impl Damage {
         if found.is_empty() {
             return Ok(());
         }
-        let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut next = DamageMap::clone(&map);
-        next.record(store, found, jiff::Timestamp::now().as_millisecond())?;
-        *map = Arc::new(next);
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut map = DamageMap::clone(&self.map());
+        map.record(store, found, jiff::Timestamp::now().as_millisecond())?;
         Ok(())
+    }
+
+    /// Records damage that was met by `who`, who goes on whether that succeeds or not.
+    pub fn met(&self, store: &Store, found: &[Found], who: &str) {
+        if let Err(error) = self.record(store, found) {
+            eprintln!("fleece-engine: damage met by {who} is not recorded: {error}");
+        }
     }
 }

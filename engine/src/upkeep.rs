@@ -8,6 +8,7 @@ use crate::detect::{Detector, Partition, Watermark};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint};
 use crate::jobs::rebuild::{each_entry, last_entry};
+use crate::jobs::repair;
 use crate::jobs::restore::{Options, Outcome, Restorer, Sink};
 use crate::jobs::verify::{self, Event, Scope};
 use crate::session::Context;
@@ -49,9 +50,7 @@ pub fn restore(
 ) -> Result<Outcome> {
     let mut found = Vec::new();
     let outcome = restorer(context).restore(disk, options, sink, &mut found);
-    if let Err(error) = context.damage.record(&context.store, &found) {
-        eprintln!("fleece-engine: damage met by the restore of {what} is not recorded: {error}");
-    }
+    context.damage.met(&context.store, &found, &format!("the restore of {what}"));
     outcome
 }
 
@@ -93,9 +92,7 @@ pub fn refill(store: &Store, detector: &mut Detector, after: &Watermark) -> Resu
 /// # Errors
 /// When the journals cannot be read or the index cannot be written.
 pub fn rebuild_index(context: &Context, emit: Emit<'_>) -> Result<u64> {
-    let Ok(_only_one) = context.rebuilding.try_lock() else {
-        return Err(Error::new(Kind::Busy, "the index is being rebuilt already"));
-    };
+    let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
     let mut rebuild = context.owner.begin_rebuild()?;
     let (store, damage) = (&context.store, context.damage.map());
     let read =
@@ -114,6 +111,32 @@ pub fn rebuild_index(context: &Context, emit: Emit<'_>) -> Result<u64> {
     Ok(entries)
 }
 
+fn busy() -> Error {
+    let what = "the index is being rebuilt, or the store repaired: wait for that";
+    Error::new(Kind::Busy, what)
+}
+
+/// Puts good copies in the place of what is marked as damaged, or says what that would do.
+/// `true`: every snapshot can be restored whole.
+///
+/// # Errors
+/// [`Kind::Busy`] while another repair or a rebuild runs; when the store cannot be read or
+/// written.
+pub fn repair(context: &Context, dry_run: bool, now_ms: i64, emit: Emit<'_>) -> Result<bool> {
+    let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
+    let options = repair::Options { dry_run, scratch: context.work_dir.clone(), now_ms };
+    let mut say = |event: &repair::Event| emit(line(event)?);
+    let mut recorded = |at, entries| context.owner.learn(entries, crate::session::position(at));
+    let report = repair::repair(&context.store, &options, &mut say, &mut recorded);
+    context.damage.reload(&context.store)?;
+    Ok(report?.whole())
+}
+
+fn line(event: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string(event)
+        .map_err(|e| Error::caused(Kind::Failed, "cannot encode an event", e))
+}
+
 /// Verifies what `vm` and `snapshot` name, everything for "" and "", and then the index
 /// as well. `true`: nothing is wrong.
 ///
@@ -128,11 +151,7 @@ pub fn verify(
 ) -> Result<bool> {
     let scope = scope(context, vm, snapshot)?;
     let emit = RefCell::new(emit);
-    let say = |event: &Event| {
-        let line = serde_json::to_string(event)
-            .map_err(|e| Error::caused(Kind::Failed, "cannot encode an event", e))?;
-        (emit.borrow_mut())(line)
-    };
+    let say = |event: &Event| (emit.borrow_mut())(line(event)?);
     let options = verify::Options { scope, scratch: context.work_dir.clone(), now_ms };
     if scope != Scope::All {
         let report = verify::verify(&context.store, &options, &mut |e| say(e), &mut |_| Ok(()))?;

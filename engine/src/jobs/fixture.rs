@@ -121,6 +121,22 @@ impl Fixture {
         self.store.directories().summary(address.container).unwrap().unwrap().object
     }
 
+    /// Opens the store anew as another engine: nothing is cached, and it can be written.
+    pub(crate) fn open_again(&mut self) {
+        self.store = self.writable();
+        self.manifests = Manifests::of(&self.store, self.dir.path());
+    }
+
+    /// A store opened anew by another engine.
+    pub(crate) fn writable(&self) -> Store {
+        let state = tempfile::tempdir_in(self.dir.path()).unwrap().keep();
+        let key = self.store.sealer().key().encode();
+        let key = crate::store::keys::StoreKey::decode(&key).unwrap();
+        let mut options = StoreOptions::default();
+        options.budget.container_slots = 300;
+        Store::open(self.store.location(), key, &state, options).unwrap()
+    }
+
     /// A store opened anew: nothing is cached.
     pub(crate) fn reopened(&self) -> Store {
         let location = self.store.location().clone();

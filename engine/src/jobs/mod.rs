@@ -1,8 +1,10 @@
 //! Work on the store as a whole: restore, verify, rebuild.
 
+pub mod affected;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod rebuild;
+pub mod repair;
 pub mod restore;
 pub mod usage;
 pub mod verify;

@@ -190,14 +190,14 @@ pub(crate) fn last_entry(store: &Store, incarnation: Incarnation) -> Result<u32>
 }
 
 /// A container's id so that byte order is its order.
-pub(super) fn id_bytes(id: ContainerId) -> [u8; 8] {
+pub(in crate::jobs) fn id_bytes(id: ContainerId) -> [u8; 8] {
     let mut bytes = [0; 8];
     bytes[..4].copy_from_slice(&id.incarnation.0.to_be_bytes());
     bytes[4..].copy_from_slice(&id.counter.to_be_bytes());
     bytes
 }
 
-pub(super) fn read_id(bytes: &[u8; 8]) -> ContainerId {
+pub(in crate::jobs) fn read_id(bytes: &[u8; 8]) -> ContainerId {
     let [a, b, c, d, e, f, g, h] = *bytes;
     ContainerId {
         incarnation: Incarnation(u32::from_be_bytes([a, b, c, d])),

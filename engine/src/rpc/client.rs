@@ -208,6 +208,20 @@ impl EngineClient {
         work.await.map_err(|e: capnp::Error| from_wire(&e))
     }
 
+    /// Repairs what is marked as damaged; `each` gets every event as a line of JSON. `true`:
+    /// every snapshot can be restored whole.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub async fn repair(&self, dry_run: bool, each: impl Fn(&str) + 'static) -> Result<bool> {
+        let mut request = self.engine.repair_request();
+        let mut params = request.get();
+        params.set_dry_run(dry_run);
+        params.set_events(capnp_rpc::new_client(Lines { each }));
+        let work = async { Ok(request.send().promise.await?.get()?.get_whole()) };
+        work.await.map_err(|e: capnp::Error| from_wire(&e))
+    }
+
     /// Builds the index anew; gives the number of its entries.
     ///
     /// # Errors

@@ -313,6 +313,22 @@ impl engine::Server for EngineServer {
         results.get().set_entries(entries);
         Ok(())
     }
+
+    async fn repair(
+        self: Rc<Self>,
+        params: engine::RepairParams,
+        mut results: engine::RepairResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let params = params.get()?;
+        let (dry_run, events) = (params.get_dry_run(), params.get_events()?);
+        let whole = super::image::with_events(events, move |emit| {
+            upkeep::repair(&context, dry_run, now_ms(), emit)
+        })
+        .await?;
+        results.get().set_whole(whole);
+        Ok(())
+    }
 }
 
 fn find(context: &Context, vm: &str, snapshot: &str) -> Result<Manifest> {

@@ -83,7 +83,7 @@ impl ImageServer {
         work: impl FnOnce(&mut DiskImage) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, capnp::Error> {
         self.register().await?;
-        let (context, disk) = (self.context.clone(), self.disk.clone());
+        let (context, disk, what) = (self.context.clone(), self.disk.clone(), self.what.clone());
         let image = Arc::clone(&self.image);
         blocking(move || {
             let mut image = image.lock().unwrap_or_else(PoisonError::into_inner);
@@ -91,7 +91,10 @@ impl ImageServer {
                 Some(open) => open,
                 None => upkeep::restorer(&context).image(&disk)?,
             };
-            work(image.insert(open))
+            let open = image.insert(open);
+            let outcome = work(open);
+            context.damage.met(&context.store, &open.take_found(), &format!("reading {what}"));
+            outcome
         })
         .await
     }

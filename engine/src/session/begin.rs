@@ -357,6 +357,7 @@ fn session(
         calls: Calls::default(),
         patience: Patience::new(Instant::now()),
         failure: None,
+        met: super::met::Met::default(),
     })
 }
 

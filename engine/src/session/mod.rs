@@ -8,6 +8,7 @@ pub mod answers;
 pub mod begin;
 pub mod event;
 mod handover;
+mod met;
 mod publish;
 pub mod registry;
 pub mod spool;
@@ -46,7 +47,7 @@ pub struct Context {
     pub work_dir: std::path::PathBuf,
     /// This host's name.
     pub host: String,
-    /// Held while the index is rebuilt: one at a time.
+    /// Held while the index is rebuilt or the store repaired: one at a time.
     pub rebuilding: Arc<std::sync::Mutex<()>>,
     /// How long after its own writes a session leaves the rest to those who hold the grants.
     pub patience: std::time::Duration,

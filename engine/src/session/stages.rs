@@ -14,6 +14,7 @@ use super::answers::Answers;
 use super::begin::Request;
 use super::event::{Event, GrantExtent, Grants, Reply};
 use super::handover::Patience;
+use super::met::Met;
 use super::publish::{DiskState, place_window};
 use super::registry::{Progress, StageName};
 use super::spool::Position;
@@ -60,6 +61,8 @@ pub(super) struct Session {
     pub(super) calls: Calls,
     pub(super) patience: Patience,
     pub(super) failure: Option<(Kind, String)>,
+    /// Damage that was met and is not recorded yet.
+    pub(super) met: Met,
 }
 
 /// Calls of the plugin that are not answered yet.
@@ -79,6 +82,7 @@ impl Session {
                 Err(RecvTimeoutError::Timeout) => None,
             };
             let ended = event.is_some_and(|event| self.take(event));
+            self.record_met();
             if self.failure.is_none()
                 && let Err(error) = self.advance()
             {
@@ -88,6 +92,7 @@ impl Session {
                 break;
             }
         }
+        self.record_met();
         self.end_in_store();
     }
 
@@ -279,7 +284,7 @@ impl Session {
     fn settle(&mut self) -> Result<()> {
         let Some(window) = self.windows.front_mut() else { return Ok(()) };
         let (store, progress, id) = (&self.context.store, &self.progress, self.id);
-        let silent = self.patience.silent;
+        let (silent, met) = (self.patience.silent, &mut self.met);
         let block = u64::from(store.block_size());
         // Of a block whose address is wrong, the first is written; the others find it then.
         let mut wrong: HashMap<Fingerprint, Sequence> = HashMap::new();
@@ -291,7 +296,7 @@ impl Session {
             }
             Verdict::SameAs(session, sequence) => Ok(Settled::Later(session, sequence)),
             Verdict::Stored(address) => {
-                if let Some(at) = confirmed(store, address, question.fingerprint)? {
+                if let Some(at) = confirmed(store, address, question.fingerprint, met)? {
                     return Ok(Settled::At(at));
                 }
                 if let Some(first) = wrong.get(&question.fingerprint) {
@@ -412,11 +417,13 @@ impl Session {
         self.answers.close_oldest();
         let directories = self.context.store.directories();
         let mut nodes = StoredNodes::new(directories, &mut self.nodes);
-        place_window(window, &mut self.disks, &mut nodes).inspect_err(|error| {
+        if let Err(error) = place_window(window, &mut self.disks, &mut nodes) {
             if matches!(error.kind(), Kind::Damaged | Kind::NotFound) {
                 self.context.registry.mistrust(self.request.vm);
+                self.note_lost_nodes();
             }
-        })?;
+            return Err(error);
+        }
         self.seal_nodes()?;
         self.patience = Patience::new(Instant::now());
         let open: u64 = self.windows.iter().map(|window| window.end - window.first).sum();
@@ -458,14 +465,21 @@ impl Session {
 }
 
 /// Where a block is, if its container's directory says that it is there. A shard may be
-/// wrong and a block damaged: then the block is new.
-fn confirmed(store: &Store, address: Address, fingerprint: Fingerprint) -> Result<Option<Address>> {
+/// wrong and a block damaged: then the block is new. A directory that is damaged is noted.
+fn confirmed(
+    store: &Store,
+    address: Address,
+    fingerprint: Fingerprint,
+    met: &mut Met,
+) -> Result<Option<Address>> {
     let directories = store.directories();
-    let at = |address| -> Result<SlotInfo> {
+    let mut at = |address| -> Result<SlotInfo> {
         match directories.slot(address) {
-            Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {
+            Err(error) if error.kind() == Kind::Damaged => {
+                met.note(directories, address, &error);
                 Ok(SlotInfo::Damaged)
             }
+            Err(error) if error.kind() == Kind::NotFound => Ok(SlotInfo::Missing),
             slot => slot,
         }
     };

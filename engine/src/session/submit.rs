@@ -10,6 +10,10 @@ use crate::ids::{Address, Fingerprint, Sequence};
 use crate::store::container::SlotInfo;
 use crate::store::recipe::{Placement, RecipeReader};
 
+fn gone(address: Address) -> Error {
+    Error::new(Kind::NotFound, format!("a snapshot needs the block at {address}, which is gone"))
+}
+
 impl Session {
     /// Takes in a batch of the scan.
     pub(super) fn submit(
@@ -98,6 +102,7 @@ impl Session {
             return self.ask(at, fingerprints, requests);
         };
         let nodes = self.context.store.directories();
+        let met = &mut self.met;
         let reader = RecipeReader::new(nodes, Some(parent), state.parent_shape)?;
         let end = (at.block + fingerprints.len() as u64).min(state.parent_shape.blocks());
         let mut same: Vec<Option<Address>> = vec![None; fingerprints.len()];
@@ -108,12 +113,20 @@ impl Session {
             for i in 0..run.count {
                 let index = (run.first_block - at.block + i) as usize;
                 let Some(address) = first.plus(i as u16) else { break };
-                let slot = self.context.store.directories().slot(address);
-                if matches!(slot, Ok(SlotInfo::Present(f)) if f == fingerprints[index]) {
-                    same[index] = Some(address);
+                match nodes.slot(address) {
+                    Ok(SlotInfo::Present(f)) if f == fingerprints[index] => {
+                        same[index] = Some(address);
+                    }
+                    // The recipe is right: what it names and is not there was lost.
+                    Ok(SlotInfo::Missing) => met.note(nodes, address, &gone(address)),
+                    Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {
+                        met.note(nodes, address, &error);
+                    }
+                    _ => {}
                 }
             }
         }
+        runs.take_lost().iter().for_each(|lost| met.note_node(lost));
         self.spool_compared(at, fingerprints, &same, requests)
     }
 

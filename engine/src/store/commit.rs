@@ -163,6 +163,19 @@ impl Manifests {
         Ok(self.copy(key, &body)? == Created::Ours)
     }
 
+    /// Creates the record that is missing at a commit key from its copy, which proves that
+    /// it once stood there; true if it was missing.
+    ///
+    /// # Errors
+    /// When the copy cannot be read, or the record not be created.
+    pub fn heal_first(&self, key: &SnapshotKey) -> Result<bool> {
+        // Checked: only a record of this very snapshot may stand there.
+        self.read_copy(key)?;
+        let name = key.manifest();
+        let sealed = self.sealer.seal(ObjectKind::Manifest, &name, &self.body(&key.copy())?)?;
+        Ok(self.objects.create(&name, Bytes::from(sealed))? == Created::Ours)
+    }
+
     /// What stands at a commit key, from the copy if the first is damaged.
     ///
     /// # Errors
@@ -216,6 +229,15 @@ impl Manifests {
     pub fn fate(&self, vm: VmId, snapshot: SnapshotId) -> Result<Fate> {
         if let Some(key) = self.find(names::MANIFESTS, vm, snapshot)? {
             return match self.read(&key) {
+                Ok(Record::Manifest(_)) => Ok(Fate::Committed(key.seq)),
+                Ok(Record::Tombstone(_)) => Ok(Fate::Tombstoned(key.seq)),
+                Err(error) if error.kind() == Kind::Damaged => Ok(Fate::Unreadable(key.seq)),
+                Err(error) => Err(error),
+            };
+        }
+        // A copy is made after the record: it proves what stood at a commit key that is missing.
+        if let Some(key) = self.find(names::MANIFEST_COPIES, vm, snapshot)? {
+            return match self.read_copy(&key) {
                 Ok(Record::Manifest(_)) => Ok(Fate::Committed(key.seq)),
                 Ok(Record::Tombstone(_)) => Ok(Fate::Tombstoned(key.seq)),
                 Err(error) if error.kind() == Kind::Damaged => Ok(Fate::Unreadable(key.seq)),

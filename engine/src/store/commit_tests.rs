@@ -129,7 +129,7 @@ fn a_damaged_manifest_is_read_from_its_copy() {
 }
 
 #[test]
-fn a_copy_alone_is_no_commit_and_a_missing_one_is_healed() {
+fn a_copy_proves_a_commit_and_what_is_missing_is_healed() {
     let f = fixture();
     let one = manifest(vm(1), "web1", 1);
     f.manifests.commit(&one).unwrap();
@@ -139,9 +139,13 @@ fn a_copy_alone_is_no_commit_and_a_missing_one_is_healed() {
     assert!(!f.manifests.heal_copy(&key).unwrap());
     assert_eq!(f.manifests.read_copy(&key).unwrap(), Record::Manifest(Box::new(one)));
     std::fs::remove_file(f.dir.path().join(key.manifest())).unwrap();
-    assert_eq!(f.manifests.fate(vm(1), id(1)).unwrap(), Fate::Unknown);
+    // Not found by name, but never taken for one that did not commit.
+    assert_eq!(f.manifests.fate(vm(1), id(1)).unwrap(), Fate::Committed(1));
     assert_eq!(f.manifests.latest(vm(1)).unwrap(), None);
     assert_eq!(f.manifests.read(&key).unwrap_err().kind(), Kind::NotFound);
+    assert!(f.manifests.heal_first(&key).unwrap());
+    assert!(!f.manifests.heal_first(&key).unwrap());
+    assert_eq!(f.manifests.latest(vm(1)).unwrap().map(|m| m.snapshot), Some(id(1)));
 }
 
 #[test]
@@ -265,7 +269,8 @@ fn damage_marks_add_up_and_survive() {
     let container = ContainerId { incarnation: Incarnation(2), counter: 3 };
     let at = |slot| Address { container, slot: Slot(slot) };
     for slots in [vec![(5, 3), (100, 1)], vec![(7, 4)], vec![(60_000, 5_535)]] {
-        let found = DamageMark { slots, found_ms: 1, how: "verify: a tag did not match".into() };
+        let how = "verify: a tag did not match".into();
+        let found = DamageMark { slots, found_ms: 1, how, healed: None };
         mark(&f.objects, &f.sealer, container, &found).unwrap();
     }
     let map = DamageMap::load(&f.objects, &f.sealer).unwrap();
@@ -277,8 +282,15 @@ fn damage_marks_add_up_and_survive() {
     assert!(map.touches(at(0), 6) && !map.touches(at(0), 5));
     let other = ContainerId { incarnation: Incarnation(2), counter: 4 };
     assert!(!map.has(Address { container: other, slot: Slot(5) }));
+    // A later mark takes an earlier one back, and says where the container stands now.
+    let healed =
+        DamageMark { slots: vec![(6, 60_000)], found_ms: 2, how: "repair".into(), healed: Some(1) };
+    mark(&f.objects, &f.sealer, container, &healed).unwrap();
+    let map = DamageMap::load(&f.objects, &f.sealer).unwrap();
+    assert!(map.has(at(5)) && !map.has(at(7)) && !map.has(at(100)));
+    assert_eq!((map.generation(container), map.generation(other)), (1, 0));
     // A mark that cannot be read condemns the container.
-    damage_file(&f, &super::names::damage(container, 1));
+    damage_file(&f, &super::names::damage(container, 4));
     assert!(DamageMap::load(&f.objects, &f.sealer).unwrap().has(at(50)));
 }
 

@@ -154,7 +154,8 @@ fn damage(data: &[u8]) {
     }
     assert!(map.slots() <= u64::from(u16::MAX));
     if let Ok((objects, sealer)) = container::objects() {
-        map.apply(&container::directories(&objects, &sealer, 4096));
+        map.apply(container, &mark);
+        container::directories(&objects, &sealer, 4096).change_damage(|known| *known = map.clone());
     }
 }
 

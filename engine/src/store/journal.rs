@@ -8,6 +8,7 @@
 //! and recipes. Whatever refers to a container therefore finds it in a journal, and a
 //! watermark {incarnation → n} says exactly what an index has seen.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt;
@@ -79,18 +80,49 @@ impl Journals {
         Journals { objects, sealer }
     }
 
-    /// All incarnations that were ever claimed, ascending.
+    /// All incarnations that were ever claimed, ascending; also those whose claim is missing,
+    /// as long as a journal or a container of theirs is there.
     ///
     /// # Errors
     /// When they cannot be listed.
     pub fn incarnations(&self) -> Result<Vec<Incarnation>> {
-        let mut all = Vec::new();
+        let mut all = BTreeSet::new();
         self.objects.list(names::INCARNATIONS, |key, _| {
             all.extend(names::parse_incarnation(key));
             Ok(())
         })?;
-        all.sort_unstable();
-        Ok(all)
+        for folder in [names::JOURNAL, names::CONTAINERS] {
+            let folders = self.objects.list_dirs(folder)?;
+            all.extend(folders.iter().filter_map(|name| names::parse_incarnation_folder(name)));
+        }
+        Ok(all.into_iter().collect())
+    }
+
+    /// Makes sure that the claim of an incarnation can be read.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`], [`Kind::Damaged`].
+    pub fn check_claim(&self, incarnation: Incarnation) -> Result<()> {
+        let key = names::incarnation(incarnation);
+        let bytes = self.objects.read_all(&key, SEALED_MAX)?;
+        let plain = self.sealer.open(ObjectKind::Incarnation, &key, &bytes)?;
+        match serde_json::from_slice::<Claim>(&plain) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(damaged(&key, "it does not read as a claim")),
+        }
+    }
+
+    /// Claims an incarnation whose claim is missing for nobody: no engine goes on with it, and
+    /// none claims it anew. True if it was missing.
+    ///
+    /// # Errors
+    /// When the claim cannot be created.
+    pub fn heal_claim(&self, incarnation: Incarnation) -> Result<bool> {
+        let claim = Claim { machine: String::new(), token: String::new() };
+        let plain = serde_json::to_vec(&claim).context(|| "cannot write a claim".into())?;
+        let key = names::incarnation(incarnation);
+        let bytes = self.sealer.seal(ObjectKind::Incarnation, &key, &plain)?;
+        Ok(self.objects.create(&key, bytes)? == Created::Ours)
     }
 
     /// One entry; `None` when the journal does not go so far.

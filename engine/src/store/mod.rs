@@ -183,7 +183,7 @@ impl Store {
             budget.directory_cache,
             budget.frame_cache,
         );
-        damage::DamageMap::load(&objects, &sealer)?.apply(&directories);
+        directories.set_damage(damage::DamageMap::load(&objects, &sealer)?);
         let pool = Pool::new(budget.cpu_threads)?;
         let location = location.clone();
         let inner = Inner {

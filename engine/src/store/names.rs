@@ -64,6 +64,12 @@ pub fn parse_incarnation(key: &str) -> Option<Incarnation> {
     key.strip_prefix(INCARNATIONS)?.strip_prefix('/').and_then(hex).map(Incarnation)
 }
 
+/// The incarnation whose journal or containers a folder of this name holds.
+#[must_use]
+pub fn parse_incarnation_folder(name: &str) -> Option<Incarnation> {
+    hex(name).map(Incarnation)
+}
+
 /// The commit key of a snapshot.
 #[must_use]
 pub fn manifest(vm: VmId, seq: u64, snapshot: SnapshotId) -> String {
@@ -98,6 +104,21 @@ pub fn damage(container: ContainerId, n: u32) -> String {
     format!("{DAMAGE}/{container}/{n:08x}")
 }
 
+/// The folder of a container's damage records.
+#[must_use]
+pub fn damage_of(container: ContainerId) -> String {
+    format!("{DAMAGE}/{container}")
+}
+
+/// The container and the number of a damage record.
+#[must_use]
+pub fn parse_damage(key: &str) -> Option<(ContainerId, u32)> {
+    let (container, n) = key.strip_prefix(DAMAGE)?.strip_prefix('/')?.split_once('/')?;
+    let (incarnation, counter) = container.split_once('-')?;
+    let incarnation = Incarnation(hex(incarnation)?);
+    Some((ContainerId { incarnation, counter: hex(counter)? }, hex(n)?))
+}
+
 fn hex(text: &str) -> Option<u32> {
     (text.len() == 8).then(|| u32::from_str_radix(text, 16).ok()).flatten()
 }
@@ -113,6 +134,8 @@ mod tests {
         assert_eq!(parse_container(&container(id, 0x1_0000)), Some((id, 0x1_0000)));
         assert_eq!(parse_container("containers/00000007/00000abc"), None);
         assert_eq!(parse_container("containers/7/00000abc-0000"), None);
+        assert_eq!(parse_damage(&damage(id, 3)), Some((id, 3)));
+        assert_eq!(parse_damage("damage/00000007-00000abc"), None);
         assert_eq!(parse_incarnation(&incarnation(Incarnation(9))), Some(Incarnation(9)));
         let (vm, snapshot) = (VmId(uuid::Uuid::from_u128(5)), SnapshotId::from_random(77));
         assert_eq!(parse_snapshot(&manifest(vm, 3, snapshot)), Some((vm, 3, snapshot)));

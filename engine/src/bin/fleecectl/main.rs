@@ -41,6 +41,12 @@ enum Verb {
         /// VM or VM@SNAPSHOT; everything if absent.
         what: Option<String>,
     },
+    /// Put good copies in the place of what verify or a restore found damaged.
+    Repair {
+        /// Only say what would be done.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Build the index anew from the store.
     RebuildIndex,
     /// The store's key.
@@ -91,6 +97,9 @@ fn run(options: Options) -> Result<ExitCode> {
         Verb::Sessions => report::sessions(&socket(&options)?, options.json)?,
         Verb::Verify { ref what } => {
             return report::verify(&socket(&options)?, what.as_deref(), options.json);
+        }
+        Verb::Repair { dry_run } => {
+            return report::repair(&socket(&options)?, dry_run, options.json);
         }
         Verb::RebuildIndex => report::rebuild_index(&socket(&options)?, options.json)?,
     }

@@ -1,4 +1,4 @@
-//! What the engine is asked: status, sessions, verify, rebuild-index.
+//! What the engine is asked: status, sessions, verify, repair, rebuild-index.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -158,6 +158,26 @@ pub(crate) fn verify(socket: &Path, what: Option<&str>, json: bool) -> Result<Ex
         println!("{}", if clean { "clean" } else { "DAMAGED: see above" });
     }
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::from(Kind::Damaged.exit_code()) })
+}
+
+pub(crate) fn repair(socket: &Path, dry_run: bool, json: bool) -> Result<ExitCode> {
+    let whole = with_engine(socket, async |engine| {
+        engine.repair(dry_run, move |line| print_event(line, json)).await
+    })?;
+    if !json {
+        let what = match (whole, dry_run) {
+            (true, false) => "every snapshot can be restored, as far as is known",
+            (true, true) => "every snapshot could be restored then; nothing was changed",
+            (false, true) => "not everything could be repaired: see above; nothing was changed",
+            (false, false) => {
+                "DAMAGED: the snapshots above are not whole. Back their VMs up again, so that new \
+                 snapshots are; then try repair once more. fleece restore --damaged=zero rescues \
+                 the rest of an old one"
+            }
+        };
+        println!("{what}");
+    }
+    Ok(if whole { ExitCode::SUCCESS } else { ExitCode::from(Kind::Damaged.exit_code()) })
 }
 
 pub(crate) fn rebuild_index(socket: &Path, json: bool) -> Result<()> {

@@ -10,7 +10,7 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, Slot};
 use crate::pool::Pool;
 use crate::store::container::{Directories, FrameRef, SlotInfo};
-use crate::store::damage::DamageMap;
+use crate::store::damage::{DamageMap, Found};
 use crate::store::recipe::{Lost, NodeSource};
 
 /// Decompressed bytes of a batch: one is written while the next one is fetched, so twice
@@ -40,14 +40,14 @@ pub(super) enum Source {
     /// Consecutive blocks of a frame of the batch, from this byte on.
     Frame { frame: usize, from: usize },
     /// Nowhere.
-    Lost(Arc<Error>),
+    Lost { found: Found, error: Error },
 }
 
 /// What can be written without waiting.
 pub(super) struct Batch {
     pub(super) frames: Vec<Frame>,
     pub(super) pieces: Vec<Placed>,
-    /// Unreadable nodes of the recipe (only when they are tolerated).
+    /// Unreadable nodes of the recipe.
     pub(super) lost: Vec<Lost>,
 }
 
@@ -78,7 +78,10 @@ impl<S: NodeSource> Fetcher<'_, S> {
             };
             let Some(piece) = next else { break };
             let (source, count) = match self.locate(piece.at, piece.count) {
-                Err(error) if is_damage(&error) => (Source::Lost(Arc::new(error)), 1),
+                Err(error) if is_damage(&error) => {
+                    let found = Found::around(&self.directories, piece.at, &error.to_string());
+                    (Source::Lost { found, error }, 1)
+                }
                 Err(error) => return Err(error),
                 Ok((frame, from, count)) => {
                     // The frames of a piece are among the last ones wanted, if anywhere.
@@ -189,7 +192,7 @@ impl<S: NodeSource> Fetcher<'_, S> {
 }
 
 fn same(a: &FrameRef, b: &FrameRef) -> bool {
-    (a.container, a.number) == (b.container, b.number)
+    (a.container, a.generation, a.number) == (b.container, b.generation, b.number)
 }
 
 /// What is left of a piece after `count` blocks.
@@ -210,8 +213,9 @@ fn gone(at: Address, what: &str) -> Error {
 
 /// Reads frames; those of one container together, several containers at the same time.
 fn fetch(directories: &Directories, frames: &[FrameRef]) -> Result<Vec<Result<Bytes>>> {
+    let together = |frame: &FrameRef| (frame.container, frame.generation);
     let groups: Vec<&[FrameRef]> =
-        frames.chunk_by(|a, b| a.container == b.container && a.number < b.number).collect();
+        frames.chunk_by(|a, b| together(a) == together(b) && a.number < b.number).collect();
     if groups.len() <= 1 {
         return Ok(fetch_group(directories, frames));
     }

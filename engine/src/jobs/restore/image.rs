@@ -1,8 +1,10 @@
 //! A disk read at random, for serving it.
 
-use super::Restorer;
-use crate::error::{Context, Result};
+use super::{Restorer, is_damage};
+use crate::error::{Context, Error, Result};
+use crate::ids::Address;
 use crate::store::container::Directories;
+use crate::store::damage::Found;
 use crate::store::manifest::Disk;
 use crate::store::recipe::{Placement, RecipeReader};
 
@@ -17,6 +19,8 @@ pub struct DiskImage {
     block_size: u64,
     name: String,
     block: Vec<u8>,
+    /// Damage that was met since it was taken last.
+    found: Vec<Found>,
 }
 
 /// A range of a disk that is all zeros, or not.
@@ -43,6 +47,7 @@ impl Restorer {
             block_size: u64::from(self.block_size),
             name: disk.name.clone(),
             block: vec![0; self.block_size as usize],
+            found: Vec::new(),
         })
     }
 }
@@ -62,16 +67,28 @@ impl DiskImage {
         buffer.fill(0);
         let end = offset.saturating_add(buffer.len() as u64).min(self.size);
         let blocks = offset / self.block_size..end.div_ceil(self.block_size);
-        let mut runs = self.recipe.runs(blocks);
-        while let Some(run) =
-            runs.next().context(|| format!("cannot read the disk {}", self.name))?
-        {
+        let mut runs = self.recipe.runs(blocks).tolerant();
+        loop {
+            let run = runs.next().context(|| format!("cannot read the disk {}", self.name))?;
+            if let Some(lost) = runs.take_lost().into_iter().next() {
+                if is_damage(&lost.error) {
+                    let (container, slot) = (lost.node.address.container, lost.node.address.slot.0);
+                    let how = lost.error.to_string();
+                    self.found.push(Found { container, slots: (slot, 1), how });
+                }
+                return Err(lost.error).context(|| format!("cannot read the disk {}", self.name));
+            }
+            let Some(run) = run else { return Ok(()) };
             for n in 0..run.count {
                 let Placement::At(address) = run.placement.skip(n) else { break };
-                self.directories.read_block(address, &mut self.block).context(|| {
+                if let Err(error) = self.directories.read_block(address, &mut self.block) {
+                    if is_damage(&error) {
+                        self.found.push(self.damage_at(address, &error));
+                    }
                     let at = (run.first_block + n) * self.block_size;
-                    format!("the disk {} cannot be read at {at}", self.name)
-                })?;
+                    let what = || format!("the disk {} cannot be read at {at}", self.name);
+                    return Err(error).context(what);
+                }
                 let start = (run.first_block + n) * self.block_size;
                 let (from, to) = (start.max(offset), (start + self.block_size).min(end));
                 let source = (from - start) as usize..(to - start) as usize;
@@ -79,7 +96,23 @@ impl DiskImage {
                 buffer[target].copy_from_slice(&self.block[source]);
             }
         }
-        Ok(())
+    }
+
+    /// What is lost with a block: its frame, or what cannot be looked up.
+    fn damage_at(&self, address: Address, error: &Error) -> Found {
+        let how = error.to_string();
+        match self.directories.frame_of(address) {
+            Ok(Some(frame)) if !self.directories.damage().has(address) => {
+                let slots = (frame.first.0, frame.span);
+                Found { container: address.container, slots, how }
+            }
+            _ => Found::around(&self.directories, address, &how),
+        }
+    }
+
+    /// Takes the damage that was met since the last time.
+    pub fn take_found(&mut self) -> Vec<Found> {
+        std::mem::take(&mut self.found)
     }
 
     /// What is zero and what is not, from `offset` on; adjacent ranges of a kind are one, and

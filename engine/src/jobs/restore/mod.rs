@@ -133,12 +133,12 @@ impl Restorer {
         if options.ordered {
             // The reader's cache is not shared between threads: the fetching one owns it.
             return self.pump(writer, KEEP_BY_DISK, move |fetch| {
-                fetch(Pieces::by_disk(&recipe, self.cell(), options.damaged_zero))
+                fetch(Pieces::by_disk(&recipe, self.cell()))
             });
         }
         let mut lost = Vec::new();
-        let tolerated = options.damaged_zero.then_some(&mut lost);
-        let pieces = Pieces::by_container(&recipe, self.cell(), &self.scratch, tolerated)?;
+        let pieces = Pieces::by_container(&recipe, self.cell(), &self.scratch, &mut lost)?;
+        // The writer fails at the first, unless they are tolerated; all are noted.
         writer.lose(&lost)?;
         let Pieces::ByContainer(sorted) = pieces else { return Ok(()) };
         self.pump(writer, KEEP_BY_CONTAINER, move |fetch| fetch(Pieces::ByContainer(sorted)))
@@ -247,7 +247,10 @@ impl<'s, 'k> Writer<'s, 'k> {
         for piece in &batch.pieces {
             let count = u64::from(piece.count);
             match &piece.source {
-                Source::Lost(error) => self.hole(piece.first_block, count, error)?,
+                Source::Lost { found, error } => {
+                    self.note(found.clone());
+                    self.hole(piece.first_block, count, error)?;
+                }
                 Source::Frame { frame, from } => match &batch.frames[*frame].bytes {
                     Err(error) => self.hole(piece.first_block, count, error)?,
                     Ok(bytes) => {
@@ -291,16 +294,14 @@ impl<'s, 'k> Writer<'s, 'k> {
     }
 
     fn lose(&mut self, lost: &[Lost]) -> Result<()> {
-        lost.iter().try_for_each(|lost| {
-            if is_damage(&lost.error) {
-                self.note(Found {
-                    container: lost.node.address.container,
-                    slots: (lost.node.address.slot.0, 1),
-                    how: lost.error.to_string(),
-                });
-            }
-            self.hole(lost.first_block, lost.count, &lost.error)
-        })
+        for lost in lost.iter().filter(|lost| is_damage(&lost.error)) {
+            self.note(Found {
+                container: lost.node.address.container,
+                slots: (lost.node.address.slot.0, 1),
+                how: lost.error.to_string(),
+            });
+        }
+        lost.iter().try_for_each(|lost| self.hole(lost.first_block, lost.count, &lost.error))
     }
 
     fn note(&mut self, found: Found) {

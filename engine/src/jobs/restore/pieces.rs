@@ -70,31 +70,24 @@ pub(super) enum Pieces<'r, S: NodeSource> {
 }
 
 impl<'r, S: NodeSource> Pieces<'r, S> {
-    /// Sorts all pieces of a disk; what is below unreadable nodes is put into `lost` if that
-    /// is given, and an error otherwise.
+    /// Sorts all pieces of a disk; what is below unreadable nodes is put into `lost`.
     pub(super) fn by_container(
         recipe: &'r RecipeReader<S>,
         cell: u16,
         scratch: &Path,
-        lost: Option<&mut Vec<Lost>>,
+        lost: &mut Vec<Lost>,
     ) -> Result<Self> {
         let mut sorter = Sorter::new(scratch, SORT_BYTES);
-        let mut runs = recipe.all_runs();
-        if lost.is_some() {
-            runs = runs.tolerant();
-        }
+        let mut runs = recipe.all_runs().tolerant();
         while let Some(run) = runs.next()? {
             cut(&run, cell, |piece| sorter.push(&piece.to_record()))?;
         }
-        if let Some(lost) = lost {
-            *lost = runs.take_lost();
-        }
+        *lost = runs.take_lost();
         Ok(Pieces::ByContainer(sorter.finish()?))
     }
 
-    pub(super) fn by_disk(recipe: &'r RecipeReader<S>, cell: u16, tolerant: bool) -> Self {
-        let runs = recipe.all_runs();
-        let runs = if tolerant { runs.tolerant() } else { runs };
+    pub(super) fn by_disk(recipe: &'r RecipeReader<S>, cell: u16) -> Self {
+        let runs = recipe.all_runs().tolerant();
         Pieces::ByDisk { runs, cell, waiting: Vec::new() }
     }
 

@@ -11,6 +11,7 @@ use crate::jobs::restore::{fetch_group, is_damage};
 use crate::pool::Pending;
 use crate::sort::Sorted;
 use crate::store::container::{ContainerKind, Directories, FrameRef, SlotInfo};
+use crate::store::damage::all_but;
 use crate::store::recipe;
 
 /// Decompressed bytes that are in flight: what restore has, too.
@@ -71,6 +72,7 @@ impl<const N: usize> Ahead<N> {
 #[derive(Default)]
 struct Slots {
     kind: Option<ContainerKind>,
+    generation: u32,
     /// Of each slot, what the directory says stands there; `None` for dead and worse.
     said: Vec<Option<Fingerprint>>,
     /// Of each slot, whether it may be referred to.
@@ -133,6 +135,7 @@ impl Verifier<'_> {
 
     fn not_recorded(&mut self, id: ContainerId, referred: bool) -> Result<()> {
         let object = format!("container {id}");
+        self.unrecorded += 1;
         if referred {
             return self.problem("journal", &object, "recipes refer to it, no journal records it");
         }
@@ -165,11 +168,16 @@ impl Verifier<'_> {
         let name = format!("container {id}");
         match self.read_slots(id) {
             Ok(mut slots) => {
-                if let Err(error) = self.store.directories().check_lead(id) {
-                    // No restore needs it: nothing is marked.
+                let lead = self.store.directories().check_lead(id);
+                if let Err(error) = &lead {
                     self.problem("container", &name, &error.to_string())?;
+                    if is_damage(error) {
+                        // No restore needs it: no slot is lost, but a rewrite mends it.
+                        self.damaged(id, 0, 0, &error.to_string())?;
+                    }
                 }
                 self.check_frames(id, &mut slots)?;
+                self.take_back(id, &slots, lead.is_ok())?;
                 self.hand_on_sound(id, &slots)?;
                 Ok(slots)
             }
@@ -191,7 +199,8 @@ impl Verifier<'_> {
         let directories = self.store.directories();
         let gone = || Error::new(Kind::NotFound, format!("the container {id} is not in the store"));
         let summary = directories.summary(id)?.ok_or_else(gone)?;
-        let mut slots = Slots { kind: Some(summary.kind), ..Slots::default() };
+        let (kind, generation) = (Some(summary.kind), summary.generation);
+        let mut slots = Slots { kind, generation, ..Slots::default() };
         let mut forwards = Vec::new();
         directories.each_slot(id, |slot, info| {
             let said = match info {
@@ -290,8 +299,8 @@ impl Verifier<'_> {
             let at = usize::from(slot.0);
             self.report.blocks += u64::from(slots.kind == Some(ContainerKind::Blocks));
             if slots.said.get(at) == Some(&Some(fingerprint)) {
-                let address = Address { container: frame.container, slot };
-                slots.sound[at] = !self.damage.has(address);
+                // Whatever is marked: it is read, and it is right.
+                slots.sound[at] = true;
                 continue;
             }
             let message = format!("slot {} does not hold what its directory says", slot.0);
@@ -299,6 +308,32 @@ impl Verifier<'_> {
             self.damaged(frame.container, slot.0, 1, &message)?;
         }
         Ok(())
+    }
+
+    /// Takes marks back of what was only missing for a time, or was rewritten since.
+    fn take_back(&mut self, id: ContainerId, slots: &Slots, lead: bool) -> Result<()> {
+        if !self.damage.names(id) {
+            return Ok(());
+        }
+        let all = 0..slots.said.len();
+        let slot = |at: usize| Slot(at as u16);
+        let marked = |at: &usize| self.damage.has(Address { container: id, slot: slot(*at) });
+        let healed = all.clone().any(|at| slots.sound[at] && marked(&at));
+        let lost = all.clone().any(|at| !slots.sound[at] && marked(&at));
+        if !healed && (lost || !lead) {
+            return Ok(());
+        }
+        // What the frames did not hold was marked just now.
+        self.write_marks()?;
+        let whole = all_but(all.filter(|at| !slots.sound[*at]).map(slot));
+        let (generation, now) = (slots.generation, self.options.now_ms);
+        let how = "verify: it is whole";
+        self.damage.take_back(self.store, id, generation, whole, now, how)?;
+        if !lead {
+            self.damaged(id, 0, 0, "its lead is damaged")?;
+        }
+        let message = "what was marked as damaged is whole";
+        self.tell(&Event::Note { object: format!("container {id}"), message: message.into() })
     }
 
     /// Slots that are said to be there and that no frame holds.

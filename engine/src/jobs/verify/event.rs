@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::ids::VmId;
+use crate::jobs::affected::Affected;
 
 /// Something that `verify` says as it goes.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -17,7 +17,8 @@ pub enum Event {
     },
     /// Something is wrong.
     Problem {
-        /// `manifest`, `recipe`, `journal`, `container`, `frame`, `fingerprint`, `reference`, `index`.
+        /// `store`, `key`, `incarnation`, `session`, `mark`, `manifest`, `recipe`, `journal`,
+        /// `container`, `frame`, `fingerprint`, `reference`, `index`.
         what: &'static str,
         /// The object.
         object: String,
@@ -32,20 +33,7 @@ pub enum Event {
         message: String,
     },
     /// A snapshot's disk cannot be restored whole.
-    Affected {
-        /// The VM.
-        vm: VmId,
-        /// Its name.
-        vm_name: String,
-        /// The snapshot.
-        snapshot: String,
-        /// The disk.
-        disk: String,
-        /// Damaged bytes.
-        bytes: u64,
-        /// The first of the damaged ranges: offset and length.
-        ranges: Vec<(u64, u64)>,
-    },
+    Affected(Affected),
     /// The end.
     Summary(Report),
 }

@@ -2,7 +2,7 @@
 
 use super::containers::ContainerKey;
 use super::{Event, Verifier};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::ids::Incarnation;
 use crate::jobs::rebuild::last_entry;
 use crate::store::journal::Position;
@@ -42,7 +42,11 @@ impl Verifier<'_> {
         let name = names::journal(incarnation, n);
         let entries = match self.store.journals().read(Position { incarnation, n }) {
             Ok(Some(entries)) => entries,
-            Ok(None) => return self.problem("journal", &name, "the journal has a gap here"),
+            Ok(None) => {
+                let gap = Error::new(Kind::Damaged, "the journal has a gap here");
+                return self.lost_entry(name, &gap);
+            }
+            Err(error) if error.kind() == Kind::Damaged => return self.lost_entry(name, &error),
             Err(error) => return self.problem("journal", &name, &error.to_string()),
         };
         self.report.journal_entries += 1;

@@ -2,7 +2,8 @@
 //!
 //! 1. Manifests and their copies; recipes, walking only what the snapshot before does not
 //!    share; every reference is noted in a sorted run.
-//! 2. Journals: free of gaps, and what they record.
+//! 2. Small objects: store header, claims, sessions, marks. Journals: free of gaps, and what
+//!    they record.
 //! 3. Containers, each once, in order: directory, frames, fingerprints computed afresh; in
 //!    step with them the sorted references: each must name a sound slot.
 //! 4. If there is damage: marks are written, and every snapshot that it touches is named.
@@ -13,6 +14,7 @@ mod containers;
 mod event;
 mod journals;
 mod manifests;
+mod small;
 #[cfg(test)]
 mod tests;
 
@@ -24,12 +26,12 @@ pub use self::event::{Event, Report};
 use self::containers::ContainerKey;
 use crate::error::Result;
 use crate::ids::{Address, ContainerId, Fingerprint, VmId};
+use crate::jobs::affected::affected;
 use crate::jobs::rebuild::Entries;
 use crate::sort::Sorter;
 use crate::store::Store;
 use crate::store::commit::{Manifests, SnapshotKey};
 use crate::store::damage::{DamageMap, Found, write_marks};
-use crate::store::recipe::RecipeReader;
 
 /// Memory of the sort of references: a run of the recipe each.
 const SORT_BYTES: usize = 4 << 20;
@@ -39,8 +41,9 @@ const IDS_BYTES: usize = 512 << 10;
 const PROGRESS: Duration = Duration::from_secs(1);
 /// Ranges of damaged slots that wait to be marked, so that a container gets one mark.
 const MAX_UNMARKED: usize = 256;
-/// Ranges of a disk that an event names.
-const MAX_RANGES: usize = 64;
+
+/// Lost journal entries that are remembered to the end; more than these are problems at once.
+const LOST_ENTRIES: usize = 1024;
 
 /// What is verified.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -88,6 +91,8 @@ pub fn verify(
         containers: Sorter::new(&options.scratch, IDS_BYTES),
         told: Instant::now(),
         unmarked: Vec::new(),
+        lost_entries: Vec::new(),
+        unrecorded: 0,
     };
     verifier.run()?;
     Ok(verifier.report)
@@ -107,6 +112,10 @@ struct Verifier<'v> {
     told: Instant,
     /// Damage that is not durable yet.
     unmarked: Vec<Found>,
+    /// Journal entries that cannot be read, and why.
+    lost_entries: Vec<(String, String)>,
+    /// Containers that are there and in no journal.
+    unrecorded: u64,
 }
 
 /// A run of slots that a recipe names.
@@ -143,9 +152,11 @@ impl Verifier<'_> {
     fn run(&mut self) -> Result<()> {
         self.check_manifests()?;
         if self.options.scope == Scope::All {
+            self.check_small()?;
             self.check_journals()?;
         }
         self.check_containers()?;
+        self.name_lost_entries()?;
         self.write_marks()?;
         self.name_affected()?;
         self.report.damaged_slots = self.damage.slots();
@@ -202,30 +213,9 @@ impl Verifier<'_> {
         let mut list = self.snapshots()?;
         while let Some(key) = list.next()? {
             let Some(manifest) = self.committed(&key)? else { continue };
-            let mut touched = false;
-            for disk in &manifest.disks {
-                let shape = disk.shape(self.store.block_size());
-                let directories = self.store.directories().clone();
-                let ranges = match RecipeReader::new(directories, disk.root, shape) {
-                    Ok(recipe) => self.damage.forced_ranges(&recipe)?,
-                    Err(_) => vec![(0, shape.blocks())],
-                };
-                if ranges.is_empty() {
-                    continue;
-                }
-                touched = true;
-                let block_size = u64::from(self.store.block_size());
-                let bytes = ranges.iter().map(|(_, count)| count * block_size).sum();
-                let named = ranges.iter().take(MAX_RANGES);
-                self.tell(&Event::Affected {
-                    vm: manifest.vm,
-                    vm_name: manifest.vm_name.clone(),
-                    snapshot: manifest.snapshot.to_string(),
-                    disk: disk.name.clone(),
-                    bytes,
-                    ranges: named.map(|(at, n)| (at * block_size, n * block_size)).collect(),
-                })?;
-            }
+            let affected = affected(self.store, &self.damage, &manifest)?;
+            let touched = !affected.is_empty();
+            affected.into_iter().try_for_each(|one| self.tell(&Event::Affected(one)))?;
             self.report.affected_snapshots += u64::from(touched);
         }
         Ok(())

@@ -10,6 +10,7 @@ use crate::jobs::usage::usage;
 use crate::store::journal::Position;
 use crate::store::manifest::Manifest;
 use crate::store::names;
+use crate::store::recipe::RecipeReader;
 
 /// Verifies a freshly opened store.
 fn run(f: &Fixture, scope: Scope) -> (Report, Vec<Event>, HashMap<Fingerprint, Address>) {
@@ -43,7 +44,7 @@ fn problems(events: &[Event]) -> Vec<&'static str> {
 
 fn affected(events: &[Event]) -> Vec<String> {
     let what = |event: &Event| match event {
-        Event::Affected { snapshot, .. } => Some(snapshot.clone()),
+        Event::Affected(one) => Some(one.snapshot.clone()),
         _ => None,
     };
     events.iter().filter_map(what).collect()

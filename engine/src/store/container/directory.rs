@@ -71,6 +71,11 @@ impl SlotState {
         bytes
     }
 
+    /// The `n`th entry of a chunk.
+    pub(crate) fn nth(chunk: &[u8], n: usize) -> Option<Self> {
+        chunk.get(n * SLOT_LEN..).and_then(|bytes| bytes.first_chunk()).and_then(Self::decode)
+    }
+
     /// Reads a column's entry; `None` for a state that this version does not know.
     #[must_use]
     pub fn decode(bytes: &[u8; SLOT_LEN]) -> Option<Self> {

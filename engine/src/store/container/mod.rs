@@ -17,12 +17,16 @@ pub mod directory;
 mod frame;
 mod open;
 pub mod reader;
+mod rewrite;
+mod salvage;
 pub mod writer;
 
 pub use directory::SlotState;
 pub use frame::FrameRef;
 pub use open::SlotInfo;
 pub use reader::{Directories, Summary};
+pub use rewrite::Rewriter;
+pub use salvage::Salvage;
 pub use writer::{Packer, SealedContainer};
 
 use super::format::ObjectKind;

@@ -6,8 +6,7 @@ use bytes::Bytes;
 
 use super::ContainerKind;
 use super::directory::{
-    CHUNK_SLOTS, ENTRY_LEN, FrameEntry, SLOT_LEN, Section, SlotState, TRAILER_LEN, Trailer,
-    decode_table,
+    CHUNK_SLOTS, ENTRY_LEN, FrameEntry, Section, SlotState, TRAILER_LEN, Trailer, decode_table,
 };
 use super::frame::FrameRef;
 use crate::error::{Kind, Result};
@@ -50,9 +49,7 @@ impl Directory {
     }
 
     pub(crate) fn slot(&self, chunk: &[u8], slot: Slot) -> Result<SlotInfo> {
-        let at = (u32::from(slot.0) % CHUNK_SLOTS) as usize * SLOT_LEN;
-        let entry = chunk.get(at..).and_then(|bytes| bytes.first_chunk());
-        match entry.and_then(SlotState::decode) {
+        match SlotState::nth(chunk, (u32::from(slot.0) % CHUNK_SLOTS) as usize) {
             Some(SlotState::Present(fingerprint)) => Ok(SlotInfo::Present(fingerprint)),
             Some(SlotState::Dead) => Ok(SlotInfo::Dead),
             Some(SlotState::Forward(there)) => Ok(SlotInfo::Forward(there)),
@@ -90,48 +87,93 @@ pub(crate) struct Finder {
 }
 
 impl Finder {
-    /// Finds a container: under its own key, as most are, or in whatever object holds it now.
-    pub(crate) fn open(&self, container: ContainerId) -> Result<Option<Directory>> {
-        let own = names::container(container, 0);
-        match self.open_in(&own, container) {
-            Err(error) if error.kind() == Kind::NotFound => {}
-            Ok(None) => return Err(damaged(&own, "another container is in it")),
-            other => return other,
+    /// Finds a container: under its own key in the generation that is known, as most are, or
+    /// in the newest generation that can be opened.
+    pub(crate) fn open(&self, container: ContainerId, known: u32) -> Result<Option<Directory>> {
+        let own = names::container(container, known);
+        let mut damage = None;
+        let mut keys = vec![own.clone()];
+        loop {
+            for key in &keys {
+                match self.open_in(key, container, false) {
+                    Ok(Some(directory)) => return Ok(Some(directory)),
+                    // Others are in it: in the object of its own name that is damage.
+                    Ok(None) if *key == own => {
+                        damage.get_or_insert(damaged(key, "another container is in it"));
+                    }
+                    Ok(None) => {}
+                    Err(error) if error.kind() == Kind::NotFound => {}
+                    Err(error) if error.kind() == Kind::Damaged => {
+                        damage.get_or_insert(error);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            if keys != [own.as_str()] {
+                break;
+            }
+            keys = self.keys(container)?;
+            if keys.is_empty() || keys == [own.as_str()] {
+                break;
+            }
         }
-        let Some(key) = self.find(container)? else { return Ok(None) };
-        match self.open_in(&key, container) {
-            Err(error) if error.kind() == Kind::NotFound => Ok(None),
-            other => other,
-        }
+        damage.map_or(Ok(None), Err)
     }
 
-    /// The object with the smallest last container that is not before this one, newest generation.
-    fn find(&self, container: ContainerId) -> Result<Option<String>> {
-        let mut best: Option<(u32, u32)> = None;
-        self.objects.list(&names::containers_of(container.incarnation), |key, _| {
-            if let Some((last, generation)) = names::parse_container(key)
-                && last.counter >= container.counter
-                && best.is_none_or(|(counter, newest)| {
-                    last.counter < counter || (last.counter == counter && generation > newest)
-                })
+    /// The container in one generation.
+    pub(crate) fn open_generation(
+        &self,
+        container: ContainerId,
+        generation: u32,
+    ) -> Result<Option<Directory>> {
+        for key in self.keys(container)? {
+            if names::parse_container(&key).is_some_and(|(_, other)| other == generation)
+                && let Some(directory) = self.open_in(&key, container, false)?
             {
-                best = Some((last.counter, generation));
+                return Ok(Some(directory));
             }
+        }
+        Ok(None)
+    }
+
+    /// The objects that may hold the container, the newest generation first: those with the
+    /// smallest last container that is not before it.
+    pub(crate) fn keys(&self, container: ContainerId) -> Result<Vec<String>> {
+        let mut last = None;
+        let mut generations = Vec::new();
+        self.objects.list(&names::containers_of(container.incarnation), |key, _| {
+            let Some((found, generation)) = names::parse_container(key) else { return Ok(()) };
+            if found.counter < container.counter || last.is_some_and(|last| found.counter > last) {
+                return Ok(());
+            }
+            if last != Some(found.counter) {
+                generations.clear();
+            }
+            last = Some(found.counter);
+            generations.push(generation);
             Ok(())
         })?;
-        let last = |counter| ContainerId { counter, ..container };
-        Ok(best.map(|(counter, generation)| names::container(last(counter), generation)))
+        generations.sort_unstable_by(|a, b| b.cmp(a));
+        let counter = last.unwrap_or(container.counter);
+        let last = ContainerId { counter, ..container };
+        Ok(generations.into_iter().map(|generation| names::container(last, generation)).collect())
     }
 
     /// The container's section in an object, which may hold several: they are found from the last one back.
-    fn open_in(&self, key: &str, container: ContainerId) -> Result<Option<Directory>> {
+    /// `tolerant`: without its frames, if their table is damaged.
+    pub(crate) fn open_in(
+        &self,
+        key: &str,
+        container: ContainerId,
+        tolerant: bool,
+    ) -> Result<Option<Directory>> {
         let (bytes, size) = self.objects.read_tail(key, TAIL_READ)?;
         let tail = Tail { key, start: size - bytes.len() as u64, bytes };
         let mut end = size;
         loop {
             let (trailer, section) = self.trailer(&tail, end)?;
             if trailer.container == container {
-                return self.open_section(&tail, trailer, section).map(Some);
+                return self.open_section(&tail, trailer, section, tolerant).map(Some);
             }
             if trailer.section_start == 0 {
                 return Ok(None);
@@ -160,6 +202,7 @@ impl Finder {
         tail: &Tail<'_>,
         trailer: Trailer,
         section: Section,
+        tolerant: bool,
     ) -> Result<Directory> {
         if trailer.kind == ContainerKind::Blocks && trailer.block_size != self.block_size {
             return Err(damaged(tail.key, "its block size is not the store's"));
@@ -167,6 +210,7 @@ impl Finder {
         let start = trailer.section_start + u64::from(trailer.table_offset);
         let table = self.within(tail, start..start + u64::from(trailer.table_len()))?;
         let frames = decode_table(&section, &trailer, &table)
+            .or_else(|| tolerant.then(Vec::new))
             .ok_or_else(|| damaged(tail.key, "its frame table's authentication failed"))?;
         Ok(Directory { object: tail.key.to_owned(), trailer, section, frames })
     }

@@ -1,7 +1,6 @@
 //! Reading containers: what a slot holds, frames, blocks and nodes, through bounded caches.
 
-use std::collections::HashMap;
-use std::ops::{Range, RangeInclusive};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -14,6 +13,7 @@ use super::open::{Directory, Finder, SlotInfo};
 use super::{CONTAINER_SLOTS, ContainerKind};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, ContainerId, Slot};
+use crate::store::damage::{ALL, DamageMap};
 use crate::store::format::{Piece, Sealer, damaged};
 use crate::store::objects::Objects;
 
@@ -21,7 +21,7 @@ use crate::store::objects::Objects;
 const READ_AHEAD: u32 = 4;
 /// Chunks read at once by [`Directories::each_slot`].
 const SWEEP_CHUNKS: u32 = 32;
-/// Absent containers that are remembered, so that a wrong hint costs one listing.
+/// Absent and broken containers that are remembered, so that a wrong hint costs one listing.
 const ABSENT_KEPT: usize = 64;
 
 /// What a container is as a whole.
@@ -57,14 +57,28 @@ struct Inner {
 
 struct State {
     directories: Cache<ContainerId, Directory>,
-    chunks: Cache<(ContainerId, u32), Vec<u8>>,
-    frames: Cache<(ContainerId, u32), Vec<u8>>,
+    /// By container, generation and number, as are frames.
+    chunks: Cache<(ContainerId, u32, u32), Vec<u8>>,
+    frames: Cache<(ContainerId, u32, u32), Vec<u8>>,
     absent: Vec<ContainerId>,
     /// Counts [`Directories::forget`]: what was looked up before is not remembered after.
     forgotten: u64,
-    /// Marks from the damage records. Damage is rare; ranges are kept as they come.
-    damaged: HashMap<ContainerId, Vec<RangeInclusive<u16>>>,
+    /// Containers that could not be opened, and why, so that each costs one listing.
+    broken: Vec<(ContainerId, String)>,
+    /// What the damage records say.
+    damage: Arc<DamageMap>,
     last_chunk: (Option<ContainerId>, u32),
+}
+
+impl State {
+    fn forget(&mut self, container: ContainerId) {
+        self.forgotten += 1;
+        self.absent.retain(|absent| *absent != container);
+        self.broken.retain(|(broken, _)| *broken != container);
+        self.directories.remove_if(|id| *id == container);
+        self.chunks.remove_if(|(id, ..)| *id == container);
+        self.frames.remove_if(|(id, ..)| *id == container);
+    }
 }
 
 impl Directories {
@@ -83,7 +97,8 @@ impl Directories {
             frames: Cache::new(frame_bytes),
             absent: Vec::new(),
             forgotten: 0,
-            damaged: HashMap::new(),
+            broken: Vec::new(),
+            damage: Arc::default(),
             last_chunk: (None, 0),
         };
         let finder = Finder { objects, sealer, block_size };
@@ -108,9 +123,22 @@ impl Directories {
     /// # Errors
     /// [`Kind::Damaged`] when the directory is; when it cannot be read.
     pub fn slot(&self, address: Address) -> Result<SlotInfo> {
-        if self.is_marked(address) {
-            return Ok(SlotInfo::Damaged);
+        match self.damage().suspects(address) {
+            true => Ok(SlotInfo::Damaged),
+            false => self.look_up(address),
         }
+    }
+
+    /// The same, whatever is suspected: for whoever authenticates what it reads.
+    fn unsuspected(&self, address: Address) -> Result<SlotInfo> {
+        match self.damage().has(address) {
+            true => Ok(SlotInfo::Damaged),
+            false => self.look_up(address),
+        }
+    }
+
+    /// What the directory says, whatever is marked.
+    fn look_up(&self, address: Address) -> Result<SlotInfo> {
         let Some(directory) = self.directory(address.container)? else {
             return Ok(SlotInfo::Missing);
         };
@@ -141,18 +169,41 @@ impl Directories {
     }
 
     /// Marks slots as damaged, from now on and until the engine ends.
-    pub fn mark_damaged(&self, container: ContainerId, slots: RangeInclusive<u16>) {
-        let mut state = self.state();
-        let ranges = state.damaged.entry(container).or_default();
-        if !ranges.contains(&slots) {
-            ranges.push(slots);
-        }
+    pub fn mark_damaged(&self, container: ContainerId, first: u16, count: u16) {
+        Arc::make_mut(&mut self.state().damage).add(container, first, count);
     }
 
-    fn is_marked(&self, address: Address) -> bool {
-        let state = self.state();
-        let ranges = state.damaged.get(&address.container);
-        ranges.is_some_and(|ranges| ranges.iter().any(|range| range.contains(&address.slot.0)))
+    /// What is known of damage.
+    #[must_use]
+    pub fn damage(&self) -> Arc<DamageMap> {
+        self.state().damage.clone()
+    }
+
+    /// Replaces what is known of damage. Containers that were rewritten are opened anew.
+    pub fn set_damage(&self, damage: DamageMap) {
+        self.change_damage(|map| *map = damage);
+    }
+
+    /// Changes what is known of damage.
+    pub fn change_damage(&self, change: impl FnOnce(&mut DamageMap)) {
+        let mut state = self.state();
+        let before = state.damage.clone();
+        change(Arc::make_mut(&mut state.damage));
+        let rewritten: Vec<ContainerId> = state.damage.rewritten_since(&before).collect();
+        rewritten.into_iter().for_each(|container| state.forget(container));
+    }
+
+    /// The slots that are lost with one that cannot be read: itself; those of its chunk of the
+    /// column when that is damaged; all when the container cannot be opened.
+    #[must_use]
+    pub fn lost_with(&self, address: Address) -> (u16, u16) {
+        let first = address.slot.0 - address.slot.0 % CHUNK_SLOTS as u16;
+        match (self.unsuspected(address), self.directory(address.container)) {
+            (Ok(_), Ok(Some(_))) => (address.slot.0, 1),
+            (Ok(SlotInfo::Damaged), _) => (address.slot.0, 1),
+            (_, Ok(Some(_))) => (first, (CHUNK_SLOTS as u16).min(u16::MAX - first)),
+            _ => ALL,
+        }
     }
 
     /// What a container is; `None` when it is not in the store.
@@ -218,7 +269,7 @@ impl Directories {
     /// # Errors
     /// [`Kind::NotFound`], [`Kind::Damaged`].
     pub fn fetch_frame(&self, frame: &FrameRef) -> Result<Bytes> {
-        let directory = self.present(frame.container)?;
+        let directory = self.directory_of(frame)?;
         self.inner.finder.objects.read(&directory.object, frame.range())
     }
 
@@ -229,8 +280,11 @@ impl Directories {
     /// As [`fetch_frame`](Self::fetch_frame); for all when one cannot be read.
     pub fn fetch_frames(&self, frames: &[FrameRef]) -> Result<Vec<Bytes>> {
         let Some(first) = frames.first() else { return Ok(Vec::new()) };
-        let directory = self.present(first.container)?;
-        if frames.iter().any(|frame| frame.container != first.container) {
+        let directory = self.directory_of(first)?;
+        let same = |frame: &FrameRef| {
+            (frame.container, frame.generation) == (first.container, first.generation)
+        };
+        if !frames.iter().all(same) {
             return Err(Error::new(Kind::Failed, "frames of two containers in one read (a bug)"));
         }
         let ranges: Vec<_> = frames.iter().map(FrameRef::range).collect();
@@ -242,31 +296,43 @@ impl Directories {
     /// # Errors
     /// [`Kind::Damaged`] when it is not what was sealed.
     pub fn decode_frame(&self, frame: &FrameRef, stored: &[u8]) -> Result<Vec<u8>> {
-        let directory = self.present(frame.container)?;
-        if directory.trailer.generation != frame.generation {
-            let what = format!("container {} was rewritten while it was read", frame.container);
-            return Err(Error::new(Kind::Busy, format!("{what}: try again")));
-        }
-        let bad = |what: &str| {
-            let (number, first) = (frame.number, frame.first.0);
-            let place =
-                format!("frame {number} (from slot {first}) of container {}", frame.container);
-            damaged(&directory.object, &format!("{place}: {what}"))
-        };
+        let directory = self.directory_of(frame)?;
+        let bytes = self.unseal(&directory, frame, stored)?;
+        self.inflate(&directory, frame, &bytes)
+    }
+
+    /// Authenticates and decrypts a frame of a directory.
+    pub(super) fn unseal(
+        &self,
+        directory: &Directory,
+        frame: &FrameRef,
+        stored: &[u8],
+    ) -> Result<Vec<u8>> {
         let mut bytes = stored.to_vec();
         let extra = Section::frame_extra(&frame.entry);
-        if !directory.section.open(Piece::Frame, frame.number, &extra, &mut bytes) {
-            return Err(bad("its authentication failed"));
+        if directory.section.open(Piece::Frame, frame.number, &extra, &mut bytes) {
+            Ok(bytes)
+        } else {
+            Err(bad_frame(directory, frame, "its authentication failed"))
         }
+    }
+
+    /// Decompresses a frame of a directory.
+    pub(super) fn inflate(
+        &self,
+        directory: &Directory,
+        frame: &FrameRef,
+        bytes: &[u8],
+    ) -> Result<Vec<u8>> {
         let raw_len = frame.raw_len as usize;
         match frame.entry.codec {
-            Codec::Raw if bytes.len() == raw_len => Ok(bytes),
-            Codec::Raw => Err(bad("its length is wrong")),
+            Codec::Raw if bytes.len() == raw_len => Ok(bytes.to_vec()),
+            Codec::Raw => Err(bad_frame(directory, frame, "its length is wrong")),
             Codec::Zstd => self
                 .inner
                 .codecs
-                .decompress(&bytes, raw_len)?
-                .ok_or_else(|| bad("it does not decompress")),
+                .decompress(bytes, raw_len)?
+                .ok_or_else(|| bad_frame(directory, frame, "it does not decompress")),
         }
     }
 
@@ -317,9 +383,13 @@ impl Directories {
 
     /// The frame of a slot that is there, after at most one forward.
     fn locate(&self, address: Address, kind: ContainerKind) -> Result<(Address, FrameRef)> {
-        let address = match self.slot(address)? {
+        let address = match self.unsuspected(address)? {
             SlotInfo::Present(_) => address,
-            SlotInfo::Forward(there) if matches!(self.slot(there)?, SlotInfo::Present(_)) => there,
+            SlotInfo::Forward(there)
+                if matches!(self.unsuspected(there)?, SlotInfo::Present(_)) =>
+            {
+                there
+            }
             SlotInfo::Damaged => {
                 return Err(damaged(&address.to_string(), "the block was found damaged before"));
             }
@@ -337,7 +407,7 @@ impl Directories {
     }
 
     fn cached_frame(&self, frame: &FrameRef) -> Result<Arc<Vec<u8>>> {
-        let key = (frame.container, frame.number);
+        let key = (frame.container, frame.generation, frame.number);
         if let Some(bytes) = self.state().frames.get(&key) {
             return Ok(bytes);
         }
@@ -351,12 +421,16 @@ impl Directories {
     /// # Errors
     /// [`Kind::NotFound`], [`Kind::Damaged`].
     pub fn check_lead(&self, container: ContainerId) -> Result<()> {
-        let directory = self.present(container)?;
+        self.check_lead_of(&*self.present(container)?)
+    }
+
+    pub(super) fn check_lead_of(&self, directory: &Directory) -> Result<()> {
         let trailer = &directory.trailer;
         let start = trailer.section_start;
         let found =
             self.inner.finder.objects.read(&directory.object, start..start + LEAD_LEN as u64)?;
-        let lead = encode_lead(&trailer.header, container, trailer.generation, trailer.block_size);
+        let (container, generation) = (trailer.container, trailer.generation);
+        let lead = encode_lead(&trailer.header, container, generation, trailer.block_size);
         if found == lead {
             Ok(())
         } else {
@@ -364,14 +438,13 @@ impl Directories {
         }
     }
 
+    pub(super) fn finder(&self) -> &Finder {
+        &self.inner.finder
+    }
+
     /// Forgets what is cached of a container: it has just appeared, or was rewritten.
     pub fn forget(&self, container: ContainerId) {
-        let mut state = self.state();
-        state.forgotten += 1;
-        state.absent.retain(|absent| *absent != container);
-        state.directories.remove_if(|id| *id == container);
-        state.chunks.remove_if(|(id, _)| *id == container);
-        state.frames.remove_if(|(id, _)| *id == container);
+        self.state().forget(container);
     }
 
     fn present(&self, container: ContainerId) -> Result<Arc<Directory>> {
@@ -380,42 +453,60 @@ impl Directories {
         self.directory(container)?.ok_or_else(missing)
     }
 
+    /// The directory that a frame was found in: another one, if its container was rewritten
+    /// since. What is being read is read to its end; old generations stay.
+    fn directory_of(&self, frame: &FrameRef) -> Result<Arc<Directory>> {
+        let directory = self.present(frame.container)?;
+        if directory.trailer.generation == frame.generation {
+            return Ok(directory);
+        }
+        let found = self.inner.finder.open_generation(frame.container, frame.generation)?;
+        found.map(Arc::new).ok_or_else(|| {
+            let (container, generation) = (frame.container, frame.generation);
+            let what = format!("container {container} in its generation {generation}");
+            Error::new(Kind::NotFound, format!("{what} is not in the store"))
+        })
+    }
+
     fn directory(&self, container: ContainerId) -> Result<Option<Arc<Directory>>> {
-        let before = {
+        let (before, generation) = {
             let mut state = self.state();
+            let generation = state.damage.generation(container);
             if let Some(directory) = state.directories.get(&container) {
                 return Ok(Some(directory));
             }
             if state.absent.contains(&container) {
                 return Ok(None);
             }
-            state.forgotten
+            if let Some((_, why)) = state.broken.iter().find(|(broken, _)| *broken == container) {
+                return Err(Error::new(Kind::Damaged, why.clone()));
+            }
+            (state.forgotten, generation)
         };
-        let found = self.inner.finder.open(container)?.map(Arc::new);
+        let found = self.inner.finder.open(container, generation).map(|found| found.map(Arc::new));
         let mut state = self.state();
         if state.forgotten != before {
             // It may have appeared or been rewritten since it was looked for.
-            return Ok(found);
+            return found;
         }
         match &found {
-            Some(directory) => {
+            Ok(Some(directory)) => {
                 state.directories.put(container, directory.clone(), directory.memory());
             }
-            None => {
-                if state.absent.len() >= ABSENT_KEPT {
-                    state.absent.remove(0);
-                }
-                state.absent.push(container);
+            Ok(None) => keep(&mut state.absent, container),
+            Err(error) if error.kind() == Kind::Damaged => {
+                keep(&mut state.broken, (container, error.to_string()));
             }
+            Err(_) => {}
         }
-        Ok(found)
+        found
     }
 
     fn chunk(&self, directory: &Directory, chunk: u32) -> Result<Arc<Vec<u8>>> {
-        let id = directory.trailer.container;
+        let (id, generation) = (directory.trailer.container, directory.trailer.generation);
         let in_order = {
             let mut state = self.state();
-            if let Some(bytes) = state.chunks.get(&(id, chunk)) {
+            if let Some(bytes) = state.chunks.get(&(id, generation, chunk)) {
                 return Ok(bytes);
             }
             let last = std::mem::replace(&mut state.last_chunk, (Some(id), chunk));
@@ -431,13 +522,17 @@ impl Directories {
             wanted = wanted.or_else(|| Some(bytes.clone()));
             let mut state = self.state();
             state.last_chunk = (Some(id), number);
-            state.chunks.put((id, number), bytes, CHUNK_LEN);
+            state.chunks.put((id, generation, number), bytes, CHUNK_LEN);
         }
         wanted.ok_or_else(|| damaged(&directory.object, "a chunk of its column is missing"))
     }
 
     /// Reads and authenticates chunks of the column.
-    fn read_chunks(&self, directory: &Directory, chunks: Range<u32>) -> Result<Vec<Vec<u8>>> {
+    pub(super) fn read_chunks(
+        &self,
+        directory: &Directory,
+        chunks: Range<u32>,
+    ) -> Result<Vec<Vec<u8>>> {
         if chunks.is_empty() {
             return Ok(Vec::new());
         }
@@ -463,6 +558,20 @@ impl Directories {
             })
             .collect()
     }
+}
+
+/// Remembers one more, and forgets the oldest beyond the limit.
+fn keep<T>(kept: &mut Vec<T>, one: T) {
+    if kept.len() >= ABSENT_KEPT {
+        kept.remove(0);
+    }
+    kept.push(one);
+}
+
+fn bad_frame(directory: &Directory, frame: &FrameRef, what: &str) -> Error {
+    let (number, first) = (frame.number, frame.first.0);
+    let place = format!("frame {number} (from slot {first}) of container {}", frame.container);
+    damaged(&directory.object, &format!("{place}: {what}"))
 }
 
 fn gone(address: Address) -> Error {

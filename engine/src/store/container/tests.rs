@@ -284,7 +284,7 @@ fn marked_slots_are_damaged_and_missing_ones_missing() {
         (0..4).map(|n| packer.push(Fingerprint([n; 20]), &[n; 4096]).unwrap()).collect();
     packer.seal().unwrap();
     let directories = test.store.directories();
-    directories.mark_damaged(addresses[1].container, 1..=2);
+    directories.mark_damaged(addresses[1].container, 1, 2);
     let infos = directories.run(addresses[0], 5).unwrap();
     let present = |n| SlotInfo::Present(Fingerprint([n; 20]));
     assert_eq!(

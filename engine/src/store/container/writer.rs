@@ -84,10 +84,10 @@ struct Open {
 
 /// The frame that is being filled.
 #[derive(Default)]
-struct RawFrame {
-    bytes: Vec<u8>,
-    lengths: Vec<u32>,
-    first: u16,
+pub(super) struct RawFrame {
+    pub(super) bytes: Vec<u8>,
+    pub(super) lengths: Vec<u32>,
+    pub(super) first: u16,
 }
 
 struct PackedFrame {
@@ -207,7 +207,7 @@ impl Packer {
         self.frame.bytes.extend_from_slice(bytes);
         self.frame.lengths.push(bytes.len() as u32);
         let full = open.fingerprints.len() as u32 >= self.max_slots();
-        if full || self.frame_is_full() {
+        if full || self.frame.is_full(self.kind, self.store.block_size()) {
             self.end_frame()?;
         }
         Ok(address)
@@ -217,27 +217,6 @@ impl Packer {
         self.store.budget().container_slots.min(CONTAINER_SLOTS)
     }
 
-    fn frame_is_full(&self) -> bool {
-        match self.kind {
-            ContainerKind::Blocks => {
-                self.frame.bytes.len() >= FRAME_BYTES.max(2 * self.store.block_size() as usize)
-            }
-            ContainerKind::Nodes => {
-                self.frame.bytes.len() >= NODE_FRAME_BYTES
-                    || self.frame.lengths.len() >= usize::from(NODES_PER_FRAME)
-            }
-        }
-    }
-
-    /// The most that a frame can take in the container.
-    fn frame_max(&self) -> u32 {
-        let raw = match self.kind {
-            ContainerKind::Blocks => FRAME_BYTES.max(2 * self.store.block_size() as usize),
-            ContainerKind::Nodes => NODE_FRAME_BYTES + NODE_MAX + 4 * usize::from(NODES_PER_FRAME),
-        };
-        (raw + TAG_LEN) as u32
-    }
-
     /// A frame stays in the container in which it begins, so that addresses are known at once.
     fn begin_frame(&mut self) -> Result<()> {
         self.drain_ready()?;
@@ -245,7 +224,7 @@ impl Packer {
         let full = self.open.as_ref().is_some_and(|open| {
             open.fingerprints.len() as u32 >= self.max_slots()
                 || open.table.len() + self.jobs.len() >= CONTAINER_FRAMES as usize
-                || open.reserved + self.frame_max() > limit
+                || open.reserved + frame_max(self.kind, self.store.block_size()) > limit
         });
         if full {
             self.close()?;
@@ -261,7 +240,8 @@ impl Packer {
         let id = self.store.journal()?.next_container()?;
         let (header, cipher) = self.store.sealer().begin(self.kind.object())?;
         let mut writer = self.store.objects().writer(&names::container(id, 0))?;
-        writer.write(encode_lead(&header, id, 0, self.block_size()).into())?;
+        let block_size = block_size_of(self.kind, self.store.block_size());
+        writer.write(encode_lead(&header, id, 0, block_size).into())?;
         Ok(Open {
             header,
             section: Arc::new(Section::new(&header, cipher, id, 0)),
@@ -271,13 +251,6 @@ impl Packer {
             reserved: 0,
             raw_bytes: 0,
         })
-    }
-
-    fn block_size(&self) -> u32 {
-        match self.kind {
-            ContainerKind::Blocks => self.store.block_size(),
-            ContainerKind::Nodes => 0,
-        }
     }
 
     /// Gives the frame to the pool.
@@ -326,7 +299,15 @@ impl Packer {
             self.write_frame(packed?)?;
         }
         let Some(mut open) = self.open.take() else { return Ok(()) };
-        open.write_directory(self.kind, self.block_size())?;
+        let states = open.fingerprints.iter().map(|fingerprint| SlotState::Present(*fingerprint));
+        write_directory(
+            &mut open.writer,
+            (&open.header, &open.section),
+            (self.kind, self.store.block_size()),
+            &open.table,
+            open.raw_bytes,
+            states,
+        )?;
         // One at a time is made durable while the next one is filled.
         self.settle_finishing()?;
         self.finishing = Some(Finished {
@@ -369,9 +350,28 @@ impl Packer {
     }
 }
 
+/// The most that a frame can take in a container.
+pub(super) fn frame_max(kind: ContainerKind, block_size: u32) -> u32 {
+    let raw = match kind {
+        ContainerKind::Blocks => FRAME_BYTES.max(2 * block_size as usize),
+        ContainerKind::Nodes => NODE_FRAME_BYTES + NODE_MAX + 4 * usize::from(NODES_PER_FRAME),
+    };
+    (raw + TAG_LEN) as u32
+}
+
 impl RawFrame {
+    pub(super) fn is_full(&self, kind: ContainerKind, block_size: u32) -> bool {
+        match kind {
+            ContainerKind::Blocks => self.bytes.len() >= FRAME_BYTES.max(2 * block_size as usize),
+            ContainerKind::Nodes => {
+                self.bytes.len() >= NODE_FRAME_BYTES
+                    || self.lengths.len() >= usize::from(NODES_PER_FRAME)
+            }
+        }
+    }
+
     /// The frame to pack; what is left can be filled anew.
-    fn take(&mut self, kind: ContainerKind) -> RawFrame {
+    pub(super) fn take(&mut self, kind: ContainerKind) -> RawFrame {
         let mut full = std::mem::take(self);
         if kind == ContainerKind::Nodes {
             // The payload of nodes says how long each is.
@@ -389,41 +389,54 @@ impl RawFrame {
     }
 }
 
-impl Open {
-    /// Column, table and trailer.
-    fn write_directory(&mut self, kind: ContainerKind, block_size: u32) -> Result<()> {
-        let slots = self.fingerprints.len() as u32;
-        let column_offset = self.writer.written() as u32;
-        let mut piece = Vec::with_capacity(COLUMN_PIECE);
-        for (number, chunk) in self.fingerprints.chunks(CHUNK_SLOTS as usize).enumerate() {
-            let states = chunk.iter().map(|fingerprint| SlotState::Present(*fingerprint));
-            piece.extend_from_slice(&encode_chunk(&self.section, number as u32, slots, states)?);
-            if piece.len() >= COLUMN_PIECE {
-                self.writer.write(Bytes::copy_from_slice(&piece))?;
-                piece.clear();
-            }
+/// Writes column, table and trailer behind the frames.
+pub(super) fn write_directory(
+    writer: &mut ObjectWriter,
+    (header, section): (&Header, &Section),
+    (kind, block_size): (ContainerKind, u32),
+    table: &[FrameEntry],
+    raw_bytes: u64,
+    mut states: impl ExactSizeIterator<Item = SlotState>,
+) -> Result<()> {
+    let slots = states.len() as u32;
+    let column_offset = writer.written() as u32;
+    let mut piece = Vec::with_capacity(COLUMN_PIECE);
+    for number in 0..slots.div_ceil(CHUNK_SLOTS) {
+        let chunk = states.by_ref().take(CHUNK_SLOTS as usize);
+        piece.extend_from_slice(&encode_chunk(section, number, slots, chunk)?);
+        if piece.len() >= COLUMN_PIECE {
+            writer.write(Bytes::copy_from_slice(&piece))?;
+            piece.clear();
         }
-        let trailer = Trailer {
-            header: self.header,
-            kind,
-            container: self.section.container,
-            generation: self.section.generation,
-            block_size,
-            section_start: 0,
-            column_offset,
-            slots,
-            table_offset: column_offset + column_len(slots),
-            frames: self.table.len() as u32,
-            raw_bytes: self.raw_bytes,
-        };
-        piece.extend_from_slice(&encode_table(&self.section, &self.table)?);
-        piece.extend_from_slice(&trailer.encode(&self.section)?);
-        self.writer.write(piece.into())
+    }
+    let trailer = Trailer {
+        header: *header,
+        kind,
+        container: section.container,
+        generation: section.generation,
+        block_size: block_size_of(kind, block_size),
+        section_start: 0,
+        column_offset,
+        slots,
+        table_offset: column_offset + column_len(slots),
+        frames: table.len() as u32,
+        raw_bytes,
+    };
+    piece.extend_from_slice(&encode_table(section, table)?);
+    piece.extend_from_slice(&trailer.encode(section)?);
+    writer.write(piece.into())
+}
+
+/// What a lead and a trailer say of the size of blocks.
+pub(super) fn block_size_of(kind: ContainerKind, block_size: u32) -> u32 {
+    match kind {
+        ContainerKind::Blocks => block_size,
+        ContainerKind::Nodes => 0,
     }
 }
 
 /// Compresses and seals a frame; its offset is left open.
-fn pack(
+pub(super) fn pack(
     store: &Store,
     section: &Section,
     number: u32,

@@ -41,7 +41,12 @@ pub(crate) fn objects() -> Seeds {
         expires_ms: None,
     };
     let session = [b"S\x01", &serde_json::to_vec(&session).unwrap()[..]].concat();
-    let mark = damage::DamageMark { slots: vec![(3, 5), (9, 1)], found_ms: 1, how: "read".into() };
+    let mark = damage::DamageMark {
+        slots: vec![(3, 5), (9, 1)],
+        found_ms: 1,
+        how: "read".into(),
+        healed: None,
+    };
     let mark = [b"D\x01", &serde_json::to_vec(&mark).unwrap()[..]].concat();
     let mut entries = Vec::new();
     let journals = fixture.store.journals();

@@ -2,7 +2,9 @@
 //! slowly, or not at all.
 #![allow(clippy::unwrap_used)]
 
+mod damage;
 mod power_cut;
+mod shards;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -81,35 +83,15 @@ impl Host {
     }
 
     fn begin(&self, vm: u128, parent: &str, image: &[u8]) -> Result<Client> {
-        let begun = begin(&self.context, Self::request(vm, parent, image.len() as u64), 0)?;
-        Ok(Client { begun, image: image.to_vec(), context: self.context.clone() })
-    }
-
-    fn request(vm: u128, parent: &str, size: u64) -> Request {
-        Request {
-            vm: VmId(Uuid::from_u128(vm)),
-            vm_name: format!("vm{vm}"),
-            adopt: false,
-            disks: vec![DiskSpec {
-                uuid: DiskId(Uuid::from_u128(vm + 1000)),
-                name: "vda".into(),
-                size,
-                parent: parent.into(),
-            }],
-            config: Vec::new(),
-            hypervisor: "test".into(),
-        }
+        begin_in(&self.context, vm, parent, image)
     }
 
     fn must_restore(&self, manifest: &Manifest, image: &[u8]) {
-        let mut restored = vec![0; image.len()];
-        let disk = manifest.disk("").unwrap();
-        let mut sink = |offset: u64, data: &[u8]| {
-            restored[offset as usize..][..data.len()].copy_from_slice(data);
-            Ok(())
-        };
-        upkeep::restore(&self.context, disk, "test", Default::default(), &mut sink).unwrap();
-        assert!(restored == image, "restored image differs from what was backed up");
+        assert!(self.restore(manifest).unwrap() == image, "restored image differs");
+    }
+
+    fn restore(&self, manifest: &Manifest) -> Result<Vec<u8>> {
+        restore_in(&self.context, manifest)
     }
 
     /// Everything is stored, everything is found, nothing twice.
@@ -119,26 +101,16 @@ impl Host {
     }
 
     fn must_be_clean(&self) {
-        let mut lines = Vec::new();
-        let clean = upkeep::verify(&self.context, "", "", 0, &mut |line| {
-            lines.push(line);
-            Ok(())
-        });
-        assert!(clean.unwrap(), "{lines:#?}");
+        let (clean, said) = self.verify();
+        assert!(clean, "{said}");
+    }
+
+    fn verify(&self) -> (bool, String) {
+        verify_in(&self.context)
     }
 
     fn stored_slots(&self) -> usize {
-        let mut slots = 0;
-        let journals = self.context.store.journals();
-        for incarnation in journals.incarnations().unwrap() {
-            let count = |_, entries: &[crate::store::journal::Entry]| {
-                let blocks = crate::store::container::ContainerKind::Blocks;
-                slots += entries.iter().filter(|e| e.kind == blocks).map(|e| e.slots).sum::<u32>();
-                Ok(())
-            };
-            journals.each_after(incarnation, 0, count).unwrap();
-        }
-        slots as usize
+        stored_slots_in(&self.context)
     }
 }
 
@@ -147,6 +119,61 @@ impl Drop for Host {
         self.context.owner.stop();
         self.thread.take().unwrap().join().unwrap();
     }
+}
+
+fn request(vm: u128, parent: &str, size: u64) -> Request {
+    Request {
+        vm: VmId(Uuid::from_u128(vm)),
+        vm_name: format!("vm{vm}"),
+        adopt: false,
+        disks: vec![DiskSpec {
+            uuid: DiskId(Uuid::from_u128(vm + 1000)),
+            name: "vda".into(),
+            size,
+            parent: parent.into(),
+        }],
+        config: Vec::new(),
+        hypervisor: "test".into(),
+    }
+}
+
+fn begin_in(context: &Context, vm: u128, parent: &str, image: &[u8]) -> Result<Client> {
+    let begun = begin(context, request(vm, parent, image.len() as u64), 0)?;
+    Ok(Client { begun, image: image.to_vec(), context: context.clone() })
+}
+
+fn stored_slots_in(context: &Context) -> usize {
+    let mut slots = 0;
+    let journals = context.store.journals();
+    for incarnation in journals.incarnations().unwrap() {
+        let count = |_, entries: &[crate::store::journal::Entry]| {
+            let blocks = crate::store::container::ContainerKind::Blocks;
+            slots += entries.iter().filter(|e| e.kind == blocks).map(|e| e.slots).sum::<u32>();
+            Ok(())
+        };
+        journals.each_after(incarnation, 0, count).unwrap();
+    }
+    slots as usize
+}
+
+fn restore_in(context: &Context, manifest: &Manifest) -> Result<Vec<u8>> {
+    let disk = manifest.disk("").unwrap();
+    let mut restored = vec![0; disk.size as usize];
+    let mut sink = |offset: u64, data: &[u8]| {
+        restored[offset as usize..][..data.len()].copy_from_slice(data);
+        Ok(())
+    };
+    upkeep::restore(context, disk, "test", Default::default(), &mut sink)?;
+    Ok(restored)
+}
+
+fn verify_in(context: &Context) -> (bool, String) {
+    let mut said = String::new();
+    let clean = upkeep::verify(context, "", "", 0, &mut |line| {
+        said = format!("{said}{line}\n");
+        Ok(())
+    });
+    (clean.unwrap(), said)
 }
 
 /// A plugin, reduced to its calls.
@@ -217,6 +244,21 @@ impl Client {
 
     fn run(&self) -> Result<Manifest> {
         self.scan_all()?;
+        self.write_all()?;
+        self.commit()
+    }
+
+    /// Scans what an incremental plan forces and `dirty`, and goes on to the commit.
+    fn run_increment(&self, dirty: impl IntoIterator<Item = u64>) -> Result<Manifest> {
+        let plan = &self.begun.disks[0];
+        assert!(plan.incremental, "{}", plan.reason);
+        let forced = plan
+            .forced
+            .iter()
+            .flat_map(|(offset, length)| offset / BLOCK as u64..(offset + length) / BLOCK as u64);
+        let blocks: std::collections::BTreeSet<u64> = forced.chain(dirty).collect();
+        self.scan(blocks.into_iter())?;
+        self.call(Event::EndScan)?;
         self.write_all()?;
         self.commit()
     }
@@ -453,7 +495,7 @@ fn a_client_that_lies_is_refused_and_harms_nobody() {
 #[test]
 fn a_disk_larger_than_any_can_be_is_refused() {
     let host = Host::new();
-    let refused = begin(&host.context, Host::request(1, "", u64::MAX), 0).err().unwrap();
+    let refused = begin(&host.context, request(1, "", u64::MAX), 0).err().unwrap();
     assert_eq!(refused.kind(), Kind::Usage, "{refused}");
     assert!(host.context.registry.list().is_empty());
 }
