@@ -17,7 +17,10 @@ use crate::qmp::command::ALL;
 
 type Seeds = Vec<(&'static str, Vec<u8>)>;
 
-const TARGETS: [(&str, fn(&[u8])); 4] = [
+/// A target's name, and what it does with an input.
+type Target = (&'static str, fn(&[u8]));
+
+const TARGETS: [Target; 4] = [
     ("nbd_client", super::nbd_client),
     ("nbd_server", super::nbd_server),
     ("qmp", super::qmp),

@@ -185,12 +185,17 @@ fn what_is_not_ours_or_in_use_is_left_alone() {
     assert_eq!(plan.disks[0].parent(), "");
 }
 
+/// A bitmap, what is dirty in it, and whether the image has it since the last clean end.
+type Kept = (Bitmap, [bool; BLOCKS], bool);
+
 /// A VM with one disk, as slow and plain as can be.
 #[derive(Default)]
 struct Model {
     content: [u32; BLOCKS],
     stamp: u32,
-    bitmaps: Vec<(Bitmap, [bool; BLOCKS], bool)>,
+    bitmaps: Vec<Kept>,
+    /// A copy of the image, made while the VM was off.
+    copy: Option<([u32; BLOCKS], Vec<Kept>)>,
     committed: Vec<(String, [u32; BLOCKS], Uuid)>,
     begun: u32,
 }
@@ -208,6 +213,10 @@ enum Step {
     Restart {
         cleanly: bool,
     },
+    /// The VM is shut off and its image copied.
+    Copy,
+    /// The VM is shut off and the copy takes the image's place.
+    PutBack,
 }
 
 impl Model {
@@ -219,7 +228,7 @@ impl Model {
         }
     }
 
-    fn find(&mut self, name: &str) -> Option<&mut (Bitmap, [bool; BLOCKS], bool)> {
+    fn find(&mut self, name: &str) -> Option<&mut Kept> {
         self.bitmaps.iter_mut().find(|b| b.0.name.to_string() == name)
     }
 
@@ -340,6 +349,19 @@ impl Model {
     }
 }
 
+impl Model {
+    fn copy(&mut self) {
+        self.restart(true);
+        self.copy = Some((self.content, self.bitmaps.clone()));
+    }
+
+    fn put_back(&mut self) {
+        if let Some((content, bitmaps)) = self.copy.clone() {
+            (self.content, self.bitmaps) = (content, bitmaps);
+        }
+    }
+}
+
 fn step() -> impl Strategy<Value = Step> {
     let writes = prop::collection::vec(0..BLOCKS, 1..4);
     prop_oneof![
@@ -347,10 +369,12 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (prop_oneof![2 => Just(9u8), 1 => 0..6u8], 0..4u8, writes)
             .prop_map(|(until, guard, writes)| Step::Backup { until, guard, writes }),
         1 => prop_oneof![3 => Just(true), 1 => Just(false)].prop_map(|cleanly| Step::Restart { cleanly }),
+        1 => prop_oneof![Just(Step::Copy), Just(Step::PutBack)],
     ]
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
     #[test]
     fn nothing_dirty_is_ever_forgotten(steps in prop::collection::vec(step(), 1..60)) {
         let mut model = Model::default();
@@ -359,6 +383,8 @@ proptest! {
                 Step::Write(block) => model.write(block),
                 Step::Backup { until, guard, writes } => model.backup(until, guard, &writes),
                 Step::Restart { cleanly } => model.restart(cleanly),
+                Step::Copy => model.copy(),
+                Step::PutBack => model.put_back(),
             }
         }
     }

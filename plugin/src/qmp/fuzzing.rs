@@ -13,6 +13,9 @@ use crate::vms::Vm;
 
 /// A peer that has hung up is noticed at once, long before this.
 const LIMIT: Duration = Duration::from_secs(5);
+/// No command comes within this: the client does not understand what was said, and its own limit
+/// on waiting for more is far longer.
+const SILENCE: Duration = Duration::from_millis(50);
 /// The number that begins a conversation with an agent.
 const SYNC: i64 = 7;
 
@@ -65,7 +68,8 @@ async fn monitor(read: OwnedReadHalf, mut write: OwnedWriteHalf, data: &[u8]) {
                 break;
             }
         }
-        if !said || !matches!(commands.next_segment().await, Ok(Some(_))) {
+        let asked = tokio::time::timeout(SILENCE, commands.next_segment()).await;
+        if !said || !matches!(asked, Ok(Ok(Some(_)))) {
             return;
         }
     }
