@@ -6,8 +6,10 @@
 pub mod content;
 pub mod fixture;
 pub mod guest;
+pub mod held;
 pub mod image;
 pub mod memory;
+pub mod mount;
 pub mod process;
 pub mod proxy;
 pub mod qmp;
