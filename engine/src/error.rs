@@ -82,6 +82,8 @@ pub struct Error {
     kind: Kind,
     context: String,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    /// A local disk was full.
+    disk_full: bool,
 }
 
 /// The engine's result.
@@ -90,7 +92,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error without a cause of its own.
     pub fn new(kind: Kind, context: impl Into<String>) -> Self {
-        Error { kind, context: context.into(), source: None }
+        Error { kind, context: context.into(), source: None, disk_full: false }
     }
 
     /// An error that something else caused.
@@ -99,7 +101,28 @@ impl Error {
         context: impl Into<String>,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        Error { kind, context: context.into(), source: Some(source.into()) }
+        let source = source.into();
+        let disk_full = is_full(&*source);
+        Error { kind, context: context.into(), source: Some(source), disk_full }
+    }
+
+    /// It is of the store: a full disk is not this host's.
+    #[must_use]
+    pub fn of_the_store(self) -> Self {
+        Error { disk_full: false, ..self }
+    }
+
+    /// Whether a disk of this host was full.
+    #[must_use]
+    pub fn is_disk_full(&self) -> bool {
+        self.disk_full
+    }
+
+    /// The same without its source, for others who are told, too.
+    #[must_use]
+    pub fn retold(&self) -> Self {
+        let context = self.to_string();
+        Error { kind: self.kind, context, source: None, disk_full: self.disk_full }
     }
 
     /// Its kind.
@@ -107,6 +130,17 @@ impl Error {
     pub fn kind(&self) -> Kind {
         self.kind
     }
+}
+
+/// Whether a cause is that a disk is full.
+fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    if let Some(ours) = error.downcast_ref::<Error>() {
+        return ours.disk_full;
+    }
+    let io = error.downcast_ref::<std::io::Error>();
+    io.is_some_and(|io| matches!(io.kind(), StorageFull | QuotaExceeded))
+        || error.source().is_some_and(is_full)
 }
 
 impl fmt::Display for Error {

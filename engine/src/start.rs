@@ -33,10 +33,14 @@ pub struct Started {
 /// # Errors
 /// When the limit cannot be set.
 pub fn harden() -> Result<()> {
-    use rustix::process::{Resource, Rlimit, setrlimit, umask};
+    use rustix::process::{
+        DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit, umask,
+    };
     umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
-    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })
-        .context(|| "cannot switch core dumps off".into())
+    let failed = || "cannot switch core dumps off".into();
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }).context(failed)?;
+    // A `core_pattern` that pipes to a program heeds no limit.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context(failed)
 }
 
 /// Opens the store and the index, and brings the index up to the store's journals.

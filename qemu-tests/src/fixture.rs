@@ -23,9 +23,23 @@ pub struct Fixture {
     folder: TempDir,
     engine: Option<Running>,
     budget: &'static str,
+    places: Places,
     verify_at_end: bool,
     /// `cgroup.procs` of the group that programs are started in.
     group: Option<PathBuf>,
+}
+
+/// Where a fixture has what can be elsewhere than in its folder.
+#[derive(Clone, Default)]
+pub struct Places {
+    /// The store; it is made there.
+    pub store: Option<PathBuf>,
+    /// The engine's state.
+    pub state: Option<PathBuf>,
+    /// What the engine is started by, such as `setpriv …`; nothing for directly.
+    pub by: Vec<String>,
+    /// The engine, where another copy of it is to run.
+    pub program: Option<PathBuf>,
 }
 
 impl Fixture {
@@ -44,14 +58,22 @@ impl Fixture {
     /// # Errors
     /// When `fleecectl init` fails.
     pub fn without_engine() -> Result<Self> {
+        Self::at(Places::default())
+    }
+
+    /// The same with other places.
+    ///
+    /// # Errors
+    /// When `fleecectl init` fails.
+    pub fn at(places: Places) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("fleece").tempdir()?;
         fs::create_dir(folder.path().join("scratch"))?;
-        let fixture =
-            Fixture { folder, engine: None, budget: "32M", verify_at_end: true, group: None };
+        let (engine, budget, verify_at_end, group) = (None, "32M", true, None);
+        let fixture = Fixture { folder, engine, budget, places, verify_at_end, group };
         fixture.fleecectl(&[
             "init",
             "--store",
-            &fixture.text("store"),
+            &fixture.store().display().to_string(),
             "--config",
             &fixture.text("engine.toml"),
         ])?;
@@ -99,19 +121,46 @@ impl Fixture {
         self.path("engine.sock")
     }
 
+    /// The store.
+    #[must_use]
+    pub fn store(&self) -> PathBuf {
+        self.places.store.clone().unwrap_or_else(|| self.path("store"))
+    }
+
+    /// The engine's state directory.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.places.state.clone().unwrap_or_else(|| self.path("state"))
+    }
+
+    /// What the engine is started by from now on; nothing for directly.
+    pub fn start_engine_by(&mut self, by: Vec<String>) {
+        self.places.by = by;
+    }
+
+    /// Another copy of the engine, which runs from now on.
+    pub fn use_engine(&mut self, program: &Path) {
+        self.places.program = Some(program.into());
+    }
+
     /// Starts the engine and waits until it answers.
     ///
     /// # Errors
     /// When it does not come up.
     pub fn start_engine(&mut self) -> Result {
-        let mut command = tools::fleece("fleece-engine")?;
-        command.args([
-            "--config",
-            &self.text("engine.toml"),
-            "--socket",
-            &self.text("engine.sock"),
-        ]);
-        command.args(["--state-dir", &self.text("state"), "--memory-budget", self.budget]);
+        let built = tools::fleece("fleece-engine")?;
+        let engine = self.places.program.clone().unwrap_or_else(|| built.get_program().into());
+        let mut command = match self.places.by.split_first() {
+            None => Command::new(engine),
+            Some((program, arguments)) => {
+                let mut by = Command::new(program);
+                by.args(arguments).arg(engine);
+                by
+            }
+        };
+        let (config, socket) = (self.text("engine.toml"), self.text("engine.sock"));
+        command.args(["--config", &config, "--socket", &socket]);
+        command.arg("--state-dir").arg(self.state()).args(["--memory-budget", self.budget]);
         let mut engine = Running::start("fleece-engine", &mut self.confined(command))?;
         let socket = self.socket();
         wait_until(SOON, "the engine's socket", || {
@@ -287,6 +336,43 @@ impl Fixture {
     pub fn figure(&self, name: &str) -> Result<u64> {
         let status = self.status()?;
         status[name].as_u64().with_context(|| format!("no {name} in {status}"))
+    }
+
+    /// Waits until the session of a VM is in a stage and `enough` of its figures; its plugin must
+    /// not have ended before.
+    ///
+    /// # Errors
+    /// When it ends, or the stage does not come in time.
+    pub fn wait_stage(
+        &self,
+        (vm, plugin): (&str, &mut Running),
+        stage: &str,
+        enough: impl Fn(&Value) -> bool,
+    ) -> Result {
+        let mut seen = Vec::new();
+        let waited = wait_until(SOON, &format!("{vm} being in stage {stage}"), || {
+            let sessions = self.fleecectl(&["sessions", "--json"])?.json()?;
+            let Some(session) = sessions.iter().find(|session| session["vm"] == vm) else {
+                ensure!(plugin.ended()?.is_none(), "the backup ended: {}", plugin.printed());
+                return Ok(false);
+            };
+            let now = session["stage"].as_str().unwrap_or_default().to_owned();
+            if seen.last() != Some(&now) {
+                seen.push(now);
+            }
+            Ok(session["stage"] == stage && enough(session))
+        });
+        waited.with_context(|| format!("stages seen: {}", seen.join(", ")))
+    }
+
+    /// Bytes that the newest backup of a VM read.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn bytes_read(&self, vm: &str) -> Result<u64> {
+        let listed = self.fleece(&["snapshots", vm, "--last", "1", "--json"])?.json()?;
+        let newest = listed.last().context("no snapshot")?;
+        newest["counts"]["read"].as_u64().with_context(|| format!("no figure: {newest}"))
     }
 
     /// The store must be whole.

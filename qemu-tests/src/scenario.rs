@@ -10,7 +10,7 @@ use crate::fixture::{Fixture, snapshot_id};
 use crate::guest::{Guest, Machine};
 use crate::process::{Finished, Running};
 use crate::wait::{LONG, SOON};
-use crate::{Result, image};
+use crate::{MIB, Result, image};
 
 /// A committed backup and what its disks held at the point in time.
 pub struct Taken {
@@ -98,6 +98,29 @@ impl Reading {
         let snapshot = format!("{}@{}", self.vm, snapshot_id(&printed.printed())?);
         Ok(Taken { snapshot, truths: self.truths, printed })
     }
+}
+
+/// A machine of some disks of 64 MiB with a committed full backup, 8 MiB of changes on each since, and
+/// a writer.
+///
+/// # Errors
+/// When one of that fails.
+pub fn with_a_snapshot(fixture: &Fixture, name: &str, disks: u64) -> Result<(Machine, Guest)> {
+    let mut machine = Machine::new(fixture.folder(), name)?;
+    for _ in 0..disks {
+        machine = machine.with_disk("qcow2", 64 * MIB)?;
+    }
+    fixture.describe(&machine)?;
+    let mut guest = machine.start()?;
+    for disk in &machine.disks {
+        guest.obey(&format!("write {} {} {} 1", disk.name, 24 * MIB, 16 * MIB))?;
+    }
+    take(fixture, &machine, &mut guest, "full")?;
+    for disk in &machine.disks {
+        guest.obey(&format!("write {} {} {} 2", disk.name, 28 * MIB, 8 * MIB))?;
+    }
+    guest.obey(&format!("start 7 {MIB} {} 1 vda", 16 * MIB))?;
+    Ok((machine, guest))
 }
 
 /// One whole backup with its truth.

@@ -78,6 +78,17 @@ fn search_path() -> Result<OsString> {
     Ok(env::join_paths(folders)?)
 }
 
+/// A program of the system as root: by itself where we are root, through sudo elsewhere.
+#[must_use]
+pub fn as_root(program: &str) -> Command {
+    if rustix::process::geteuid().is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("sudo");
+    command.args(["-n", program]);
+    command
+}
+
 /// Runs a command to its end and gives its standard output.
 ///
 /// # Errors

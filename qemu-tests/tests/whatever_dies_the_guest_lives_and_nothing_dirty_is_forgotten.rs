@@ -3,29 +3,10 @@
 
 use qemu_tests::guest::Guest;
 use qemu_tests::proxy::{Hold, Proxy};
-use qemu_tests::scenario::begin;
+use qemu_tests::scenario::{begin, with_a_snapshot};
 use qemu_tests::wait::{LONG, SOON, wait_until};
 use qemu_tests::{Fixture, MIB, Machine, Result, take};
 use rustix::process::Signal;
-
-/// A machine with a committed full backup, changes since, and a writer.
-fn with_a_snapshot(fixture: &Fixture, name: &str, disks: u64) -> Result<(Machine, Guest)> {
-    let mut machine = Machine::new(fixture.folder(), name)?;
-    for _ in 0..disks {
-        machine = machine.with_disk("qcow2", 64 * MIB)?;
-    }
-    fixture.describe(&machine)?;
-    let mut guest = machine.start()?;
-    for disk in &machine.disks {
-        guest.obey(&format!("write {} {} {} 1", disk.name, 24 * MIB, 16 * MIB))?;
-    }
-    take(fixture, &machine, &mut guest, "full")?;
-    for disk in &machine.disks {
-        guest.obey(&format!("write {} {} {} 2", disk.name, 28 * MIB, 8 * MIB))?;
-    }
-    guest.obey(&format!("start 7 {MIB} {} 1 vda", 16 * MIB))?;
-    Ok((machine, guest))
-}
 
 fn goes_on(fixture: &Fixture, machine: &Machine, guest: &mut Guest) -> Result {
     guest.keeps_writing()?;

@@ -1,11 +1,15 @@
 //! A backup session as the plugin sees it: calls become events of the session's thread.
 
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::TrySendError;
 use fleece_schema::engine_capnp::{self as wire, backup_session};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::convert;
 use super::to_wire;
@@ -15,22 +19,60 @@ use crate::session::event::{Event, Reply};
 use crate::session::registry::Progress;
 use crate::session::spool::Position;
 
+/// How long the client of a session may say nothing: it keeps a place from others. Ours ask for
+/// the progress twice a second, but for a commit, which they give ten minutes.
+const IDLE: Duration = Duration::from_secs(900);
+
 /// A session; the plugin's end of it is the session's end.
 pub(super) struct BackupServer {
-    pub(super) client: ClientEnd,
-    pub(super) progress: Arc<Progress>,
+    client: ClientEnd,
+    progress: Arc<Progress>,
     /// KiB of blocks that may be on their way, of all sessions.
-    pub(super) messages: Arc<Semaphore>,
+    messages: Arc<Semaphore>,
+    held: Rc<Held>,
+    /// Ends the session when its client has said nothing for too long.
+    watch: JoinHandle<()>,
+}
+
+impl Drop for BackupServer {
+    fn drop(&mut self) {
+        self.watch.abort();
+    }
+}
+
+/// What an open session keeps from others.
+struct Held {
     /// The place among those that may run at once.
-    pub(super) _place: OwnedSemaphorePermit,
+    place: RefCell<Option<OwnedSemaphorePermit>>,
+    last_call: Cell<Instant>,
 }
 
 impl BackupServer {
+    /// A session that has begun. Runs on a `LocalSet`.
+    pub(super) fn new(
+        client: ClientEnd,
+        progress: Arc<Progress>,
+        messages: Arc<Semaphore>,
+        place: OwnedSemaphorePermit,
+    ) -> Self {
+        client.hand_over();
+        let place = RefCell::new(Some(place));
+        let held = Rc::new(Held { place, last_call: Cell::new(Instant::now()) });
+        let watch = end_when_idle(Rc::clone(&held), client.events.clone(), IDLE);
+        let watch = tokio::task::spawn_local(watch);
+        BackupServer { client, progress, messages, held, watch }
+    }
+
+    fn called(&self) {
+        self.held.last_call.set(Instant::now());
+    }
+
     /// Sends an event and waits for its answer.
     async fn call<T>(
         &self,
         event: impl FnOnce(Reply<T>) -> Event,
     ) -> std::result::Result<T, capnp::Error> {
+        self.called();
         let (reply, answer) = oneshot::channel();
         self.client.events.try_send(event(reply)).map_err(|error| {
             to_wire(&match error {
@@ -41,6 +83,25 @@ impl BackupServer {
         let outcome: Result<T> = answer.await.unwrap_or_else(|_| Err(ended()));
         outcome.map_err(|e| to_wire(&e))
     }
+}
+
+/// Ends a session whose client says nothing any more, and gives its place to others.
+async fn end_when_idle(held: Rc<Held>, events: crossbeam_channel::Sender<Event>, idle: Duration) {
+    while held.last_call.get().elapsed() < idle {
+        tokio::time::sleep_until(held.last_call.get() + idle).await;
+    }
+    let reason = format!("its client said nothing for {} minutes", idle.as_secs() / 60);
+    eprintln!("fleece-engine: a session is ended: {reason}");
+    let (reply, ended) = oneshot::channel();
+    let mut word = Event::Abort { reason, reply };
+    // A full queue is gone through in a moment.
+    while let Err(TrySendError::Full(again)) = events.try_send(word) {
+        word = again;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    // An error means that its thread has ended, too.
+    let _ = ended.await;
+    drop(held.place.take());
 }
 
 fn ended() -> Error {
@@ -137,9 +198,47 @@ impl backup_session::Server for BackupServer {
         _: backup_session::ProgressParams,
         mut results: backup_session::ProgressResults,
     ) -> std::result::Result<(), capnp::Error> {
+        self.called();
         let mut results = results.get();
         results.set_stage(self.progress.stage());
         convert::set_counts(results.init_counts(), &self.progress.counts());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_whose_client_is_silent_gives_up_its_place() {
+        const IDLE: Duration = Duration::from_millis(300);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            let places = Arc::new(Semaphore::new(1));
+            let place = RefCell::new(Some(Arc::clone(&places).try_acquire_owned().unwrap()));
+            let held = Rc::new(Held { place, last_call: Cell::new(Instant::now()) });
+            let (events, queue) = crossbeam_channel::bounded(1);
+            let client = async {
+                for _ in 0..5 {
+                    tokio::time::sleep(IDLE / 3).await;
+                    held.last_call.set(Instant::now());
+                }
+                assert!(queue.is_empty(), "it was not silent");
+                let (reason, reply) = loop {
+                    match queue.try_recv() {
+                        Ok(Event::Abort { reason, reply }) => break (reason, reply),
+                        _ => tokio::time::sleep(IDLE / 10).await,
+                    }
+                };
+                assert!(held.last_call.get().elapsed() >= IDLE);
+                assert!(reason.contains("said nothing"), "{reason}");
+                assert_eq!(places.available_permits(), 0, "the session still runs");
+                reply.send(Ok(())).unwrap();
+            };
+            futures::join!(end_when_idle(Rc::clone(&held), events, IDLE), client);
+            assert_eq!(places.available_permits(), 1);
+        });
     }
 }

@@ -21,9 +21,25 @@ pub(super) async fn blocking<T: Send + 'static>(
     run(work).await.map_err(|e| to_wire(&e))
 }
 
+/// The same for a job that may wait for its client: it takes no place of the short calls, and who
+/// calls this bounds how many there are.
+pub(super) async fn long<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> std::result::Result<T, capnp::Error> {
+    on_a_thread(work, ()).await.map_err(|e| to_wire(&e))
+}
+
 async fn run<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let failed = |e| Error::caused(Kind::Failed, "the engine cannot start a worker", e);
     let place = PLACES.acquire().await;
+    on_a_thread(work, place).await
+}
+
+/// Runs `work`, and drops `place` after it.
+async fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+    place: impl Send + 'static,
+) -> Result<T> {
+    let failed = |e| Error::caused(Kind::Failed, "the engine cannot start a worker", e);
     let (done, result) = oneshot::channel();
     std::thread::Builder::new()
         .name("call".into())

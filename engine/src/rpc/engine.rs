@@ -2,11 +2,13 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use fleece_schema::engine_capnp::{self as wire, engine};
 
 use super::backup::BackupServer;
 use super::blocking::blocking;
+use super::flow::Flow;
 use super::image::ImageServer;
 use super::server::Services;
 use super::{convert, to_wire};
@@ -28,6 +30,12 @@ const READ_CACHE: u32 = 4 << 20;
 const SHARED_READS: u32 = 1 << 20;
 /// Snapshots in one answer: 1 MiB holds them with some disks each.
 const MAX_SNAPSHOTS: usize = 2000;
+/// Snapshots settled at once: each is looked up in the store. A VM has at most 256 disks, and
+/// rarely more than two bitmaps on one.
+const MAX_SETTLED: usize = 1024;
+
+/// How long a session whose client is gone may take to end itself: a container may be on its way.
+const ENDING: Duration = Duration::from_secs(30);
 
 /// The bootstrap object of a connection.
 pub(super) struct EngineServer {
@@ -35,6 +43,8 @@ pub(super) struct EngineServer {
     /// Whether the peer's user may call anything.
     pub(super) permitted: bool,
     pub(super) uid: u32,
+    /// The connection's messages.
+    pub(super) flow: Rc<Flow>,
 }
 
 impl EngineServer {
@@ -108,8 +118,14 @@ impl engine::Server for EngineServer {
         let params = params.get()?;
         let vm = VmId(of_params(convert::uuid(params.get_vm(), "the VM's UUID"))?);
         let names = params.get_snapshots()?.iter();
+        if names.len() > MAX_SETTLED {
+            let message =
+                format!("{} snapshots settled at once; at most {MAX_SETTLED}", names.len());
+            return Err(to_wire(&Error::new(Kind::Usage, message)));
+        }
         let names: Vec<String> =
             of_params(names.map(|name| convert::text(name, "a snapshot")).collect())?;
+        of_params(must_become_idle(&context, vm).await)?;
         let (fates, latest) = blocking(move || {
             context.registry.must_be_idle(vm)?;
             let manifests = &context.manifests;
@@ -144,7 +160,7 @@ impl engine::Server for EngineServer {
     ) -> Answer {
         let context = self.context()?;
         let request = of_params(convert::request(params.get()?.get_request()?))?;
-        context.registry.must_be_idle(request.vm).map_err(|e| to_wire(&e))?;
+        of_params(must_become_idle(&context, request.vm).await)?;
         let readers = Arc::clone(&self.services.readers);
         let place = readers
             .acquire_owned()
@@ -163,12 +179,8 @@ impl engine::Server for EngineServer {
         for (i, disk) in begun.disks.iter().enumerate() {
             convert::set_disk_plan(disks.reborrow().get(i as u32), disk);
         }
-        let server = BackupServer {
-            client: begun.client,
-            progress: begun.progress,
-            messages: Arc::clone(&self.services.messages),
-            _place: place,
-        };
+        let messages = Arc::clone(&self.services.messages);
+        let server = BackupServer::new(begun.client, begun.progress, messages, place);
         results.set_session(capnp_rpc::new_client(server));
         Ok(())
     }
@@ -180,6 +192,7 @@ impl engine::Server for EngineServer {
     ) -> Answer {
         let context = self.context()?;
         let which = of_params(convert::text(params.get()?.get_vm(), "the VM"))?;
+        let _place = self.flow.place_for_answer().await?;
         let found = blocking(move || {
             let found = upkeep::snapshots(&context, &which, MAX_SNAPSHOTS)?;
             let damaged = |manifest: &Manifest| upkeep::is_damaged(&context, manifest);
@@ -214,7 +227,8 @@ impl engine::Server for EngineServer {
         convert::set_snapshot(results.reborrow().init_snapshot(), &manifest, false);
         convert::set_disk(results.reborrow().init_disk(), &disk);
         let restores = Arc::clone(&self.services.restores);
-        let image = ImageServer::open(context, restores, manifest, disk).await?;
+        let flow = Rc::clone(&self.flow);
+        let image = ImageServer::open(context, restores, flow, manifest, disk).await?;
         results.set_image(capnp_rpc::new_client(image));
         Ok(())
     }
@@ -228,6 +242,7 @@ impl engine::Server for EngineServer {
         let params = params.get()?;
         let vm = of_params(convert::text(params.get_vm(), "the VM"))?;
         let snapshot = of_params(convert::text(params.get_snapshot(), "the snapshot"))?;
+        let _place = self.flow.place_for_answer().await?;
         let manifest = blocking(move || find(&context, &vm, &snapshot)).await?;
         results.get().set_config(&manifest.config);
         Ok(())
@@ -329,6 +344,16 @@ impl engine::Server for EngineServer {
         results.get().set_whole(whole);
         Ok(())
     }
+}
+
+/// Fails while the VM has a session. One whose client was killed is waited for: whoever begins the
+/// next backup at once need not try again.
+async fn must_become_idle(context: &Context, vm: VmId) -> Result<()> {
+    let begun = Instant::now();
+    while context.registry.is_ending(vm) && begun.elapsed() < ENDING {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    context.registry.must_be_idle(vm)
 }
 
 fn find(context: &Context, vm: &str, snapshot: &str) -> Result<Manifest> {

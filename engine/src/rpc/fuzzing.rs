@@ -117,8 +117,8 @@ pub fn calls(data: &[u8]) {
         let (client, server) = tokio::io::duplex(64 << 10);
         let connection = tokio::task::spawn_local(converse(
             Rc::new(services),
-            *permitted != 0,
-            1000,
+            Rc::default(),
+            (*permitted != 0, 1000),
             tokio::io::split(server),
         ));
         send(client, bytes).await;

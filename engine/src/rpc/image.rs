@@ -10,7 +10,8 @@ use bytes::Bytes;
 use fleece_schema::engine_capnp::{block_sink, disk_image, event_sink};
 use tokio::sync::{Semaphore, mpsc};
 
-use super::blocking::blocking;
+use super::blocking::{blocking, long};
+use super::flow::Flow;
 use super::to_wire;
 use crate::error::{Error, Kind, Result};
 use crate::jobs::restore::{DiskImage, MAX_WRITE, Options, Outcome};
@@ -24,6 +25,10 @@ type Answer = std::result::Result<(), capnp::Error>;
 const PIECES: usize = 2;
 /// Lines that wait between a job and the socket.
 const LINES: usize = 64;
+/// Jobs with lines (verify, rebuild) at once, some MiB each; more wait.
+static JOBS: Semaphore = Semaphore::const_new(2);
+/// How long a client may leave a piece or a line where it is: a restore into a pipe may rest.
+const STALLED: Duration = Duration::from_secs(600);
 
 /// A disk, open for reading.
 pub(super) struct ImageServer {
@@ -38,6 +43,8 @@ pub(super) struct ImageServer {
     renew: Cell<Instant>,
     /// Places for restores.
     restores: Arc<Semaphore>,
+    /// The connection's messages.
+    flow: Rc<Flow>,
 }
 
 /// How long a registered reader is respected by whoever deletes; one that goes on renews it.
@@ -48,13 +55,14 @@ impl ImageServer {
     pub(super) async fn open(
         context: Context,
         restores: Arc<Semaphore>,
+        flow: Rc<Flow>,
         mut manifest: Manifest,
         disk: Disk,
     ) -> std::result::Result<Self, capnp::Error> {
         manifest.config = Vec::new();
         let what = format!("{}@{} disk {}", manifest.vm_name, manifest.snapshot, disk.name);
         let (image, renew) = (Arc::default(), Cell::new(Instant::now()));
-        let opened = ImageServer { context, disk, what, image, manifest, renew, restores };
+        let opened = ImageServer { context, disk, what, image, manifest, renew, restores, flow };
         opened.register().await?;
         Ok(opened)
     }
@@ -112,6 +120,7 @@ impl disk_image::Server for ImageServer {
             let message = format!("{length} bytes read at once; at most {MAX_WRITE}");
             return Err(to_wire(&Error::new(Kind::Usage, message)));
         }
+        let _place = self.flow.place_for_answer().await?;
         let data = self
             .with_image(move |image| {
                 let mut data = vec![0; length];
@@ -130,6 +139,7 @@ impl disk_image::Server for ImageServer {
     ) -> Answer {
         let params = params.get()?;
         let (offset, length) = (params.get_offset(), params.get_length());
+        let _place = self.flow.place_for_answer().await?;
         let extents = self.with_image(move |image| image.extents(offset, length)).await?;
         let mut list = results.get().init_extents(extents.len() as u32);
         for (i, extent) in extents.iter().enumerate() {
@@ -154,7 +164,7 @@ impl disk_image::Server for ImageServer {
         let _place = self.restores.acquire().await.map_err(|_| to_wire(&gone()))?;
         let (pieces, mut waiting) = mpsc::channel::<(u64, Bytes)>(PIECES);
         let (context, disk, what) = (self.context.clone(), self.disk.clone(), self.what.clone());
-        let restored = tokio::task::spawn_local(blocking(move || {
+        let restored = tokio::task::spawn_local(long(move || {
             upkeep::restore(&context, &disk, &what, options, &mut |offset, data| {
                 pieces.blocking_send((offset, Bytes::copy_from_slice(data))).map_err(|_| gone())
             })
@@ -181,7 +191,21 @@ async fn write(sink: &block_sink::Client, offset: u64, data: &[u8]) -> Answer {
     let mut params = request.get();
     params.set_offset(offset);
     params.set_data(data);
-    request.send().await
+    taken(request.send()).await
+}
+
+/// Waits until the client took something. One that stopped reading must not keep its place from
+/// others for ever.
+async fn taken(sent: impl Future<Output = Answer>) -> Answer {
+    taken_within(STALLED, sent).await
+}
+
+async fn taken_within(limit: Duration, sent: impl Future<Output = Answer>) -> Answer {
+    tokio::time::timeout(limit, sent).await.unwrap_or_else(|_| {
+        let minutes = limit.as_secs() / 60;
+        let what = format!("the client took nothing for {minutes} minutes");
+        Err(to_wire(&Error::new(Kind::Failed, what)))
+    })
 }
 
 fn gone() -> Error {
@@ -194,13 +218,14 @@ pub(super) async fn with_events<T: Send + 'static>(
     work: impl FnOnce(upkeep::Emit<'_>) -> Result<T> + Send + 'static,
 ) -> std::result::Result<T, capnp::Error> {
     let (lines, mut waiting) = mpsc::channel::<String>(LINES);
-    let job = tokio::task::spawn_local(blocking(move || {
+    let _place = JOBS.acquire().await.map_err(|_| to_wire(&gone()))?;
+    let job = tokio::task::spawn_local(long(move || {
         work(&mut |line| lines.blocking_send(line).map_err(|_| gone()))
     }));
     while let Some(line) = waiting.recv().await {
         let mut request = sink.event_request();
         request.get().set_json(&line);
-        request.send().await?;
+        taken(request.send()).await?;
     }
     joined(job.await)
 }
@@ -210,4 +235,21 @@ fn joined<T>(
     outcome: std::result::Result<std::result::Result<T, capnp::Error>, tokio::task::JoinError>,
 ) -> std::result::Result<T, capnp::Error> {
     outcome.unwrap_or_else(|e| Err(capnp::Error::failed(format!("a task failed: {e}"))))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_that_takes_nothing_loses_its_place() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            let short = Duration::from_millis(100);
+            assert!(taken_within(short, std::future::ready(Ok(()))).await.is_ok());
+            let error = taken_within(short, std::future::pending()).await.unwrap_err();
+            assert!(error.extra.contains("the client took nothing for"), "{error}");
+        });
+    }
 }

@@ -24,7 +24,7 @@ pub struct Answers {
     dir: PathBuf,
     run_bytes: usize,
     sheets: Mutex<VecDeque<Sheet>>,
-    failure: Mutex<Option<(Kind, String)>>,
+    failure: Mutex<Option<Error>>,
 }
 
 struct Sheet {
@@ -48,14 +48,15 @@ impl Answers {
     /// Notes that answers cannot be given any more.
     pub fn fail(&self, error: &Error) {
         let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-        failure.get_or_insert((error.kind(), format!("detection failed: {error}")));
+        let told = || Error::caused(error.kind(), "detection failed", error.retold());
+        failure.get_or_insert_with(told);
     }
 
     /// Why there are no answers any more, if so.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
         let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-        failure.as_ref().map(|(kind, message)| Error::new(*kind, message.clone()))
+        failure.as_ref().map(Error::retold)
     }
 
     fn sorter(&self) -> Sorter<RECORD> {

@@ -77,10 +77,20 @@ pub struct Begun {
 pub struct ClientEnd {
     /// Where the session's events go.
     pub events: Sender<Event>,
+    /// Set while no client holds it.
+    left: Arc<AtomicBool>,
+}
+
+impl ClientEnd {
+    /// The client has it now, until it is dropped.
+    pub fn hand_over(&self) {
+        self.left.store(false, Ordering::Release);
+    }
 }
 
 impl Drop for ClientEnd {
     fn drop(&mut self) {
+        self.left.store(true, Ordering::Release);
         if let Err(TrySendError::Full(hangup)) = self.events.try_send(Event::Hangup) {
             let events = self.events.clone();
             // The thread works through its queue: a moment's wait, but not here.
@@ -107,11 +117,14 @@ pub fn begin(context: &Context, request: Request, now_ms: i64) -> Result<Begun> 
         since: Instant::now(),
         progress: Arc::default(),
         events,
+        // Until the client has it, nobody knows whether it still waits.
+        left: Arc::new(AtomicBool::new(true)),
     };
     // Entered first: from here on nobody else commits for this VM, so that what is planned
     // with the newest snapshot stays true.
     let id = context.registry.enter(live.clone())?;
     let begun = begin_alone(context, request, id, &live, queue, now_ms);
+    let begun = begun.map_err(|error| context.explain(error));
     if begun.is_err() {
         context.owner.withdraw(id);
         context.registry.leave(id);
@@ -150,7 +163,7 @@ fn begin_alone(
     let begun = Begun {
         snapshot: live.snapshot,
         disks: plans,
-        client: ClientEnd { events: live.events.clone() },
+        client: ClientEnd { events: live.events.clone(), left: Arc::clone(&live.left) },
         progress: Arc::clone(&live.progress),
     };
     let session = session(context, request, id, live, seq, latest, states)?;

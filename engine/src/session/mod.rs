@@ -24,6 +24,7 @@ use std::sync::Arc;
 
 use crate::budget::Budget;
 use crate::damage::Damage;
+use crate::error::Error;
 use crate::owner::Owner;
 use crate::store::Store;
 use crate::store::commit::Manifests;
@@ -51,6 +52,18 @@ pub struct Context {
     pub rebuilding: Arc<std::sync::Mutex<()>>,
     /// How long after its own writes a session leaves the rest to those who hold the grants.
     pub patience: std::time::Duration,
+}
+
+impl Context {
+    /// Says which disk is full, and what to do.
+    pub(crate) fn explain(&self, error: Error) -> Error {
+        if !error.is_disk_full() {
+            return error;
+        }
+        let dir = self.work_dir.display();
+        let advice = format!("the disk of {dir} is full: make room there and run it again");
+        Error::caused(error.kind(), advice, error)
+    }
 }
 
 /// Data blocks of a window: bounds spool, logs, open grants and the view's scratch.

@@ -1,7 +1,7 @@
 //! The sessions that live in this engine.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -149,6 +149,8 @@ pub struct Live {
     pub progress: Arc<Progress>,
     /// Its queue.
     pub events: Sender<Event>,
+    /// Its client is gone, or does not have it yet.
+    pub left: Arc<AtomicBool>,
 }
 
 /// All of them.
@@ -209,6 +211,13 @@ impl Registry {
             Some(live) => Err(busy(&live.vm_name)),
             None => Ok(()),
         }
+    }
+
+    /// Whether the VM has a session that will end by itself or be somebody's in a moment: its client is
+    /// gone, or was not told yet.
+    #[must_use]
+    pub fn is_ending(&self, vm: VmId) -> bool {
+        self.lock().values().any(|live| live.vm == vm && live.left.load(Ordering::Acquire))
     }
 
     /// The queue of a session, if it lives.

@@ -86,7 +86,7 @@ impl Session {
             if self.failure.is_none()
                 && let Err(error) = self.advance()
             {
-                self.fail(&error);
+                self.fail(&self.context.explain(error));
             }
             if ended {
                 break;
@@ -160,7 +160,7 @@ impl Session {
         if let Some((kind, message)) = &self.failure {
             return Err(Error::new(*kind, message.clone()));
         }
-        let outcome = work(self);
+        let outcome = work(self).map_err(|error| self.context.explain(error));
         if let Err(error) = &outcome {
             self.fail(error);
         }

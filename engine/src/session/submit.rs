@@ -65,6 +65,12 @@ impl Session {
         let mut blocks = 0_u64;
         for extent in extents {
             let end = extent.first_block.saturating_add(u64::from(extent.blocks));
+            if extent.blocks == 0 {
+                return wrong(format!(
+                    "no blocks at {} of {}",
+                    extent.first_block, state.spec.name
+                ));
+            }
             if extent.first_block < next || end > state.shape.blocks() {
                 return wrong(format!(
                     "blocks {} to {end} of disk {} are out of order or beyond its end",

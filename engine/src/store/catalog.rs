@@ -6,7 +6,7 @@ use jiff::tz::TimeZone;
 use uuid::Uuid;
 
 use super::commit::Manifests;
-use super::manifest::Manifest;
+use super::manifest::{Manifest, Record};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 
@@ -17,7 +17,8 @@ impl Manifests {
     /// The VM that `which` names by UUID or by its name in its newest snapshot.
     ///
     /// # Errors
-    /// [`Kind::NotFound`] with the candidates when there is none, or several of the name.
+    /// [`Kind::NotFound`] with the candidates when there is none, or several of the name;
+    /// [`Kind::Damaged`] when it may be one whose snapshots cannot be read.
     pub fn find_vm(&self, which: &str) -> Result<VmId> {
         let vms = self.vms()?;
         if let Ok(uuid) = which.parse::<Uuid>() {
@@ -26,14 +27,29 @@ impl Manifests {
                 Err(_) => Err(not_found(format!("the store has no VM {uuid}"))),
             };
         }
-        let (mut found, mut others) = (Vec::new(), Vec::new());
+        let (mut found, mut others, mut nameless) = (Vec::new(), Vec::new(), None);
         for vm in vms {
-            let Some(newest) = self.latest(vm)? else { continue };
+            let Some(newest) = self.latest(vm)? else {
+                // Its name stands in what cannot be read.
+                if nameless.is_none() && self.newest_for_restore(vm).is_err() {
+                    nameless = Some(vm);
+                }
+                continue;
+            };
             if newest.vm_name == which {
                 found.push(vm);
             } else if others.len() < MAX_CANDIDATES {
                 others.push(newest.vm_name);
             }
+        }
+        if found.is_empty()
+            && let Some(vm) = nameless
+        {
+            let what = format!(
+                "no VM {which:?} can be read; it may be {vm}, whose snapshots are damaged: run \
+                 fleecectl verify"
+            );
+            return Err(Error::new(Kind::Damaged, what));
         }
         match found.as_slice() {
             [only] => Ok(*only),
@@ -85,11 +101,35 @@ impl Manifests {
     pub fn find_snapshot(&self, vm: VmId, which: &str, zone: &TimeZone) -> Result<Manifest> {
         if which.is_empty() || which == "latest" {
             let none = || not_found(format!("the VM {vm} has no snapshot"));
-            return self.latest(vm)?.ok_or_else(none);
+            return self.newest_for_restore(vm)?.ok_or_else(none);
         }
         match which.parse::<Date>() {
             Ok(day) if which.len() > crate::ids::SnapshotId::LEN => self.last_of_day(vm, day, zone),
             _ => self.find_id(vm, which),
+        }
+    }
+
+    /// The newest snapshot, as people mean it: an older one must not pass for it because it is damaged.
+    fn newest_for_restore(&self, vm: VmId) -> Result<Option<Manifest>> {
+        let mut below = None;
+        loop {
+            let newest = self.newest(vm, below)?;
+            let Some(last) = newest.last().copied() else { return Ok(None) };
+            for key in newest {
+                match self.read(&key) {
+                    Ok(Record::Manifest(manifest)) => return Ok(Some(*manifest)),
+                    Ok(Record::Tombstone(_)) => {}
+                    Err(error) if error.kind() == Kind::Damaged => {
+                        let what = format!(
+                            "the newest snapshot {} of VM {vm} is damaged; name an older one by its id",
+                            key.snapshot
+                        );
+                        return Err(Error::caused(Kind::Damaged, what, error));
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            below = Some(last);
         }
     }
 
@@ -103,8 +143,8 @@ impl Manifests {
         let mut committed = Vec::new();
         for key in found {
             match self.read(&key)? {
-                super::manifest::Record::Manifest(manifest) => committed.push(manifest),
-                super::manifest::Record::Tombstone(_) => {}
+                Record::Manifest(manifest) => committed.push(manifest),
+                Record::Tombstone(_) => {}
             }
         }
         match committed.len() {

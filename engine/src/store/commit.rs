@@ -326,7 +326,7 @@ impl Manifests {
     }
 
     /// The greatest keys below a key, descending.
-    fn newest(&self, vm: VmId, below: Option<SnapshotKey>) -> Result<Vec<SnapshotKey>> {
+    pub(super) fn newest(&self, vm: VmId, below: Option<SnapshotKey>) -> Result<Vec<SnapshotKey>> {
         let mut newest = BinaryHeap::new();
         self.each_key(names::MANIFESTS, vm, |key| {
             if below.is_none_or(|below| key < below) {

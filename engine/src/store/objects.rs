@@ -558,7 +558,7 @@ fn failed(what: &str, key: &str, error: object_store::Error) -> Error {
         }
         _ => (Kind::Failed, ""),
     };
-    Error::caused(kind, format!("cannot {what} object {key}{advice}"), error)
+    Error::caused(kind, format!("cannot {what} object {key}{advice}"), error).of_the_store()
 }
 
 #[cfg(any(test, fuzzing))]

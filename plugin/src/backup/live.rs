@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::messages::{Committed, DiskLine, Plan, PointInTime};
 use super::{
-    Failure, Identity, Options, Stop, choose, commit, full_for_all, parent, transfer, within,
+    Failure, Identity, Options, Stop, alive, choose, commit, full_for_all, parent, transfer, within,
 };
 use crate::engine::{self, BackupPlan, DiskRequest, Engine, Session, Snapshot, SnapshotId};
 use crate::error::{Context as _, Error, Kind, Result};
@@ -302,7 +302,7 @@ async fn backup(
     let begun = Instant::now();
     // A push copies before it returns; interrupted, the guard sets the VM right.
     let opening = within(options.max_hold, View::open(qemu, &mut guard, request));
-    let mut view = stop.unless(opening).await?;
+    let mut view = stop.unless(alive(session, opening)).await?;
     report.send(&PointInTime {
         vm: found.identity.name.clone(),
         snapshot: plan.snapshot.0.clone(),

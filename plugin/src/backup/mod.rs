@@ -37,6 +37,9 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 /// Least bytes of reads in flight for one disk: four reads keep a disk busy.
 const LEAST_IN_FLIGHT: u32 = 1 << 20;
 
+/// How often the engine hears of us while nothing is transferred: it ends silent sessions.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(60);
+
 /// Longest wait for the answer to a commit: the last container and the manifest, over a slow line.
 const COMMIT_LIMIT: Duration = Duration::from_secs(600);
 
@@ -220,6 +223,21 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Re
         let what = format!("the view was held for {held}; give it more with --max-hold");
         Err(Error::new(Kind::Failed, what))
     })
+}
+
+/// Work that may take long without a word to the engine, such as a push; it is told that we are there.
+async fn alive<T>(session: &Session, work: impl Future<Output = T>) -> T {
+    let tell = async {
+        loop {
+            tokio::time::sleep(SIGN_OF_LIFE).await;
+            // An engine that is gone is noticed by the transfer.
+            let _ = session.progress().await;
+        }
+    };
+    tokio::select! {
+        done = work => done,
+        done = tell => done,
+    }
 }
 
 /// Why there is no snapshot, as far as we know.

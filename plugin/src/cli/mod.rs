@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 
 use crate::engine::{DEFAULT_SOCKET, Engine};
 use crate::error::{Context, Error, Kind, Result};
@@ -131,6 +131,8 @@ impl Session {
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     // A core file would hold what the guests' disks hold. Lowering a limit is always allowed.
     let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    // A `core_pattern` that pipes to a program heeds no limit.
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {

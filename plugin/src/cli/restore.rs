@@ -184,8 +184,10 @@ fn write_config(file: &Path, config: &[u8]) -> std::io::Result<()> {
 
 /// The snapshot that a name means, with its disks.
 pub(super) async fn resolve(engine: &Engine, name: &SnapshotName) -> Result<Snapshot> {
-    let mut snapshots = engine.snapshots(&name.vm).await?;
     let wanted = name.snapshot.as_str();
+    // The list passes over what cannot be read; asked for it, the engine says so.
+    engine.vm_config(&name.vm, wanted).await?;
+    let mut snapshots = engine.snapshots(&name.vm).await?;
     let found = match wanted {
         "" | "latest" => snapshots.pop(),
         _ => {

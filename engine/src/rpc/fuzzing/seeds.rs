@@ -83,7 +83,12 @@ fn record<F: Future<Output = Done> + 'static>(
     let services = Rc::new(rig.services().unwrap());
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let (client, server) = tokio::io::duplex(1 << 20);
-        tokio::task::spawn_local(converse(services, true, 0, tokio::io::split(server)));
+        tokio::task::spawn_local(converse(
+            services,
+            Rc::default(),
+            (true, 0),
+            tokio::io::split(server),
+        ));
         let (read, write) = tokio::io::split(client);
         let write = Recorded(write, Rc::clone(&bytes));
         let network = VatNetwork::new(
