@@ -301,7 +301,8 @@ async fn backup(
     };
     let begun = Instant::now();
     // A push copies before it returns; interrupted, the guard sets the VM right.
-    let opening = within(options.max_hold, View::open(qemu, &mut guard, request));
+    let opening = Box::pin(View::open(qemu, &mut guard, request));
+    let opening = within(options.max_hold, opening);
     let mut view = stop.unless(alive(session, opening)).await?;
     report.send(&PointInTime {
         vm: found.identity.name.clone(),
