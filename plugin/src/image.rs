@@ -25,6 +25,10 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 const END_LIMIT: Duration = Duration::from_secs(10);
 /// How often we look whether it listens.
 const LOOK: Duration = Duration::from_millis(5);
+/// The server of a run that was killed lets go of an image in this time: it is killed too, at once.
+const LET_GO: Duration = Duration::from_secs(2);
+/// Between two looks whether it did.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Most that qemu-img may say; an image has 65,535 bitmaps at most, in practice a few.
 const MAX_OUTPUT: u64 = 4 << 20;
 /// Most that we keep of an error message.
@@ -108,6 +112,10 @@ impl ImageInfo {
     /// Changes a bitmap of the image. [`Kind::Busy`] while the image is in use, by an
     /// [`OpenImage`] of ours too.
     pub async fn change_bitmap(&self, name: &str, change: BitmapChange<'_>) -> Result<()> {
+        once_free(async || self.try_change_bitmap(name, change).await).await
+    }
+
+    async fn try_change_bitmap(&self, name: &str, change: BitmapChange<'_>) -> Result<()> {
         let mut command = qemu_img("bitmap");
         match change {
             BitmapChange::Add { granularity, enabled } => {
@@ -154,10 +162,10 @@ pub enum BitmapChange<'a> {
 
 /// An image being served to us by a `qemu-nbd` of its own.
 ///
-/// It cannot outlive us for long: it runs without `--persistent`, so it ends when the last
-/// connection closes, and the kernel closes ours however we die; dropping this kills it. (Its
-/// parent-death signal would need unsafe code between fork and exec. What stays open is a kill
-/// of us in the few milliseconds between its start and our first connection.)
+/// It cannot outlive us: the kernel kills it when we die (`setpriv`, because a parent-death signal
+/// of our own making would need unsafe code between fork and exec); and it runs without
+/// `--persistent`, so it ends when the last connection closes. An orphan would keep the VM from
+/// starting.
 #[derive(Debug)]
 pub struct OpenImage {
     disk: NbdDisk,
@@ -179,13 +187,18 @@ impl OpenImage {
     /// Serves the image and connects. [`Kind::Busy`] if a VM or another program writes to it.
     /// Call it where the runtime's thread lives as long as the program.
     pub async fn open(info: &ImageInfo, options: &OpenOptions) -> Result<Self> {
+        once_free(async || Self::try_open(info, options).await).await
+    }
+
+    async fn try_open(info: &ImageInfo, options: &OpenOptions) -> Result<Self> {
         let dir = PrivateDir::new()?;
         let socket = dir.0.join("nbd");
         let mut connect = options.connect.clone();
         connect.writable = options.writable;
         // One more: the connection that asks what the export is like.
         let clients = connect.connections.max(1) + 1;
-        let mut command = Command::new("qemu-nbd");
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--", "qemu-nbd"]);
         command.args(["-f", &info.format, "-x", EXPORT, "-e", &clients.to_string(), "-k"]);
         command.arg(&socket);
         if options.writable {
@@ -204,7 +217,7 @@ impl OpenImage {
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
-            .context(|| "cannot start qemu-nbd (Debian: package qemu-utils)".to_owned())?;
+            .context(|| "cannot start setpriv (Debian: package util-linux)".to_owned())?;
         wait_until_listening(&mut child, &socket, &info.file).await?;
         let target = NbdTarget::unix(socket, EXPORT);
         match NbdDisk::connect(&target, connect, options.bitmap.as_deref(), true).await {
@@ -299,6 +312,19 @@ impl Drop for PrivateDir {
     }
 }
 
+/// Does something with an image that the server of a killed run may still hold.
+async fn once_free<T>(mut work: impl AsyncFnMut() -> Result<T>) -> Result<T> {
+    let end = Instant::now() + LET_GO;
+    loop {
+        match work().await {
+            Err(error) if error.kind() == Kind::Busy && Instant::now() < end => {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            other => return other,
+        }
+    }
+}
+
 fn qemu_img(verb: &str) -> Command {
     let mut command = Command::new("qemu-img");
     command.arg(verb).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -355,6 +381,10 @@ fn refused(file: &Path, doing: &str, said: &str) -> Error {
              back a running VM up through its QMP socket ({said})"
         );
         return Error::new(Kind::Busy, message);
+    }
+    if said.starts_with("setpriv") {
+        let message = format!("cannot start qemu-nbd (Debian: package qemu-utils): {said}");
+        return Error::new(Kind::Failed, message);
     }
     let kind = if said.contains("No such file") { Kind::NotFound } else { Kind::Failed };
     Error::new(kind, format!("cannot {doing} {name}: {said}"))

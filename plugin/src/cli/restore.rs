@@ -185,8 +185,13 @@ fn write_config(file: &Path, config: &[u8]) -> std::io::Result<()> {
 /// The snapshot that a name means, with its disks.
 pub(super) async fn resolve(engine: &Engine, name: &SnapshotName) -> Result<Snapshot> {
     let wanted = name.snapshot.as_str();
-    // The list passes over what cannot be read; asked for it, the engine says so.
-    engine.vm_config(&name.vm, wanted).await?;
+    // The list passes over what cannot be read; asked for it, the engine says so. What is not
+    // there at all is told below, with the way to what is.
+    if let Err(error) = engine.vm_config(&name.vm, wanted).await
+        && error.kind() == Kind::Damaged
+    {
+        return Err(error);
+    }
     let mut snapshots = engine.snapshots(&name.vm).await?;
     let found = match wanted {
         "" | "latest" => snapshots.pop(),
