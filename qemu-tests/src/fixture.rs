@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -164,9 +164,12 @@ impl Fixture {
         let mut engine = Running::start("fleece-engine", &mut self.confined(command))?;
         let socket = self.socket();
         wait_until(SOON, "the engine's socket", || {
-            ensure!(engine.ended()?.is_none(), "the engine ended: {}", engine.printed());
-            Ok(UnixStream::connect(&socket).is_ok())
+            Ok(engine.ended()?.is_some() || UnixStream::connect(&socket).is_ok())
         })?;
+        if engine.ended()?.is_some() {
+            // Its last words are whole only once it is waited for.
+            bail!("the engine ended: {}", engine.finish(SOON)?.printed());
+        }
         self.engine = Some(engine);
         Ok(())
     }

@@ -6,9 +6,13 @@ use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use qemu_tests::content::block;
-use qemu_tests::{Fixture, MIB, Result, image, tools};
+use qemu_tests::guest::Guest;
+use qemu_tests::scenario::begin;
+use qemu_tests::wait::{LONG, SOON, wait_until};
+use qemu_tests::{Fixture, MIB, Machine, Result, image, take, tools};
+use rustix::process::Signal;
 
 /// What the guest writes that must be found nowhere.
 const SECRET_SEED: u64 = 4711;
@@ -28,6 +32,25 @@ fn guests_data() -> Needles {
     needles
 }
 
+/// The key's secrets, as bytes and as text: after version, store and domain 32 bytes for
+/// fingerprints, then a count, and 4 and 32 bytes for each encryption key.
+fn keys(fixture: &Fixture) -> Result<Needles> {
+    let text = fs::read_to_string(fixture.path("engine.key"))?;
+    let hex = text.lines().find_map(|line| line.strip_prefix("key = \"")).context("no key")?;
+    let hex = hex.trim_end_matches('"');
+    let bytes = (0..hex.len() / 2)
+        .map(|i| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16))
+        .collect::<std::result::Result<Vec<u8>, _>>()?;
+    let first = 2 + 16 + 1 + usize::from(bytes[18]);
+    let second = first + 32 + 1 + 4;
+    let mut needles = Needles::new();
+    for (name, at) in [("fingerprint secret", first), ("encryption key", second)] {
+        needles.push((name.into(), bytes[at..at + 32].to_vec()));
+        needles.push((format!("{name} as text"), hex[2 * at..2 * at + 64].as_bytes().to_vec()));
+    }
+    Ok(needles)
+}
+
 /// All regular files below a folder.
 fn files(folder: &Path, found: &mut Vec<PathBuf>) -> Result {
     for entry in fs::read_dir(folder)? {
@@ -39,6 +62,18 @@ fn files(folder: &Path, found: &mut Vec<PathBuf>) -> Result {
         }
     }
     Ok(())
+}
+
+/// Files that a process has open and that have no name: spools, sheets, sort runs.
+fn open_files(pid: u32) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let path = entry?.path();
+        if fs::metadata(&path).is_ok_and(|file| file.is_file()) {
+            found.push(path);
+        }
+    }
+    Ok(found)
 }
 
 /// Which needle is in which file.
@@ -56,6 +91,79 @@ fn search(paths: &[PathBuf], needles: &Needles) -> Result<Vec<String>> {
         }
     }
     Ok(found)
+}
+
+/// A guest that wrote the secret, with a configuration that is one.
+fn guest_with_a_secret(fixture: &Fixture) -> Result<(Machine, Guest)> {
+    let machine = Machine::new(fixture.folder(), "secretive")?.with_disk("qcow2", 96 * MIB)?;
+    let configuration = fixture.path("secretive.xml");
+    fs::write(&configuration, CONFIGURATION)?;
+    fixture.describe(&machine)?;
+    let described = fixture.path("vms.d/secretive.toml");
+    let text = fs::read_to_string(&described)?;
+    fs::write(described, format!("{text}config = \"{}\"\n", configuration.display()))?;
+    let mut guest = machine.start()?;
+    guest.obey(&format!("write vda {MIB} {} {SECRET_SEED}", 8 * MIB))?;
+    // More than one batch of the scan, so that a backup can be met between two of them.
+    guest.obey(&format!("write vda {} {} 5", 16 * MIB, 72 * MIB))?;
+    Ok((machine, guest))
+}
+
+fn back_up(fixture: &Fixture) -> Result {
+    let scratch = fixture.text("scratch");
+    fixture.fleece(&["backup", "secretive", "--scratch-dir", &scratch]).map(drop)
+}
+
+#[test]
+fn nothing_of_guests_or_keys_is_left_anywhere() -> Result {
+    let mut fixture = Fixture::new()?;
+    let (machine, mut guest) = guest_with_a_secret(&fixture)?;
+    let mut needles = guests_data();
+    // The search can find it: it is on the guest's disk.
+    let image = [machine.disks[0].path.clone()];
+    ensure!(search(&image, &needles)?.len() == 64, "the canary is not on the disk");
+    needles.extend(keys(&fixture)?);
+    back_up(&fixture)?;
+
+    // What runs, and what it leaves when it crashes: plugin and engine, each in mid-backup.
+    let mut said = String::new();
+    for (round, signal) in [Signal::SEGV, Signal::ABORT].into_iter().enumerate() {
+        let more = ["--full", "--read-limit", "12M"];
+        let mut reading = begin(&fixture, &machine, &mut guest, &format!("crash{round}"), &more)?;
+        let some = |s: &serde_json::Value| s["read"].as_u64().is_some_and(|n| n > MIB);
+        fixture.wait_stage(("secretive", &mut reading.running), "scan", some)?;
+        let open = open_files(fixture.engine()?.pid())?;
+        ensure!(!open.is_empty(), "a spool is open");
+        assert_eq!(search(&open, &needles)?, Vec::<String>::new());
+        if round == 0 {
+            reading.running.signal(signal)?;
+            said += &reading.running.finish(LONG)?.printed();
+        } else {
+            fixture.engine()?.signal(signal)?;
+            let engine = fixture.engine()?;
+            wait_until(SOON, "the engine's end", || Ok(engine.ended()?.is_some()))?;
+            said += &reading.running.finish(LONG)?.printed();
+            said += &fixture.engine()?.printed();
+            fixture.kill_engine()?;
+            fixture.start_engine()?;
+        }
+        guest.is_left_alone(&machine, 2)?;
+    }
+    fs::write(fixture.path("what-was-said"), said)?;
+
+    let mut left = vec![fixture.path("what-was-said"), PathBuf::from("/run/fleece/guard.log")];
+    for folder in [fixture.store(), fixture.state(), fixture.path("scratch")] {
+        files(&folder, &mut left)?;
+    }
+    // A core would lie where the programs ran.
+    for entry in fs::read_dir(std::env::current_dir()?)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        assert!(name != "core" && !name.starts_with("core."), "a core: {}", path.display());
+    }
+    ensure!(left.len() > 10, "the store is not there");
+    assert_eq!(search(&left, &needles)?, Vec::<String>::new());
+    take(&fixture, &machine, &mut guest, "last")?.restores_exactly(&fixture)
 }
 
 #[test]
@@ -187,6 +295,64 @@ impl Stored {
 fn copy(from: &Path, to: &Path) -> Result {
     tools::run(std::process::Command::new("cp").arg("-a").arg(from).arg(to))?;
     Ok(())
+}
+
+#[test]
+fn exchanged_replayed_and_renamed_objects_are_found_out() -> Result {
+    let mut stored = Stored::new()?;
+    let containers = stored.objects("containers")?;
+    let (manifests, copies) = (stored.objects("manifests")?, stored.objects("manifests-copy")?);
+    let journal = stored.objects("journal")?;
+    ensure!(containers.len() >= 4 && manifests.len() == 3 && copies.len() == 3);
+    for other in 1..containers.len() {
+        let (a, b) = (containers[0].as_str(), containers[other].as_str());
+        stored.attacked(&format!("containers 1 and {} exchanged", other + 1), &[(a, b), (b, a)])?;
+    }
+    let last = containers.len() - 1;
+    stored.attacked("a container replayed", &[(&containers[0], &containers[last])])?;
+    stored.attacked(
+        "journal entries exchanged",
+        &[(&journal[0], &journal[1]), (&journal[1], &journal[0])],
+    )?;
+
+    // Two manifests of one VM, and one of another VM.
+    let folder = |path: &str| path.rsplit_once('/').map(|(folder, _)| folder.to_owned());
+    let twin = (1..3).find(|i| folder(&manifests[*i]) == folder(&manifests[0]));
+    let (a, b) = twin.map_or((1, 2), |twin| (0, twin));
+    let other = (0..3).find(|i| *i != a && *i != b).context("no other VM")?;
+    for list in [&manifests, &copies] {
+        let (a, b) = (list[a].as_str(), list[b].as_str());
+        stored.attacked("one list of manifests exchanged", &[(a, b), (b, a)])?;
+    }
+    stored.attacked(
+        "manifests and copies exchanged",
+        &[
+            (&manifests[a], &manifests[b]),
+            (&manifests[b], &manifests[a]),
+            (&copies[a], &copies[b]),
+            (&copies[b], &copies[a]),
+        ],
+    )?;
+    stored.attacked(
+        "manifest and copy of another VM",
+        &[(&manifests[other], &manifests[b]), (&copies[other], &copies[b])],
+    )?;
+    let (older, newer) = (&manifests[a], later(&manifests[a])?);
+    stored.attacked(
+        "an old manifest as the newest",
+        &[(older, &newer), (&copies[a], &later(&copies[a])?)],
+    )?;
+    stored.attacked("a copy in place of its manifest", &[(&copies[b], &manifests[b])])?;
+    stored.fixture.start_engine()
+}
+
+/// The name of a manifest with a sequence number that is not taken.
+fn later(key: &str) -> Result<String> {
+    let (folder, name) = key.rsplit_once('/').context("no folder")?;
+    let (sequence, snapshot) = name.split_once('-').context("no sequence")?;
+    let digits = sequence.len();
+    ensure!(sequence.chars().all(|c| c.is_ascii_hexdigit()), "{key}");
+    Ok(format!("{folder}/{}9-{snapshot}", &sequence[..digits - 1]))
 }
 
 #[test]
