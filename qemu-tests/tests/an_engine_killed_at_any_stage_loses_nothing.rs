@@ -1,5 +1,5 @@
-//! The engine, killed in every stage of a backup, and before each of its durable steps.
-//! The plugin ends with a clear message, an engine started anew needs no help, the next backup
+//! The engine, killed in every stage of a backup, before each of its durable steps, and at random
+//! moments. The plugin ends with a clear message, an engine started anew needs no help, the next backup
 //! is exact and reads no more than the disk holds, and what was committed comes back bit for bit.
 
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use qemu_tests::content::mix;
 use qemu_tests::fixture::{Places, snapshot_id};
 use qemu_tests::held::{Brake, killed_at};
 use qemu_tests::process::Running;
-use qemu_tests::wait::LONG;
+use qemu_tests::wait::{LONG, stays};
 use qemu_tests::{Fixture, MIB, Result, image, tools};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -186,4 +186,35 @@ fn before_every_durable_step() -> Result {
         }
     }
     panic!("an engine still died at step {STEPS}");
+}
+
+#[test]
+fn at_random_moments() -> Result {
+    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+    println!("seed {seed}");
+    let mut fixture = Fixture::new()?;
+    let mut vm = Vm::new(&fixture, "vm")?;
+    for round in 0..12 {
+        let random = mix(seed + round);
+        vm.change(&fixture, 1000 + round)?;
+        let mut running = vm.start(&fixture, "vm", &["--read-limit", "24M"])?;
+        // The moment is the test's input: nothing is waited for.
+        stays(Duration::from_millis(random % 1500), "time passing", || Ok(true))?;
+        let (plugin, engine) =
+            [(true, false), (false, true), (true, true)][(random >> 32) as usize % 3];
+        println!("round {round}: after {} ms, plugin {plugin}, engine {engine}", random % 1500);
+        if engine {
+            fixture.kill_engine()?;
+        }
+        if plugin && running.ended()?.is_none() {
+            running.kill()?;
+        } else {
+            running.finish(LONG)?;
+        }
+        if engine {
+            fixture.start_engine()?;
+        }
+        vm.backs_up(&fixture, "vm")?;
+    }
+    vm.all_restore(&fixture)
 }

@@ -1,6 +1,6 @@
-//! The plugin, killed at every moment of a live backup, each of them reached for certain: a
+//! The plugin or QEMU, killed at every moment of a live backup, each of them reached for certain: a
 //! command of the monitor that is held, a stage that the engine reports, a store made slow. The guest
-//! goes on, the next backup needs no manual step, reads no more than the disks hold,
+//! goes on (or boots again), the next backup needs no manual step, reads no more than the disks hold,
 //! and is exact; what was committed before comes back bit for bit.
 
 use std::time::Duration;
@@ -10,7 +10,7 @@ use qemu_tests::held::Brake;
 use qemu_tests::process::Running;
 use qemu_tests::proxy::{Hold, Proxy};
 use qemu_tests::scenario::{Taken, with_a_snapshot};
-use qemu_tests::wait::SOON;
+use qemu_tests::wait::{LONG, SOON};
 use qemu_tests::{Fixture, MIB, Machine, Result, take};
 use serde_json::Value;
 
@@ -130,6 +130,44 @@ fn the_plugin() -> Result {
         if let Some(before) = before.replace(taken) {
             before.restores_exactly(&fixture)?;
         }
+    }
+    first.restores_exactly(&fixture)
+}
+
+#[test]
+fn qemu() -> Result {
+    let mut fixture = Fixture::new()?;
+    let (machine, mut guest) = with_a_snapshot(&fixture, "qemu", 1)?;
+    let first = take(&fixture, &machine, &mut guest, "first")?;
+    let moments = [
+        ("the filter is to be inserted", Command("qom-set", Hold::Before)),
+        ("the old bitmap records", Command("block-dirty-bitmap-disable", Hold::Before)),
+        ("reading", Reading),
+        ("writing", Writing),
+        ("committing", Committing),
+        ("committed, old bitmap there", Command("block-dirty-bitmap-remove", Hold::Before)),
+    ];
+    for (round, (name, moment)) in moments.into_iter().enumerate() {
+        println!("killed while {name}");
+        change(&machine, &mut guest, round)?;
+        let reached = reach(&mut fixture, &machine, moment)?;
+        let Guest { qemu, .. } = guest;
+        qemu.kill()?;
+        drop(reached._brake);
+        // It notices by itself; whether there is a snapshot depends on the moment.
+        let finished = reached.running.finish(LONG)?;
+        assert!(
+            [0, 1, 3].contains(&finished.code),
+            "{name}: {} {}",
+            finished.code,
+            finished.printed()
+        );
+        guest = machine.start()?;
+        guest.obey(&format!("start {round} {MIB} {} 1 vda", 16 * MIB))?;
+        let taken = take(&fixture, &machine, &mut guest, &format!("after{round}"))?;
+        taken.restores_exactly(&fixture)?;
+        guest.is_left_alone(&machine, 1)?;
+        assert!(fixture.bytes_read("qemu")? <= size(&machine), "{name}: more than a full read");
     }
     first.restores_exactly(&fixture)
 }
