@@ -68,7 +68,7 @@ pub(crate) struct Instants {
 ///
 /// A guest with an iothread must not be stopped for it: `cont` aborts QEMU 7.2 while a job runs (12 of
 /// 854 rounds), and on QEMU 10 `stop` and `cont` alone, with nothing of ours in between, now and then
-/// lose a completion that the guest then waits for (seen on 10.0.2 with TCG). Filters of several disks
+/// leave a write waiting for ever, its queue empty (seen on 10.0.2 with TCG). Filters of several disks
 /// need the stop; jobs and pushes are one transaction and need none. Besides, 7.2 aborts when the
 /// client of such a disk's view leaves: there nothing but a push is left.
 pub(crate) fn choose(session: &Session, disks: &[Disk], asked: Option<Way>) -> Result<Vec<Way>> {
