@@ -46,7 +46,7 @@ fn keys(fixture: &Fixture) -> Result<Needles> {
     let mut needles = Needles::new();
     for (name, at) in [("fingerprint secret", first), ("encryption key", second)] {
         needles.push((name.into(), bytes[at..at + 32].to_vec()));
-        needles.push((format!("{name} as text"), hex[2 * at..2 * at + 64].as_bytes().to_vec()));
+        needles.push((format!("{name} as text"), hex.as_bytes()[2 * at..2 * at + 64].to_vec()));
     }
     Ok(needles)
 }
