@@ -172,7 +172,7 @@ fn writes_reach_the_image() {
         let info = ImageInfo::read(&file, Some("qcow2")).await.unwrap();
         let options = OpenOptions { writable: true, ..OpenOptions::default() };
         let image = OpenImage::open(&info, &options).await.unwrap();
-        let export = image.disk().export();
+        let export = image.export();
         export.write(3 * MIB, Bytes::from(data.clone())).await.unwrap();
         export.flush().await.unwrap();
         image.close().await.unwrap();

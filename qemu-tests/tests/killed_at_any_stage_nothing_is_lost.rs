@@ -81,7 +81,8 @@ fn reach(fixture: &mut Fixture, machine: &Machine, moment: Moment) -> Result<Rea
             running
         }
         Writing => {
-            let mut running = fixture.backup(machine, &["--read-limit", "4M"])?;
+            // Long enough to be seen on a busy host.
+            let mut running = fixture.backup(machine, &["--read-limit", "2M"])?;
             fixture.wait_stage((vm, &mut running), "write", some("new"))?;
             running
         }

@@ -6,7 +6,6 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use fleece_schema::engine_capnp::{block_sink, disk_image, event_sink};
 use tokio::sync::{Semaphore, mpsc};
 
@@ -162,11 +161,11 @@ impl disk_image::Server for ImageServer {
         let sink = params.get_sink()?;
         self.register().await?;
         let _place = self.restores.acquire().await.map_err(|_| to_wire(&gone()))?;
-        let (pieces, mut waiting) = mpsc::channel::<(u64, Bytes)>(PIECES);
+        let (pieces, mut waiting) = mpsc::channel::<(u64, Vec<u8>)>(PIECES);
         let (context, disk, what) = (self.context.clone(), self.disk.clone(), self.what.clone());
         let restored = tokio::task::spawn_local(long(move || {
             upkeep::restore(&context, &disk, &what, options, &mut |offset, data| {
-                pieces.blocking_send((offset, Bytes::copy_from_slice(data))).map_err(|_| gone())
+                pieces.blocking_send((offset, data)).map_err(|_| gone())
             })
         }));
         while let Some((offset, data)) = waiting.recv().await {

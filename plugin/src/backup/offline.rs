@@ -19,13 +19,12 @@ use crate::engine::{BackupPlan, DiskRequest, Engine, Session, Snapshot};
 use crate::error::{Context, Error, Kind, Result};
 use crate::extents::{Flags, PlanInput};
 use crate::image::{BitmapChange, ImageInfo, OpenImage, OpenOptions};
-use crate::nbd::{ConnectOptions, wire};
+use crate::nbd::{ConnectOptions, Export, wire};
 use crate::progress::Report;
 use crate::qmp::bitmap::{self, Action, Base, Bitmap, BitmapName, DiskPlan, Known};
 use crate::qmp::disk::Disk;
 use crate::qmp::session::uuid_of_name;
 use crate::scan::ScanDisk;
-use crate::source::NbdDisk;
 use crate::units::now_ms;
 
 /// An image of a disk, as the operator names it.
@@ -209,14 +208,14 @@ impl Found {
         Ok(opened)
     }
 
-    async fn bytes(&self, i: usize, disk: &NbdDisk) -> Result<u64> {
+    async fn bytes(&self, i: usize, export: &Export) -> Result<u64> {
         let Some(name) = self.dirty(i) else {
             return Ok(self.disks[i].allocated.min(self.disks[i].size));
         };
         let context = wire::dirty_bitmap(name);
         let mut dirty = 0;
         let whole = 0..self.disks[i].size;
-        disk.export()
+        export
             .map(&context, whole, |extent| {
                 dirty += if Flags::is_dirty(extent.flags) { extent.length } else { 0 };
             })
@@ -241,7 +240,7 @@ impl Found {
                     Base::Full { reason } => reason.clone(),
                     Base::Incremental { .. } => String::new(),
                 },
-                bytes: self.bytes(i, opened[i].disk()).await?,
+                bytes: self.bytes(i, opened[i].export()).await?,
             });
         }
         Ok(Plan {
@@ -424,7 +423,7 @@ async fn read(
         let size = found.disks[i].size;
         let dirty_until = found.dirty(i).map(|_| size);
         total += match dirty_until {
-            Some(_) => found.bytes(i, image.disk()).await?,
+            Some(_) => found.bytes(i, image.export()).await?,
             None => size,
         };
         let block_size = engine.info().block_size;

@@ -29,8 +29,9 @@ use crate::vms::{self as vms_file, Vm};
 /// Stack of a helper thread: our own frames are small, the default is 2 MiB.
 const THREAD_STACK: usize = 512 << 10;
 
-/// Helper threads for file system calls that may block.
-const BLOCKING_THREADS: usize = 2;
+/// Helper threads for file system calls that may block: two that write or read a disk, one that
+/// syncs, one for all else.
+const BLOCKING_THREADS: usize = 4;
 
 /// Exit code of a verb that did its work, but had to warn.
 const EXIT_WARNINGS: u8 = 3;

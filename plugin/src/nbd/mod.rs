@@ -12,5 +12,6 @@ pub mod server;
 pub mod wire;
 
 pub use buffer::Buffer;
+pub(crate) use buffer::Pool;
 pub use client::{Address, ConnectOptions, Export, MAX_READ, NbdTarget, list_exports};
 pub use error::{NbdError, NbdErrorKind};

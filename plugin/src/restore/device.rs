@@ -1,6 +1,6 @@
 //! A block device: what is zero is discarded or zeroed, the rest written in place.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -9,6 +9,7 @@ use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
 use super::Target;
 use super::file::write_error;
+use super::writes::Writes;
 use crate::engine::{BlockTarget, DiskImage, Range};
 use crate::error::{Context, Error, Kind, Result};
 use crate::units::human_bytes;
@@ -18,7 +19,7 @@ const ZEROS: usize = 256 << 10;
 
 /// A block device that nobody else uses.
 pub struct DeviceTarget {
-    device: File,
+    writes: Writes,
 }
 
 impl DeviceTarget {
@@ -44,14 +45,14 @@ impl DeviceTarget {
             let what = format!("{shown} has {room}, the disk needs {size}; use a larger device");
             return Err(Error::new(Kind::Target, what));
         }
-        Ok(DeviceTarget { device })
+        Ok(DeviceTarget { writes: Writes::new(device) })
     }
 
     /// Makes a range read as zeros, by the cheapest way that the device knows.
     fn zero(&self, offset: u64, length: u64) -> Result<()> {
         let ways = [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE];
         for way in ways {
-            if fallocate(&self.device, way | FallocateFlags::KEEP_SIZE, offset, length).is_ok() {
+            if fallocate(self.writes.file(), way | FallocateFlags::KEEP_SIZE, offset, length).is_ok() {
                 return Ok(());
             }
         }
@@ -60,7 +61,8 @@ impl DeviceTarget {
         let mut at = offset;
         while at < end {
             let piece = zeros.len().min(usize::try_from(end - at).unwrap_or(ZEROS));
-            self.device
+            self.writes
+                .file()
                 .write_all_at(&zeros[..piece], at)
                 .map_err(|error| write_error(error, at))?;
             at += piece as u64;
@@ -71,7 +73,7 @@ impl DeviceTarget {
 
 impl BlockTarget for DeviceTarget {
     async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        self.device.write_all_at(data, offset).map_err(|error| write_error(error, offset))
+        self.writes.write(offset, data).await
     }
 }
 
@@ -101,6 +103,6 @@ impl Target for DeviceTarget {
 
     async fn finish(self, holes: &[Range]) -> Result<()> {
         holes.iter().try_for_each(|hole| self.zero(hole.offset, hole.length))?;
-        self.device.sync_all().context(|| "cannot make the device durable".to_owned())
+        self.writes.finish().await
     }
 }

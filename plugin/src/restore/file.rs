@@ -1,19 +1,20 @@
 //! A raw file: sparse, under another name until it is whole.
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use super::Target;
+use super::writes::Writes;
 use crate::engine::{BlockTarget, DiskImage, Range};
 use crate::error::{Context, Error, Kind, Result};
 
 /// A raw file in the making; removed if it is dropped before it is finished.
 pub struct FileTarget {
-    file: File,
+    writes: Writes,
     name: TempName,
 }
 
@@ -113,13 +114,13 @@ impl FileTarget {
         let file = open().map_err(|error: std::io::Error| {
             Error::caused(Kind::Target, format!("cannot create {}", path.display()), error)
         })?;
-        Ok(FileTarget { file, name })
+        Ok(FileTarget { writes: Writes::new(file), name })
     }
 }
 
 impl BlockTarget for FileTarget {
     async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        self.file.write_all_at(data, offset).map_err(|error| write_error(error, offset))
+        self.writes.write(offset, data).await
     }
 }
 
@@ -131,7 +132,7 @@ impl Target for FileTarget {
     }
 
     async fn finish(self, _holes: &[Range]) -> Result<()> {
-        self.file.sync_all().context(|| "cannot make the file durable".to_owned())?;
+        self.writes.finish().await?;
         self.name.publish()
     }
 }

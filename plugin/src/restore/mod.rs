@@ -4,6 +4,7 @@ mod device;
 mod file;
 mod qcow2;
 mod stream;
+mod writes;
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};

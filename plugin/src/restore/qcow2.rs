@@ -56,7 +56,7 @@ impl Qcow2Target {
 
 impl BlockTarget for Qcow2Target {
     async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        let export = self.image.disk().export();
+        let export = self.image.export();
         export
             .write(offset, Bytes::copy_from_slice(data))
             .await
@@ -73,7 +73,7 @@ impl Target for Qcow2Target {
 
     async fn finish(self, _holes: &[Range]) -> Result<()> {
         let Qcow2Target { image, name } = self;
-        image.disk().export().flush().await.context(|| "cannot flush the image".to_owned())?;
+        image.export().flush().await.context(|| "cannot flush the image".to_owned())?;
         image.close().await?;
         std::fs::File::open(&name.temporary)
             .and_then(|file| file.sync_all())

@@ -54,8 +54,8 @@ fn verify_all(f: &Fixture) -> (verify::Report, String) {
 fn restore(f: &Fixture, manifest: &Manifest) -> Result<Vec<u8>> {
     let disk = &manifest.disks[0];
     let mut bytes = vec![0; disk.size as usize];
-    let mut sink = |offset: u64, data: &[u8]| {
-        bytes[offset as usize..][..data.len()].copy_from_slice(data);
+    let mut sink = |offset: u64, data: Vec<u8>| {
+        bytes[offset as usize..][..data.len()].copy_from_slice(&data);
         Ok(())
     };
     let restorer = Restorer::new(&f.reopened(), &f.scratch()).unwrap();

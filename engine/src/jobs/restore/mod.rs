@@ -40,7 +40,7 @@ const KEEP_BY_DISK: usize = 2560 << 10;
 const STACK: usize = 512 << 10;
 
 /// Takes bytes of the disk at an offset.
-pub type Sink<'s> = dyn FnMut(u64, &[u8]) -> Result<()> + 's;
+pub type Sink<'s> = dyn FnMut(u64, Vec<u8>) -> Result<()> + 's;
 
 /// How a disk is handed out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -285,10 +285,11 @@ impl<'s, 'k> Writer<'s, 'k> {
 
     fn flush(&mut self) -> Result<()> {
         if !self.buffer.is_empty() {
-            (self.sink)(self.offset, &self.buffer)?;
-            self.outcome.written += self.buffer.len() as u64;
-            self.offset += self.buffer.len() as u64;
-            self.buffer.clear();
+            let piece = std::mem::replace(&mut self.buffer, Vec::with_capacity(MAX_WRITE));
+            let length = piece.len() as u64;
+            (self.sink)(self.offset, piece)?;
+            self.outcome.written += length;
+            self.offset += length;
         }
         Ok(())
     }

@@ -159,8 +159,8 @@ fn stored_slots_in(context: &Context) -> usize {
 fn restore_in(context: &Context, manifest: &Manifest) -> Result<Vec<u8>> {
     let disk = manifest.disk("").unwrap();
     let mut restored = vec![0; disk.size as usize];
-    let mut sink = |offset: u64, data: &[u8]| {
-        restored[offset as usize..][..data.len()].copy_from_slice(data);
+    let mut sink = |offset: u64, data: Vec<u8>| {
+        restored[offset as usize..][..data.len()].copy_from_slice(&data);
         Ok(())
     };
     upkeep::restore(context, disk, "test", Default::default(), &mut sink)?;

@@ -1,5 +1,5 @@
-//! The power fails in any of the operations that make backups durable: what is there then is a
-//! store that has every snapshot whose manifest is in it, and works.
+//! The power fails in any of the operations that make backups and repairs durable: what is there
+//! then is a store that has every snapshot whose manifest is in it, and works.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -146,6 +146,57 @@ fn history() -> History {
     History { store, key: text, operations: record.operations(), locals, snapshots }
 }
 
+/// Another snapshot of the first VM. What is known to be damaged is read and stored again.
+fn store_lost_blocks_again(host: &Host, disk: &[u8]) -> Manifest {
+    let id = VmId(Uuid::from_u128(1));
+    for open in host.context.manifests.open_sessions(id).unwrap() {
+        host.context.manifests.settle(id, open.snapshot, "power cut", 0).unwrap();
+    }
+    let parent = host.context.manifests.latest(id).unwrap().unwrap();
+    let client = host.begin(1, parent.snapshot.as_str(), disk).unwrap();
+    client.run_increment([]).unwrap()
+}
+
+/// Two VMs with a backup each; a frame of theirs is damaged, found, stored again by another backup,
+/// and put back by a repair. The history begins with the damage.
+fn history_of_a_repair() -> History {
+    let dir = tempdir();
+    let location = Location::Directory(dir.path().join("store"));
+    let key = Store::init(&location, &InitOptions::default(), |_| Ok(())).unwrap();
+    let text = key.to_text().to_string();
+    let host = Host::open(dir, objects_at(&location).unwrap(), key, options(), detect);
+    let mut snapshots: Vec<(Manifest, Vec<u8>)> = Vec::new();
+    for vm in [1, 2] {
+        let disk = image_of(vm, 0);
+        snapshots.push((host.begin(vm, "", &disk).unwrap().run().unwrap(), disk));
+    }
+    let mut store = files(&host.dir.path().join("store"));
+    let local = Local::of(host.dir.path());
+    drop(host);
+    // Blocks do not compress: the middle of the first container is in a frame.
+    let container = store.iter_mut().find(|(name, _)| names::parse_container(name).is_some());
+    let bytes = container.unwrap().1;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+
+    let dir = tempdir();
+    put(&dir.path().join("store"), &store);
+    local.put(dir.path());
+    let (record, locals) = (Record::default(), Arc::new(Mutex::new(Vec::new())));
+    let (path, seen) = (dir.path().to_owned(), Arc::clone(&locals));
+    let look = move |_: &Operation| seen.lock().unwrap().push(Local::of(&path));
+    let objects = Objects::recorded(&dir.path().join("store"), &record, look);
+    let host = Host::open(dir, objects, StoreKey::from_text(&text).unwrap(), options(), detect);
+    assert!(!host.verify().0, "the damage is found");
+    let disk = image_of(1, 0);
+    snapshots.push((store_lost_blocks_again(&host, &disk), disk));
+    assert!(upkeep::repair(&host.context, false, 0, &mut |_| Ok(())).unwrap());
+    snapshots.iter().for_each(|(manifest, disk)| host.must_restore(manifest, disk));
+    drop(host);
+    let locals = locals.lock().unwrap().clone();
+    History { store, key: text, operations: record.operations(), locals, snapshots }
+}
+
 impl History {
     /// The host after a power cut in operation `n`.
     fn cut(&self, n: usize) -> Host {
@@ -164,24 +215,60 @@ impl History {
         Host::open(dir, objects, key, options(), detect)
     }
 
-    /// Exactly what was committed is there, bit for bit, and nothing is damaged.
-    fn check(&self, host: &Host, n: usize) {
+    /// The snapshots whose manifests are there after `n` operations.
+    fn committed(&self, n: usize) -> impl Iterator<Item = &(Manifest, Vec<u8>)> {
         let done: BTreeSet<&str> = self.operations[..n]
             .iter()
             .filter(|operation| matches!(operation, Operation::Create { .. }))
             .map(Operation::key)
+            .chain(self.store.keys().map(String::as_str))
             .collect();
-        let mut expected = BTreeSet::new();
-        for (manifest, disk) in &self.snapshots {
+        self.snapshots.iter().filter(move |(manifest, _)| {
             let key = names::manifest(manifest.vm, manifest.seq, manifest.snapshot);
-            if done.contains(key.as_str()) {
-                expected.insert(manifest.snapshot);
-                host.must_restore(manifest, disk);
-            }
+            done.contains(key.as_str())
+        })
+    }
+
+    /// Exactly what was committed is there, bit for bit, and nothing is damaged.
+    fn check(&self, host: &Host, n: usize) {
+        let mut expected = BTreeSet::new();
+        for (manifest, disk) in self.committed(n) {
+            expected.insert(manifest.snapshot);
+            host.must_restore(manifest, disk);
         }
         let listed = upkeep::snapshots(&host.context, "", 100).unwrap();
         assert_eq!(listed.iter().map(|m| m.snapshot).collect::<BTreeSet<_>>(), expected);
         host.must_be_clean();
+    }
+
+    /// What was committed comes back or is refused, never wrong; and one more backup and repair
+    /// make all of it whole.
+    fn repair(&self, host: &Host, n: usize) {
+        let store = host.dir.path().join("store");
+        let before = files(&store);
+        for (manifest, disk) in self.committed(n) {
+            match host.restore(manifest) {
+                Ok(restored) => assert!(restored == *disk, "restored image differs"),
+                Err(error) => assert_eq!(error.kind(), Kind::Damaged, "{error}"),
+            }
+        }
+        host.verify();
+        store_lost_blocks_again(host, &image_of(1, 0));
+        let mut said = Vec::new();
+        let repaired = upkeep::repair(&host.context, false, 0, &mut |line| {
+            said.push(line);
+            Ok(())
+        });
+        assert!(repaired.unwrap(), "{said:?}");
+        self.check_kept(&before, &files(&store));
+        self.committed(n).for_each(|(manifest, disk)| host.must_restore(manifest, disk));
+        host.must_be_clean();
+    }
+
+    fn check_kept(&self, before: &Files, after: &Files) {
+        for (name, bytes) in before {
+            assert!(after.get(name) == Some(bytes), "{name} was written again");
+        }
     }
 
     /// The sessions that the cut ended are ended for good, and the next backups are exact.
@@ -209,9 +296,7 @@ impl History {
 
     /// Nothing that was there has changed, and no container's name was ever used before.
     fn check_names(&self, before: &Files, after: &Files, n: usize) {
-        for (name, bytes) in before {
-            assert!(after.get(name) == Some(bytes), "{name} was written again");
-        }
+        self.check_kept(before, after);
         let used: BTreeSet<&str> = self.operations[..self.operations.len().min(n + 1)]
             .iter()
             .map(Operation::key)
@@ -236,5 +321,21 @@ fn a_power_cut_in_any_durable_operation_of_backups_leaves_what_was_committed() {
         let host = history.cut(n);
         history.check(&host, n);
         history.go_on(&host, n);
+    }
+}
+
+#[test]
+fn a_power_cut_in_any_durable_operation_of_a_repair_loses_nothing() {
+    let history = history_of_a_repair();
+    let rewritten = |o: &&Operation| {
+        let container = names::parse_container(o.key());
+        matches!(o, Operation::Complete { .. }) && container.is_some_and(|(_, n)| n > 0)
+    };
+    let rewritten = history.operations.iter().filter(rewritten).count();
+    println!("{} operations, {rewritten} containers rewritten", history.operations.len());
+    assert!(rewritten > 0);
+    for n in 0..=history.operations.len() {
+        println!("cut in operation {n}: {:?}", history.operations.get(n).map(Operation::key));
+        history.repair(&history.cut(n), n);
     }
 }

@@ -312,8 +312,9 @@ impl Given<'_> {
         report.heading("Restore");
         report.text(
             "All guests of the last day, one after the other, into raw files; rates are bytes that are \
-             not zero. `zstd -d` unpacks a plain compressed copy of each image (`zstd -1`), into a \
-             sparse file as well.",
+             not zero. A restore ends when the file is on the disk: Fleece syncs it before it says so, after \
+             the others it is synced, and that time is theirs. `zstd -d` unpacks a plain compressed copy of \
+             each image (`zstd -1`), into a sparse file as well.",
         );
         self.step_table(report, &[Step::Restore]);
         let plain = Cost::median(&self.results.plain);

@@ -1,8 +1,11 @@
 //! Disk images of VMs that are shut off: what they are, their bitmaps, and reading them.
 //!
-//! Images are read through a `qemu-nbd` of our own, raw ones too: it knows every format, takes
-//! QEMU's locks (so no VM can start on an image while it is read, and a running VM's image is
-//! refused), and reports holes of sparse files, which are then never read.
+//! Images are opened by a `qemu-nbd` of our own: it knows every format, takes QEMU's locks (so no
+//! VM can start on an image while it is read, and a running VM's image is refused), and reports
+//! holes of sparse files, which are then never read. What it need not translate, the data of a
+//! raw image, is read straight from the file ([`ImageDisk`]).
+
+mod disk;
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -14,8 +17,10 @@ use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout};
 
 use crate::error::{Context, Error, Kind, Result};
-use crate::nbd::{ConnectOptions, NbdTarget};
+use crate::nbd::{ConnectOptions, Export, NbdTarget};
 use crate::source::NbdDisk;
+
+pub use disk::ImageDisk;
 
 /// Limit on a call of qemu-img; its bitmap commands rewrite metadata only.
 const QEMU_IMG_LIMIT: Duration = Duration::from_secs(60);
@@ -168,7 +173,7 @@ pub enum BitmapChange<'a> {
 /// starting.
 #[derive(Debug)]
 pub struct OpenImage {
-    disk: NbdDisk,
+    disk: ImageDisk,
     child: Child,
 }
 
@@ -221,10 +226,14 @@ impl OpenImage {
         wait_until_listening(&mut child, &socket, &info.file).await?;
         let target = NbdTarget::unix(socket, EXPORT);
         match NbdDisk::connect(&target, connect, options.bitmap.as_deref(), true).await {
-            Ok(disk) => {
+            Ok(export) => {
                 drain(child.stderr.take());
                 // Nobody else is to connect, and a kill of us leaves no directory behind.
                 drop(dir);
+                let disk = match info.format == "raw" && !options.writable {
+                    true => ImageDisk::raw(export, &info.file, options.connect.in_flight)?,
+                    false => ImageDisk::translated(export),
+                };
                 Ok(OpenImage { disk, child })
             }
             // It listens before it opens the image; why it could not, it says at its end.
@@ -237,8 +246,14 @@ impl OpenImage {
 
     /// The disk.
     #[must_use]
-    pub fn disk(&self) -> &NbdDisk {
+    pub fn disk(&self) -> &ImageDisk {
         &self.disk
+    }
+
+    /// What its `qemu-nbd` serves.
+    #[must_use]
+    pub fn export(&self) -> &Export {
+        self.disk.export().export()
     }
 
     /// Ends it and waits until the image is free again; what was written and flushed stays.

@@ -1,0 +1,114 @@
+//! Writes to a target that run beside the receiving of what comes next.
+//!
+//! The copying into the page cache takes as long as all the rest of a restore, and so does the
+//! disk: both begin at once instead of waiting for each other.
+
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::file::write_error;
+use crate::error::{Context, Error, Kind, Result};
+
+/// Pieces that wait to be written or are being written, at most 512 KiB each: one for each thread,
+/// and the next.
+const PIECES: u32 = 4;
+
+/// Bytes after which the kernel is told to write out what it has: the last sync is short then,
+/// and a restore does not drive everything else out of the page cache.
+const SYNC_EVERY: u64 = 32 << 20;
+
+/// A file or device that is written in any order.
+pub(super) struct Writes {
+    file: Arc<File>,
+    places: Arc<Semaphore>,
+    /// The first write that failed.
+    failure: Rc<RefCell<Option<Error>>>,
+    /// Written since the last sync began.
+    unsynced: Cell<u64>,
+    syncing: RefCell<Option<JoinHandle<std::io::Result<()>>>>,
+}
+
+impl Writes {
+    pub(super) fn new(file: File) -> Writes {
+        Writes {
+            file: Arc::new(file),
+            places: Arc::new(Semaphore::new(PIECES as usize)),
+            failure: Rc::default(),
+            unsynced: Cell::new(0),
+            syncing: RefCell::default(),
+        }
+    }
+
+    /// What is written to.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Begins a write, once there is a place for it. It may fail later: then the next one, or the
+    /// end, says so.
+    pub(super) async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let place = Arc::clone(&self.places).acquire_owned().await.map_err(|_| ended())?;
+        self.check()?;
+        let (file, data) = (Arc::clone(&self.file), data.to_vec());
+        self.unsynced.set(self.unsynced.get() + data.len() as u64);
+        let write = spawn_blocking(move || file.write_all_at(&data, offset));
+        let failure = Rc::clone(&self.failure);
+        tokio::task::spawn_local(async move {
+            let written = write.await.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
+            if let Err(error) = written {
+                failure.borrow_mut().get_or_insert(write_error(error, offset));
+            }
+            drop(place);
+        });
+        self.sync_some().await
+    }
+
+    /// Waits until everything is written, and durable.
+    pub(super) async fn finish(&self) -> Result<()> {
+        // Held by every write under way.
+        let _all = self.places.acquire_many(PIECES).await.map_err(|_| ended())?;
+        self.check()?;
+        let earlier = self.syncing.take();
+        if let Some(earlier) = earlier {
+            synced(earlier).await?;
+        }
+        let file = Arc::clone(&self.file);
+        synced(spawn_blocking(move || file.sync_all())).await
+    }
+
+    fn check(&self) -> Result<()> {
+        self.failure.take().map_or(Ok(()), Err)
+    }
+
+    /// Begins to make durable what was written, unless that is under way already.
+    async fn sync_some(&self) -> Result<()> {
+        let busy = self.syncing.borrow().as_ref().is_some_and(|syncing| !syncing.is_finished());
+        if busy || self.unsynced.get() < SYNC_EVERY {
+            return Ok(());
+        }
+        self.unsynced.set(0);
+        let file = Arc::clone(&self.file);
+        let next = spawn_blocking(move || file.sync_data());
+        let earlier = self.syncing.replace(Some(next));
+        match earlier {
+            // The kernel tells of a lost page once only.
+            Some(earlier) => synced(earlier).await,
+            None => Ok(()),
+        }
+    }
+}
+
+async fn synced(sync: JoinHandle<std::io::Result<()>>) -> Result<()> {
+    let done = sync.await.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
+    done.context(|| "cannot make what was written durable".to_owned())
+}
+
+fn ended() -> Error {
+    Error::new(Kind::Failed, "the target is closed")
+}
