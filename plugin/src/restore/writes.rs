@@ -6,8 +6,7 @@
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -28,7 +27,7 @@ pub(super) struct Writes {
     file: Arc<File>,
     places: Arc<Semaphore>,
     /// The first write that failed.
-    failure: Rc<RefCell<Option<Error>>>,
+    failure: Arc<Mutex<Option<Error>>>,
     /// Written since the last sync began.
     unsynced: Cell<u64>,
     syncing: RefCell<Option<JoinHandle<std::io::Result<()>>>>,
@@ -39,7 +38,7 @@ impl Writes {
         Writes {
             file: Arc::new(file),
             places: Arc::new(Semaphore::new(PIECES as usize)),
-            failure: Rc::default(),
+            failure: Arc::default(),
             unsynced: Cell::new(0),
             syncing: RefCell::default(),
         }
@@ -55,17 +54,17 @@ impl Writes {
     pub(super) async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
         let place = Arc::clone(&self.places).acquire_owned().await.map_err(|_| ended())?;
         self.check()?;
-        let (file, data) = (Arc::clone(&self.file), data.to_vec());
         self.unsynced.set(self.unsynced.get() + data.len() as u64);
-        let write = spawn_blocking(move || file.write_all_at(&data, offset));
-        let failure = Rc::clone(&self.failure);
-        tokio::task::spawn_local(async move {
-            let written = write.await.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
-            if let Err(error) = written {
-                failure.borrow_mut().get_or_insert(write_error(error, offset));
+        let (file, data) = (Arc::clone(&self.file), data.to_vec());
+        let failure = Arc::clone(&self.failure);
+        // Not waited for: its place says when it is done.
+        drop(spawn_blocking(move || {
+            if let Err(error) = file.write_all_at(&data, offset) {
+                let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
+                failure.get_or_insert(write_error(error, offset));
             }
             drop(place);
-        });
+        }));
         self.sync_some().await
     }
 
@@ -83,7 +82,8 @@ impl Writes {
     }
 
     fn check(&self) -> Result<()> {
-        self.failure.take().map_or(Ok(()), Err)
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.take().map_or(Ok(()), Err)
     }
 
     /// Begins to make durable what was written, unless that is under way already.
