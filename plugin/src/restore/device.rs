@@ -52,7 +52,9 @@ impl DeviceTarget {
     fn zero(&self, offset: u64, length: u64) -> Result<()> {
         let ways = [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE];
         for way in ways {
-            if fallocate(self.writes.file(), way | FallocateFlags::KEEP_SIZE, offset, length).is_ok() {
+            if fallocate(self.writes.file(), way | FallocateFlags::KEEP_SIZE, offset, length)
+                .is_ok()
+            {
                 return Ok(());
             }
         }
