@@ -1,4 +1,4 @@
-//! Disks that are full for real (a tmpfs that the test fills), read-only, slow, or
+//! Disks that are full for real (a tmpfs, filled at a moment that a seed chooses), read-only, slow, or
 //! no longer ours: the backup ends and says what is the matter, the engine and the guest live on, what
 //! was committed comes back, and once there is room again the next backup works with no help.
 
@@ -7,6 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use qemu_tests::content::mix;
 use qemu_tests::fixture::{Places, snapshot_id};
 use qemu_tests::held::Brake;
 use qemu_tests::mount::Tmpfs;
@@ -56,6 +57,76 @@ fn lives(fixture: &mut Fixture) -> Result {
 fn says(finished: &Finished, words: &[&str]) {
     let printed = finished.printed();
     assert!(words.iter().all(|word| printed.contains(word)), "not {words:?} in: {printed}");
+}
+
+/// Backups that meet a full disk before they begin, while they scan and while they write; each is followed
+/// by one that has room. One that needed no more room than it had (the engine deletes files of its own
+/// meanwhile) may commit, but then it is exact.
+fn fill_at_random_moments(fixture: &mut Fixture, full: &Tmpfs, words: &[&str]) -> Result {
+    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+    println!("seed {seed}");
+    let first = image_of(fixture, 1)?;
+    let kept = backs_up(fixture, &first)?;
+    for round in 0..5 {
+        let path = image_of(fixture, 10 + round)?;
+        let running = if round == 0 {
+            full.fill()?;
+            start(fixture, &path, &[])?
+        } else {
+            // The scan tells what it read in batches larger than this disk.
+            let (stage, most) = [("scan", 0), ("write", SIZE / 2)][(round % 2) as usize];
+            let enough = mix(seed + round) % (most + 1);
+            println!("round {round}: full in the {stage} when {enough} bytes are written");
+            let mut running = start(fixture, &path, &["--read-limit", "6M"])?;
+            let met = |s: &serde_json::Value| s["new"].as_u64().is_some_and(|n| n >= enough);
+            fixture.wait_stage(("vm", &mut running), stage, met)?;
+            full.fill()?;
+            running
+        };
+        let finished = running.finish(LONG)?;
+        lives(fixture)?;
+        if finished.code == 0 && round > 0 {
+            println!("round {round}: it had the room that it needed");
+            restores(fixture, &format!("vm@{}", snapshot_id(&finished.printed())?), &path)?;
+        } else {
+            says(&finished.code(1)?, words);
+        }
+        restores(fixture, &kept, &first)?;
+        full.free()?;
+        let snapshot = backs_up(fixture, &path)?;
+        restores(fixture, &snapshot, &path)?;
+    }
+    restores(fixture, &kept, &first)
+}
+
+#[test]
+fn the_store() -> Result {
+    let full = Tmpfs::new(160 * MIB)?;
+    let places = Places { store: Some(full.file("store")), ..Places::default() };
+    let mut fixture = Fixture::at(places)?;
+    fixture.start_engine()?;
+    fill_at_random_moments(&mut fixture, &full, &["the store is full", "make room"])
+}
+
+#[test]
+fn the_state_directory_with_spool_and_index() -> Result {
+    let full = Tmpfs::new(24 * MIB)?;
+    let places = Places { state: Some(full.file("state")), ..Places::default() };
+    let mut fixture = Fixture::at(places)?;
+    fixture.start_engine()?;
+    let state = fixture.state().display().to_string();
+    fill_at_random_moments(&mut fixture, &full, &["full", "make room", &state])?;
+    // The index cannot be written out at the engine's end: it is made again from the store.
+    full.fill()?;
+    fixture.stop_engine()?;
+    full.free()?;
+    fixture.start_engine()?;
+    let unique = fixture.figure("unique_blocks")?;
+    let again = image_of(&fixture, 1)?;
+    let snapshot = backs_up(&fixture, &again)?;
+    restores(&fixture, &snapshot, &again)?;
+    assert_eq!(fixture.figure("unique_blocks")?, unique, "what is stored was not found");
+    Ok(())
 }
 
 #[test]
