@@ -27,7 +27,7 @@ pub use cost::{Cost, measure};
 pub use csv::Csv;
 pub use report::{Report, Table, Target};
 
-/// Runs of everything that is timed; the median counts.
+/// Runs of everything that is timed, unless `ci/bench --runs` says otherwise; the median counts.
 const RUNS: usize = 3;
 
 /// How a part was called.
@@ -40,6 +40,8 @@ pub struct Bench {
     pub out: PathBuf,
     /// Less of everything, to see that it works (`FLEECE_BENCH_QUICK`): such figures prove nothing.
     pub quick: bool,
+    /// How often what is timed is run (`FLEECE_BENCH_RUNS`).
+    runs: usize,
 }
 
 impl Bench {
@@ -56,13 +58,20 @@ impl Bench {
         let out = folder("FLEECE_BENCH_OUT")?;
         fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
         let quick = env::var_os("FLEECE_BENCH_QUICK").is_some_and(|value| value == "1");
-        Ok(Bench { part, guests: folder("FLEECE_BENCH_GUESTS")?, out, quick })
+        let runs = match env::var("FLEECE_BENCH_RUNS") {
+            Ok(runs) if !runs.is_empty() => {
+                runs.parse().with_context(|| format!("{runs} is no number of runs"))?
+            }
+            _ if quick => 1,
+            _ => RUNS,
+        };
+        Ok(Bench { part, guests: folder("FLEECE_BENCH_GUESTS")?, out, quick, runs })
     }
 
     /// How often what is timed is run.
     #[must_use]
     pub fn runs(&self) -> usize {
-        if self.quick { 1 } else { RUNS }
+        self.runs
     }
 
     /// A new report of this part, with the machine and the date.
