@@ -253,8 +253,8 @@ mod tests {
         let begun = Instant::now();
         let progress = Progress::default();
         for stage in [StageName::Scan, StageName::Write, StageName::Scan, StageName::Publish] {
-            let entered = Instant::now();
             progress.enter(stage);
+            let entered = Instant::now();
             while entered.elapsed() < Duration::from_millis(3) {
                 std::hint::spin_loop();
             }
