@@ -6,8 +6,10 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::Duration;
 
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::cache::Cache;
 use crate::engine::{BLOCKS_PER_SUBMIT, BackupSession, BlockExtent, DiskIndex};
@@ -17,6 +19,10 @@ use crate::fingerprint::FINGERPRINT_LEN;
 use crate::hash_pool::{HashPool, Hashed, MAX_JOBS, push};
 use crate::read_limit::ReadLimit;
 use crate::source::{DiskSource, Scan};
+
+/// What was scanned is handed over after this time at the latest, however little it is: whoever
+/// looks at a slow scan shall see it go on.
+const SUBMIT_AFTER: Duration = Duration::from_millis(500);
 
 /// Bytes of one read: larger ones are no faster and cost QEMU's memory.
 pub const READ_SIZE: u32 = 256 << 10;
@@ -214,6 +220,8 @@ struct Batch<'a, B> {
     disk: DiskIndex,
     extents: Vec<BlockExtent>,
     fingerprints: Vec<u8>,
+    /// When the engine was told last.
+    told: Instant,
     /// Blocks of data in the open window.
     window: u64,
     /// Blocks of data that a window holds.
@@ -229,6 +237,7 @@ impl<'a, B: BackupSession> Batch<'a, B> {
             disk: DiskIndex(0),
             extents: Vec::new(),
             fingerprints: Vec::with_capacity(BLOCKS_PER_SUBMIT * FINGERPRINT_LEN),
+            told: Instant::now(),
             window: 0,
             most: shared.window,
             piece: (READ_SIZE / shared.block_size) as usize,
@@ -246,7 +255,8 @@ impl<'a, B: BackupSession> Batch<'a, B> {
         extents.iter().for_each(|extent| push(&mut self.extents, *extent));
         self.fingerprints.extend_from_slice(fingerprints);
         let data = self.fingerprints.len() / FINGERPRINT_LEN;
-        if data.max(self.extents.len()) + self.piece > BLOCKS_PER_SUBMIT {
+        let full = data.max(self.extents.len()) + self.piece > BLOCKS_PER_SUBMIT;
+        if full || self.told.elapsed() >= SUBMIT_AFTER {
             self.flush().await?;
         }
         Ok(())
@@ -257,6 +267,7 @@ impl<'a, B: BackupSession> Batch<'a, B> {
             self.session.submit(self.disk, &self.extents, &self.fingerprints).await?;
             self.extents.clear();
             self.fingerprints.clear();
+            self.told = Instant::now();
         }
         Ok(())
     }

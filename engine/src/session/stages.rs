@@ -238,7 +238,10 @@ impl Session {
     fn advance_front(&mut self) -> Result<bool> {
         self.tell_waiting()?;
         let Some(window) = self.windows.front_mut() else {
-            self.progress.enter(StageName::Scan);
+            // After the last window only the commit is to come.
+            if !self.scan_ended {
+                self.progress.enter(StageName::Scan);
+            }
             return Ok(false);
         };
         if window.is_answered(&self.answers) {
