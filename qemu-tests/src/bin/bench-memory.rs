@@ -41,7 +41,8 @@ fn main() -> Result {
          10 ms, the engine with its default budget of 32 MiB. `qemu-nbd`, which reads and writes images for \
          the plugin, stands apart. One VM at a time.",
     );
-    report.text(&format!("The guest is `{}`, as qcow2.", guest.display()));
+    let name = guest.strip_prefix(&bench.guests).unwrap_or(&guest).display();
+    report.text(&format!("The guest is `{name}` of `ci/bench-guests`, as qcow2."));
     let mut csv = bench.csv("steps", &["step", "alone", "in 128 MiB"])?;
 
     bench.step("alone");
