@@ -14,7 +14,7 @@ const QUEUED_PER_THREAD: usize = 2;
 /// Stack of a pool thread: zstd's contexts are on the heap.
 const STACK: usize = 512 << 10;
 
-/// What the threads that hash and compress add to their niceness: where processors are scarce, a
+/// What the pool and the sessions, which hash and compress, add to their niceness: where processors are scarce, a
 /// guest's gets three times their share. Where one is free it changes nothing.
 const NICE: i32 = 5;
 

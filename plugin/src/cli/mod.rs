@@ -29,8 +29,8 @@ use crate::vms::{self as vms_file, Vm};
 /// Stack of a helper thread: our own frames are small, the default is 2 MiB.
 const THREAD_STACK: usize = 512 << 10;
 
-/// Helper threads for file system calls that may block: two that write or read a disk, one that
-/// syncs, one for all else.
+/// Helper threads for file system calls that may block: as many as read a raw image or write a
+/// restored one at once; a sync that takes long leaves three.
 const BLOCKING_THREADS: usize = 4;
 
 /// Exit code of a verb that did its work, but had to warn.

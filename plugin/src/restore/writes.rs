@@ -112,3 +112,22 @@ async fn synced(sync: JoinHandle<std::io::Result<()>>) -> Result<()> {
 fn ended() -> Error {
     Error::new(Kind::Failed, "the target is closed")
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_that_fails_later_is_told() {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let writes = Writes::new(full);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            writes.write(4096, &[7; 100]).await.unwrap();
+            let error = writes.finish().await.unwrap_err();
+            assert_eq!(error.kind(), Kind::Target);
+            assert!(error.to_string().contains("at 4096"), "{error}");
+        });
+    }
+}

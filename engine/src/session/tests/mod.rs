@@ -326,6 +326,7 @@ fn a_full_backup_and_increments_restore_exactly() {
     client.scan(dirty.iter().copied()).unwrap();
     client.call(Event::EndScan).unwrap();
     client.write_all().unwrap();
+    assert_eq!(client.begun.progress.stage(), "write", "there is nothing to scan any more");
     let increment = client.commit().unwrap();
     assert_eq!(increment.counts.new, 50 * BLOCK as u64);
     assert_eq!((full.parent, increment.parent), (None, Some(full.snapshot)));
