@@ -4,7 +4,7 @@
 # bytes unless a name says blocks. UUIDs are 16 bytes. A failed call carries
 # "fleece:<kind>: <message>" as its reason; the kinds are those of the exit code table.
 
-const protocolVersion :UInt16 = 1;
+const protocolVersion :UInt16 = 2;
 # Raised when a change is not compatible; `hello` refuses another one by name.
 
 interface Engine {
@@ -134,9 +134,9 @@ interface BackupSession {
   # them. `done`: everything is settled, commit may follow. Blocks of later
   # grants can come from any earlier position (another session's that it gave up).
 
-  write @4 (disk :UInt16, firstBlock :UInt64, data :Data) -> stream;
-  # Granted blocks, in the order of the grants, at most MaxWrite bytes; whole
-  # blocks, a disk's last one padded with zeros.
+  write @4 (runs :List(Grant), data :Data) -> stream;
+  # Granted blocks, in the order of the grants, of one or more of them: at most
+  # MaxWrite bytes; whole blocks, a disk's last one padded with zeros.
 
   commit @5 (pointInTimeMs :Int64, bitmaps :List(Text)) -> (snapshot :Snapshot);
   abort @6 (reason :Text) -> ();
@@ -173,7 +173,9 @@ interface DiskImage {
 struct ImageExtent { offset @0 :UInt64; length @1 :UInt64; zero @2 :Bool; }
 
 interface BlockSink {
-  write @0 (offset :UInt64, data :Data) -> stream;
+  write @0 (runs :List(Range), data :Data) -> stream;
+  # The bytes of all runs, one after the other: at most MaxWrite. Changed blocks
+  # are scattered; a message for each would cost more than its bytes.
 }
 
 interface EventSink {

@@ -21,6 +21,12 @@ pub trait DiskSource {
     /// Reads `length` bytes, at most [`crate::nbd::MAX_READ`], within the disk.
     fn read(&self, offset: u64, length: u32) -> impl Future<Output = Result<Buffer, NbdError>>;
 
+    /// Bytes that may be read though nobody wants them, where that joins two reads; none where
+    /// what is not wanted may not be read.
+    fn gap(&self) -> u64 {
+        0
+    }
+
     /// What is allocated, from `wanted.from` on: extents without gaps, at least one; flags as
     /// in `base:allocation`.
     fn allocation(&self, wanted: Wanted) -> impl Future<Output = Result<Vec<Extent>, NbdError>>;

@@ -41,14 +41,13 @@ where
 {
     let mut queue = VecDeque::with_capacity(shared.depth);
     let mut pieces = Pieces::new(grants);
-    while let Some(piece) = pieces.next(shared) {
+    while let Some(parcel) = Parcel::fill(shared, sources, &mut pieces)? {
         if queue.len() >= shared.depth {
             send_first(shared, session, &mut queue).await?;
         }
-        let source = sources.get(usize::from(piece.disk.0)).ok_or_else(|| {
-            Error::new(Kind::Failed, "the engine wants blocks of no disk of ours")
-        })?;
-        queue.push_back(fetch(shared, source, piece));
+        let (shared, sources) = (Rc::clone(shared), sources.to_vec());
+        let task = async move { parcel.fetch(&shared, &sources).await };
+        queue.push_back(AbortOnDrop(tokio::task::spawn_local(task)));
     }
     while !queue.is_empty() {
         send_first(shared, session, &mut queue).await?;
@@ -56,20 +55,102 @@ where
     Ok(())
 }
 
-/// Blocks on their way from the cache or the source to the engine.
-enum Fetch {
-    Cached(Grant, Bytes),
-    Reading(Grant, AbortOnDrop<Result<Buffer>>),
+/// Blocks with their places.
+type Blocks = Vec<(Grant, Bytes)>;
+
+async fn send_first<B: BackupSession>(
+    shared: &Shared,
+    session: &B,
+    queue: &mut VecDeque<AbortOnDrop<Result<Blocks>>>,
+) -> Result<()> {
+    let Some(mut task) = queue.pop_front() else { return Ok(()) };
+    let blocks = (&mut task.0)
+        .await
+        .map_err(|error| Error::caused(Kind::Failed, "a read was lost", error))??;
+    session.write(&blocks).await?;
+    if let Some((last, _)) = blocks.last() {
+        let end = (last.disk, last.first + u64::from(last.blocks));
+        shared.cache.borrow_mut().drop_before(end);
+    }
+    Ok(())
 }
 
-fn fetch<S: DiskSource + 'static>(shared: &Rc<Shared>, source: &Rc<S>, piece: Grant) -> Fetch {
-    let cached = shared.cache.borrow().get((piece.disk, piece.first), u64::from(piece.blocks));
-    if let Some(data) = cached {
-        return Fetch::Cached(piece, data);
+/// Granted blocks that go into one message, and where they come from.
+#[derive(Default)]
+struct Parcel(Vec<Part>);
+
+enum Part {
+    Cached(Grant, Bytes),
+    /// Several runs of blocks that one read gets, and what is between them.
+    Read {
+        span: Grant,
+        runs: Vec<Grant>,
+    },
+}
+
+impl Parcel {
+    /// Takes pieces as long as what they make the parcel hold is no more than one long read does.
+    fn fill<S: DiskSource>(
+        shared: &Shared,
+        sources: &[Rc<S>],
+        pieces: &mut Pieces<'_>,
+    ) -> Result<Option<Parcel>> {
+        let most = READ_SIZE / shared.block_size;
+        let mut parcel = Parcel::default();
+        let mut blocks = 0;
+        while let Some((piece, cached)) = pieces.peek(shared) {
+            let source = sources.get(usize::from(piece.disk.0)).ok_or_else(|| {
+                Error::new(Kind::Failed, "the engine wants blocks of no disk of ours")
+            })?;
+            let gap = parcel.gap_before(&piece, source.gap() / u64::from(shared.block_size));
+            let gap = gap.filter(|_| cached.is_none());
+            let more = piece.blocks + gap.unwrap_or(0);
+            if blocks + more > most && blocks > 0 {
+                break;
+            }
+            blocks += more;
+            pieces.take(&piece);
+            parcel.add(piece, cached, gap);
+        }
+        Ok((blocks > 0).then_some(parcel))
     }
-    let (shared, source) = (Rc::clone(shared), Rc::clone(source));
-    let task = async move { read(&shared, &*source, piece).await };
-    Fetch::Reading(piece, AbortOnDrop(tokio::task::spawn_local(task)))
+
+    /// Blocks between the last read and a piece that it can be extended to, if it can.
+    fn gap_before(&self, piece: &Grant, most: u64) -> Option<u32> {
+        let Some(Part::Read { span, .. }) = self.0.last() else { return None };
+        let gap = piece.first.checked_sub(span.first + u64::from(span.blocks))?;
+        (span.disk == piece.disk && gap <= most).then_some(gap as u32)
+    }
+
+    fn add(&mut self, piece: Grant, cached: Option<Bytes>, gap: Option<u32>) {
+        match (cached, gap, self.0.last_mut()) {
+            (Some(data), _, _) => self.0.push(Part::Cached(piece, data)),
+            (None, Some(gap), Some(Part::Read { span, runs })) => {
+                span.blocks += gap + piece.blocks;
+                runs.push(piece);
+            }
+            (None, ..) => self.0.push(Part::Read { span: piece, runs: vec![piece] }),
+        }
+    }
+
+    /// Reads what has to be read, all at the same time.
+    async fn fetch<S: DiskSource>(self, shared: &Shared, sources: &[Rc<S>]) -> Result<Blocks> {
+        let parts = self.0.into_iter().map(async |part| match part {
+            Part::Cached(piece, data) => Ok::<Blocks, Error>(vec![(piece, data)]),
+            Part::Read { span, runs } => {
+                let source = &*sources[usize::from(span.disk.0)];
+                let data = Bytes::from_owner(read(shared, source, span).await?);
+                let place = |run: &Grant| {
+                    let byte =
+                        |block: u64| (block - span.first) as usize * shared.block_size as usize;
+                    data.slice(byte(run.first)..byte(run.first + u64::from(run.blocks)))
+                };
+                Ok(runs.iter().map(|run| (*run, place(run))).collect())
+            }
+        });
+        let parts = futures::future::try_join_all(parts).await?;
+        Ok(parts.into_iter().flatten().collect())
+    }
 }
 
 async fn read<S: DiskSource>(shared: &Shared, source: &S, piece: Grant) -> Result<Buffer> {
@@ -94,29 +175,6 @@ async fn read<S: DiskSource>(shared: &Shared, source: &S, piece: Grant) -> Resul
     Ok(Buffer::from_vec(padded))
 }
 
-async fn send_first<B: BackupSession>(
-    shared: &Shared,
-    session: &B,
-    queue: &mut VecDeque<Fetch>,
-) -> Result<()> {
-    let piece = match queue.pop_front() {
-        None => return Ok(()),
-        Some(Fetch::Cached(piece, data)) => {
-            session.write(piece.disk, piece.first, &data).await?;
-            piece
-        }
-        Some(Fetch::Reading(piece, mut task)) => {
-            let data = (&mut task.0)
-                .await
-                .map_err(|error| Error::caused(Kind::Failed, "a read was lost", error))??;
-            session.write(piece.disk, piece.first, &data).await?;
-            piece
-        }
-    };
-    shared.cache.borrow_mut().drop_before((piece.disk, piece.first + u64::from(piece.blocks)));
-    Ok(())
-}
-
 /// Cuts grants into pieces that are read or cached as a whole; joins neighbours first.
 struct Pieces<'a> {
     grants: std::iter::Peekable<std::slice::Iter<'a, Grant>>,
@@ -130,7 +188,8 @@ impl<'a> Pieces<'a> {
         Pieces { grants: grants.iter().peekable(), disk: DiskIndex(0), first: 0, blocks: 0 }
     }
 
-    fn next(&mut self, shared: &Shared) -> Option<Grant> {
+    /// The next piece, and its blocks if they are cached.
+    fn peek(&mut self, shared: &Shared) -> Option<(Grant, Option<Bytes>)> {
         if self.blocks == 0 {
             let grant = self.grants.next()?;
             (self.disk, self.first, self.blocks) =
@@ -145,13 +204,18 @@ impl<'a> Pieces<'a> {
         let most = self.blocks.min(u64::from(READ_SIZE / shared.block_size));
         let at = (self.disk, self.first);
         let cache = shared.cache.borrow();
-        let blocks = match cache.get(at, most) {
+        let cached = cache.get(at, most);
+        let blocks = match &cached {
             Some(cached) => cached.len() as u64 / u64::from(shared.block_size),
             None => cache.gap(at, most),
         };
         let piece = Grant { disk: self.disk, first: self.first, blocks: blocks as u32 };
-        self.first += blocks;
-        self.blocks -= blocks;
-        Some(piece)
+        Some((piece, cached))
+    }
+
+    /// Steps over a piece.
+    fn take(&mut self, piece: &Grant) {
+        self.first += u64::from(piece.blocks);
+        self.blocks -= u64::from(piece.blocks);
     }
 }

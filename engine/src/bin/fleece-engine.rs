@@ -69,8 +69,8 @@ const MALLOC: [(&str, &str); 3] = [
     // memory instead of 13 after the same work.
     ("MALLOC_ARENA_MAX", "1"),
     // It gives the memory of every message back, to be faulted in again for the next one: measured,
-    // a fifth of the CPU time of a restore. So it keeps this much.
-    ("MALLOC_TRIM_THRESHOLD_", "4194304"),
+    // a fifth of the CPU time of a restore. So it keeps two of them.
+    ("MALLOC_TRIM_THRESHOLD_", "1048576"),
     ("MALLOC_MMAP_THRESHOLD_", "4194304"),
 ];
 

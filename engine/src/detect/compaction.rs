@@ -1,4 +1,5 @@
-//! Merges: young runs into deltas, deltas into bases, one bounded step at a time between passes.
+//! Merges: young runs into deltas, deltas into one another and into bases, one bounded step at a
+//! time between passes.
 
 use std::fs;
 use std::ops::Bound;
@@ -16,6 +17,8 @@ use crate::ids::Fingerprint;
 pub(super) struct Work {
     /// The run being written.
     goal: Level,
+    /// The partition of the last one.
+    until: Partition,
     /// Numbers of the runs that are merged, ascending.
     inputs: Vec<u64>,
     output: Option<Output>,
@@ -31,8 +34,8 @@ struct Output {
 }
 
 impl Work {
-    fn new(goal: Level, inputs: Vec<u64>) -> Self {
-        Work { goal, inputs, output: None, done: Vec::new() }
+    fn new(goal: Level, until: Partition, inputs: Vec<u64>) -> Self {
+        Work { goal, until, inputs, output: None, done: Vec::new() }
     }
 
     /// Gives the merge up and removes what it wrote.
@@ -45,6 +48,30 @@ impl Work {
             let _ = fs::remove_file(run.path(dir));
         }
     }
+}
+
+fn entries(runs: &[&RunMeta]) -> u64 {
+    runs.iter().map(|run| run.entries).sum()
+}
+
+/// Ascending.
+fn numbers(runs: &[&RunMeta]) -> Vec<u64> {
+    let mut numbers: Vec<u64> = runs.iter().map(|run| run.number).collect();
+    numbers.sort_unstable();
+    numbers
+}
+
+/// The newest deltas, at least two, as far as none is more than twice as large as all that are newer:
+/// so each entry moves a logarithmic number of times before it reaches the base, as in a
+/// log-structured merge tree (O'Neil et al., 1996). Only the newest, as the newest entry must win.
+fn light<'r, 'm>(deltas: &'r [&'m RunMeta]) -> &'r [&'m RunMeta] {
+    let mut from = deltas.len().saturating_sub(2);
+    while let Some(older) = from.checked_sub(1).and_then(|i| deltas.get(i))
+        && older.entries <= 2 * entries(deltas.get(from..).unwrap_or_default())
+    {
+        from -= 1;
+    }
+    deltas.get(from..).unwrap_or_default()
 }
 
 impl Index {
@@ -67,32 +94,30 @@ impl Index {
     }
 
     fn plan(&self) -> Option<Work> {
-        let numbers = |wanted: &dyn Fn(&RunMeta) -> bool| -> Vec<u64> {
-            self.current.runs.iter().filter(|run| wanted(run)).map(|run| run.number).collect()
-        };
-        let young = numbers(&|run| run.level == Level::Young);
+        let young = self.runs_of(Level::Young);
         if young.len() >= self.options.young_runs.max(1) {
-            return Some(Work::new(Level::Delta(Partition(0)), young));
+            let last = Partition(self.options.partitions().saturating_sub(1));
+            return Some(Work::new(Level::Delta(Partition(0)), last, numbers(&young)));
         }
         for partition in (0..self.options.partitions()).map(Partition) {
-            let (mut base, mut entries, mut deltas) = (0, 0_u64, 0);
-            for run in &self.current.runs {
-                if run.level == Level::Base(partition) {
-                    base += run.entries;
-                } else if run.level == Level::Delta(partition) {
-                    entries += run.entries;
-                    deltas += 1;
-                }
+            let deltas = self.runs_of(Level::Delta(partition));
+            let mut base = self.runs_of(Level::Base(partition));
+            let heavy = entries(&deltas).saturating_mul(self.options.delta_fraction);
+            if heavy > entries(&base) {
+                base.extend(deltas);
+                return Some(Work::new(Level::Base(partition), partition, numbers(&base)));
             }
-            let heavy = entries.saturating_mul(self.options.delta_fraction) > base;
-            if heavy || deltas > self.options.delta_runs {
-                let merged = |run: &RunMeta| {
-                    run.level == Level::Base(partition) || run.level == Level::Delta(partition)
-                };
-                return Some(Work::new(Level::Base(partition), numbers(&merged)));
+            if deltas.len() > self.options.delta_runs.max(1) {
+                let light = light(&deltas);
+                return Some(Work::new(Level::Delta(partition), partition, numbers(light)));
             }
         }
         None
+    }
+
+    /// Oldest first.
+    fn runs_of(&self, level: Level) -> Vec<&RunMeta> {
+        self.current.runs.iter().filter(|run| run.level == level).collect()
     }
 
     /// Moves some entries; true while the work goes on.
@@ -141,7 +166,7 @@ impl Index {
             }
         }
         if let Level::Delta(Partition(partition)) = work.goal
-            && partition + 1 < self.options.partitions()
+            && partition < work.until.0
         {
             work.goal = Level::Delta(Partition(partition + 1));
             return Ok(true);

@@ -34,7 +34,7 @@ pub struct DetectOptions {
     pub txn_entries: usize,
     /// Young runs that are merged into deltas.
     pub young_runs: usize,
-    /// Deltas of a partition beyond which they are merged into its base.
+    /// Deltas of a partition beyond which the light ones are merged into one.
     pub delta_runs: usize,
     /// A base is rewritten when its deltas have more than this fraction of its entries (1/n).
     pub delta_fraction: u64,
@@ -57,8 +57,8 @@ impl DetectOptions {
             memtable_entries: 65_536,
             txn_entries: 50_000,
             young_runs: 8,
-            delta_runs: 8,
-            delta_fraction: 8,
+            delta_runs: 4,
+            delta_fraction: 5,
             step_entries: 500_000,
         }
     }

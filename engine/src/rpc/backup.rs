@@ -17,7 +17,6 @@ use crate::error::{Error, Kind, Result};
 use crate::session::begin::ClientEnd;
 use crate::session::event::{Event, Reply};
 use crate::session::registry::Progress;
-use crate::session::spool::Position;
 
 /// How long the client of a session may say nothing: it keeps a place from others. Ours ask for
 /// the progress twice a second, but for a commit, which they give ten minutes.
@@ -152,17 +151,17 @@ impl backup_session::Server for BackupServer {
         params: backup_session::WriteParams,
     ) -> std::result::Result<(), capnp::Error> {
         let params = params.get()?;
-        let at = Position { disk: params.get_disk(), block: params.get_first_block() };
         let data = params.get_data()?;
         if data.len() > wire::MAX_WRITE as usize {
             let message =
                 format!("{} bytes written at once; at most {}", data.len(), wire::MAX_WRITE);
             return Err(to_wire(&Error::new(Kind::Usage, message)));
         }
+        let runs = convert::grants(params.get_runs()?);
         let kib = (data.len() as u32).div_ceil(1024);
         let _share = self.messages.acquire_many(kib).await.map_err(|_| to_wire(&ended()))?;
         let data = data.to_vec();
-        self.call(|reply| Event::Write { at, data, reply }).await
+        self.call(|reply| Event::Write { runs, data, reply }).await
     }
 
     async fn commit(

@@ -6,8 +6,9 @@ use uuid::Uuid;
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::ids::{DiskId, Fingerprint, VmId};
 use crate::session::begin::{DiskPlan, DiskSpec, Request};
-use crate::session::event::{Extent, Grants};
+use crate::session::event::{Extent, GrantExtent, Grants};
 use crate::session::registry::Live;
+use crate::session::spool::Position;
 use crate::store::manifest::{Counts, Disk, Manifest};
 
 /// A label longer than this is refused: it would crowd manifests and messages.
@@ -76,6 +77,16 @@ pub(super) fn set_disk_plan(mut to: wire::disk_plan::Builder<'_>, plan: &DiskPla
         range.set_offset(*offset);
         range.set_length(*length);
     }
+}
+
+pub(super) fn grants(list: capnp::struct_list::Reader<'_, wire::grant::Owned>) -> Vec<GrantExtent> {
+    let position = |grant: wire::grant::Reader<'_>| Position {
+        disk: grant.get_disk(),
+        block: grant.get_first_block(),
+    };
+    list.iter()
+        .map(|grant| GrantExtent { at: position(grant), blocks: grant.get_blocks() })
+        .collect()
 }
 
 pub(super) fn set_grants(

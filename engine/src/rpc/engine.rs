@@ -26,8 +26,9 @@ type Answer = std::result::Result<(), capnp::Error>;
 const READS_IN_FLIGHT: u32 = 4 << 20;
 /// Bytes of read blocks that a session may keep, so that a small backup reads once.
 const READ_CACHE: u32 = 4 << 20;
-/// What a further session gets when several run: the host's memory is for guests.
-const SHARED_READS: u32 = 1 << 20;
+/// What a further session gets of each when several run: the host's memory is for guests.
+const SHARED_READS: u32 = 512 << 10;
+const SHARED_CACHE: u32 = 256 << 10;
 /// Snapshots in one answer: 1 MiB holds them with some disks each.
 const MAX_SNAPSHOTS: usize = 2000;
 /// Snapshots settled at once: each is looked up in the store. A VM has at most 256 disks, and
@@ -166,7 +167,8 @@ impl engine::Server for EngineServer {
             .acquire_owned()
             .await
             .map_err(|_| to_wire(&Error::new(Kind::Failed, "the engine is ending")))?;
-        let alone = context.registry.list().is_empty();
+        // By the places, not by the sessions: several that begin at once are not alone.
+        let alone = self.services.readers.available_permits() + 1 >= context.budget.sessions;
         // Both end with the call if its client dies now.
         let (begun, place) =
             blocking(move || Ok((begin(&context, request, now_ms())?, place))).await?;
@@ -174,7 +176,7 @@ impl engine::Server for EngineServer {
         let mut plan = results.reborrow().init_plan();
         plan.set_snapshot(begun.snapshot.as_str());
         plan.set_in_flight(if alone { READS_IN_FLIGHT } else { SHARED_READS });
-        plan.set_cache(if alone { READ_CACHE } else { SHARED_READS });
+        plan.set_cache(if alone { READ_CACHE } else { SHARED_CACHE });
         let mut disks = plan.init_disks(begun.disks.len() as u32);
         for (i, disk) in begun.disks.iter().enumerate() {
             convert::set_disk_plan(disks.reborrow().get(i as u32), disk);

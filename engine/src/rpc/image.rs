@@ -13,7 +13,7 @@ use super::blocking::{blocking, long};
 use super::flow::Flow;
 use super::to_wire;
 use crate::error::{Error, Kind, Result};
-use crate::jobs::restore::{DiskImage, MAX_WRITE, Options, Outcome};
+use crate::jobs::restore::{DiskImage, MAX_WRITE, Options, Outcome, Scattered};
 use crate::session::Context;
 use crate::store::manifest::{Disk, Manifest};
 use crate::upkeep;
@@ -161,15 +161,15 @@ impl disk_image::Server for ImageServer {
         let sink = params.get_sink()?;
         self.register().await?;
         let _place = self.restores.acquire().await.map_err(|_| to_wire(&gone()))?;
-        let (pieces, mut waiting) = mpsc::channel::<(u64, Vec<u8>)>(PIECES);
+        let (pieces, mut waiting) = mpsc::channel::<Scattered>(PIECES);
         let (context, disk, what) = (self.context.clone(), self.disk.clone(), self.what.clone());
         let restored = tokio::task::spawn_local(long(move || {
-            upkeep::restore(&context, &disk, &what, options, &mut |offset, data| {
-                pieces.blocking_send((offset, data)).map_err(|_| gone())
+            upkeep::restore(&context, &disk, &what, options, &mut |piece| {
+                pieces.blocking_send(piece).map_err(|_| gone())
             })
         }));
-        while let Some((offset, data)) = waiting.recv().await {
-            write(&sink, offset, &data).await?;
+        while let Some(piece) = waiting.recv().await {
+            write(&sink, piece).await?;
         }
         let outcome: Outcome = joined(restored.await)?;
         let mut results = results.get();
@@ -185,11 +185,17 @@ impl disk_image::Server for ImageServer {
 }
 
 /// Sends a piece; returns when the next one may be sent.
-async fn write(sink: &block_sink::Client, offset: u64, data: &[u8]) -> Answer {
+async fn write(sink: &block_sink::Client, piece: Scattered) -> Answer {
     let mut request = sink.write_request();
     let mut params = request.get();
-    params.set_offset(offset);
-    params.set_data(data);
+    params.set_data(&piece.bytes);
+    let mut runs = params.init_runs(piece.runs.len() as u32);
+    for (i, (offset, length)) in piece.runs.iter().enumerate() {
+        let mut run = runs.reborrow().get(i as u32);
+        run.set_offset(*offset);
+        run.set_length(*length);
+    }
+    drop(piece);
     taken(request.send()).await
 }
 

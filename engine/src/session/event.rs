@@ -74,9 +74,9 @@ pub enum Event {
     Grants(Reply<Grants>),
     /// Granted blocks.
     Write {
-        /// The first block.
-        at: Position,
-        /// Whole blocks.
+        /// Which, in the order in which they were granted.
+        runs: Vec<GrantExtent>,
+        /// Whole blocks, those of all runs.
         data: Vec<u8>,
         /// Answered when they are taken in.
         reply: Reply<()>,

@@ -103,8 +103,8 @@ impl Session {
                 let outcome = self.guarded(|s| s.submit(disk, &extents, &fingerprints));
                 let _ = reply.send(outcome);
             }
-            Event::Write { at, data, reply } => {
-                let outcome = self.guarded(|s| s.write(at, &data));
+            Event::Write { runs, data, reply } => {
+                let outcome = self.guarded(|s| s.write(&runs, &data));
                 let _ = reply.send(outcome);
             }
             Event::EndWindow(reply) => match self.guarded(Session::end_window) {
@@ -315,16 +315,20 @@ impl Session {
     }
 
     /// Takes in blocks that were granted, in the order of the grants.
-    fn write(&mut self, at: Position, data: &[u8]) -> Result<()> {
+    fn write(&mut self, runs: &[GrantExtent], data: &[u8]) -> Result<()> {
         let block_size = self.context.store.block_size() as usize;
-        if data.is_empty() || !data.len().is_multiple_of(block_size) {
+        let blocks: u64 = runs.iter().map(|run| u64::from(run.blocks)).sum();
+        if blocks == 0 || data.len() as u64 != blocks.saturating_mul(block_size as u64) {
             return Err(Error::new(
                 Kind::Usage,
-                format!("{} bytes written, which are no whole blocks", data.len()),
+                format!("{} bytes written, which are not {blocks} whole blocks", data.len()),
             ));
         }
-        for (n, block) in data.chunks_exact(block_size).enumerate() {
-            let here = Position { block: at.block + n as u64, ..at };
+        let places = runs.iter().flat_map(|run| {
+            let block = |n: u32| run.at.block.saturating_add(u64::from(n));
+            (0..run.blocks).map(move |n| Position { block: block(n), ..run.at })
+        });
+        for (here, block) in places.zip(data.chunks_exact(block_size)) {
             let Some(window) = self.windows.front_mut() else { return Err(not_granted(here)) };
             let granted =
                 window.written(here).map_err(|e| e.unwrap_or_else(|| not_granted(here)))?;

@@ -246,8 +246,13 @@ struct Sink(Rc<RefCell<Vec<u8>>>);
 impl block_sink::Server for Sink {
     async fn write(self: Rc<Self>, params: block_sink::WriteParams) -> Result<(), capnp::Error> {
         let params = params.get()?;
-        let (offset, data) = (params.get_offset() as usize, params.get_data()?);
-        self.0.borrow_mut()[offset..offset + data.len()].copy_from_slice(data);
+        let mut data = params.get_data()?;
+        for run in params.get_runs()? {
+            let (bytes, rest) = data.split_at(run.get_length() as usize);
+            self.0.borrow_mut()[run.get_offset() as usize..][..bytes.len()].copy_from_slice(bytes);
+            data = rest;
+        }
+        assert!(data.is_empty(), "bytes without a place");
         Ok(())
     }
 }
@@ -299,7 +304,9 @@ pub async fn write(
     data: &[u8],
 ) -> Result<(), capnp::Error> {
     let mut request = session.write_request();
-    request.get().set_first_block(block);
     request.get().set_data(data);
+    let mut run = request.get().init_runs(1).get(0);
+    run.set_first_block(block);
+    run.set_blocks(data.len().div_ceil(BLOCK) as u32);
     request.send().await
 }

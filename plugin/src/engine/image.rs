@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use fleece_schema::engine_capnp as wire;
 use tokio::sync::oneshot;
 
@@ -20,7 +21,56 @@ pub trait BlockTarget {
     ///
     /// # Errors
     /// Where the target cannot take them; ends the stream.
-    fn write(&self, offset: u64, data: &[u8]) -> impl Future<Output = Result<()>>;
+    fn write(&self, piece: Scattered) -> impl Future<Output = Result<()>>;
+}
+
+/// Bytes of one or more runs of a disk.
+#[derive(Clone, Debug)]
+pub struct Scattered {
+    runs: Vec<Range>,
+    bytes: Bytes,
+}
+
+impl Scattered {
+    /// `bytes` are those of all runs, one after the other.
+    ///
+    /// # Errors
+    /// Where they are more or fewer than the runs need.
+    pub fn new(runs: Vec<Range>, bytes: Bytes) -> Result<Scattered> {
+        let needed = runs.iter().try_fold(0, |sum: u64, run| sum.checked_add(run.length));
+        match needed == Some(bytes.len() as u64) {
+            true => Ok(Scattered { runs, bytes }),
+            false => {
+                let what = format!("{} bytes came for runs of another length", bytes.len());
+                Err(Error::new(Kind::Failed, what))
+            }
+        }
+    }
+
+    /// Where the bytes belong.
+    #[must_use]
+    pub fn runs(&self) -> &[Range] {
+        &self.runs
+    }
+
+    /// How many they are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Each run: its offset and its bytes.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, Bytes)> {
+        let mut rest = self.bytes.clone();
+        // As long as `bytes` together, so each fits into memory.
+        self.runs.iter().map(move |run| (run.offset, rest.split_to(run.length as usize)))
+    }
 }
 
 /// A stored disk; a model stands in for the engine in tests.
@@ -138,7 +188,13 @@ impl<T: BlockTarget + 'static> wire::block_sink::Server for Sink<T> {
             return Err(capnp::Error::failed("the target has failed".into()));
         }
         let params = params.get()?;
-        if let Err(error) = self.target.write(params.get_offset(), params.get_data()?).await {
+        let runs = params.get_runs()?.iter().map(convert::range).collect();
+        let piece = Scattered::new(runs, Bytes::copy_from_slice(params.get_data()?));
+        let written = match piece {
+            Ok(piece) => self.target.write(piece).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = written {
             let reason = wire_error(&error);
             *self.failure.borrow_mut() = Some(error);
             return Err(reason);

@@ -20,7 +20,7 @@ use futures::io::{BufReader, BufWriter};
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 use uuid::Uuid;
 
-pub use image::{BlockTarget, DiskImage, Image};
+pub use image::{BlockTarget, DiskImage, Image, Scattered};
 pub use session::{BackupSession, Session};
 pub use types::*;
 

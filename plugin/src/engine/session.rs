@@ -1,5 +1,6 @@
 //! One backup of one VM, as the engine keeps it.
 
+use bytes::Bytes;
 use fleece_schema::engine_capnp as wire;
 
 use super::convert::{self, engine_error};
@@ -29,8 +30,8 @@ pub trait BackupSession {
     async fn grants(&self) -> Result<(Vec<Grant>, bool)>;
 
     /// Granted blocks in the order of the grants; whole blocks, at most [`super::MAX_WRITE`]
-    /// bytes. Waits while the engine has enough to do.
-    async fn write(&self, disk: DiskIndex, first_block: u64, data: &[u8]) -> Result<()>;
+    /// bytes together. Waits while the engine has enough to do.
+    async fn write(&self, blocks: &[(Grant, Bytes)]) -> Result<()>;
 }
 
 /// A session of the real engine. Dropping it ends the session without a snapshot.
@@ -135,15 +136,25 @@ impl BackupSession for Session {
         decode.await.map_err(|error| engine_error(&error, "cannot learn what is new"))
     }
 
-    async fn write(&self, disk: DiskIndex, first_block: u64, data: &[u8]) -> Result<()> {
-        if data.len() > super::MAX_WRITE as usize {
-            return Err(Error::new(Kind::Failed, format!("a write of {} bytes", data.len())));
+    async fn write(&self, blocks: &[(Grant, Bytes)]) -> Result<()> {
+        let length: usize = blocks.iter().map(|(_, data)| data.len()).sum();
+        if length > super::MAX_WRITE as usize {
+            return Err(Error::new(Kind::Failed, format!("a write of {length} bytes")));
         }
         let mut request = self.client.write_request();
-        let mut params = request.get();
-        params.set_disk(disk.0);
-        params.set_first_block(first_block);
-        params.set_data(data);
+        let mut rest = request.get().init_data(count(length));
+        for (_, data) in blocks {
+            let (here, behind) = rest.split_at_mut(data.len());
+            here.copy_from_slice(data);
+            rest = behind;
+        }
+        let mut runs = request.get().init_runs(count(blocks.len()));
+        for (i, (grant, _)) in blocks.iter().enumerate() {
+            let mut run = runs.reborrow().get(count(i));
+            run.set_disk(grant.disk.0);
+            run.set_first_block(grant.first);
+            run.set_blocks(grant.blocks);
+        }
         done(request.send().await, "cannot hand over new blocks")
     }
 }

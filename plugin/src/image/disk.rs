@@ -22,6 +22,9 @@ pub struct ImageDisk {
     raw: Option<RawFile>,
 }
 
+/// Copying this much costs less than another read does.
+const GAP: u64 = 32 << 10;
+
 /// The file of a raw image: the disk's bytes as they are.
 #[derive(Clone, Debug)]
 struct RawFile {
@@ -63,6 +66,10 @@ impl DiskSource for ImageDisk {
             Some(raw) => raw.read(offset, length, self.size()).await,
             None => self.export.read(offset, length).await,
         }
+    }
+
+    fn gap(&self) -> u64 {
+        GAP
     }
 
     async fn allocation(&self, wanted: Wanted) -> std::result::Result<Vec<Extent>, NbdError> {

@@ -10,7 +10,7 @@ use rustix::fs::{FallocateFlags, OFlags, fallocate};
 use super::Target;
 use super::file::write_error;
 use super::writes::Writes;
-use crate::engine::{BlockTarget, DiskImage, Range};
+use crate::engine::{BlockTarget, DiskImage, Range, Scattered};
 use crate::error::{Context, Error, Kind, Result};
 use crate::units::human_bytes;
 
@@ -74,8 +74,8 @@ impl DeviceTarget {
 }
 
 impl BlockTarget for DeviceTarget {
-    async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        self.writes.write(offset, data).await
+    async fn write(&self, piece: Scattered) -> Result<()> {
+        self.writes.write(piece).await
     }
 }
 

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::Target;
 use super::writes::Writes;
-use crate::engine::{BlockTarget, DiskImage, Range};
+use crate::engine::{BlockTarget, DiskImage, Range, Scattered};
 use crate::error::{Context, Error, Kind, Result};
 
 /// A raw file in the making; removed if it is dropped before it is finished.
@@ -119,8 +119,8 @@ impl FileTarget {
 }
 
 impl BlockTarget for FileTarget {
-    async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        self.writes.write(offset, data).await
+    async fn write(&self, piece: Scattered) -> Result<()> {
+        self.writes.write(piece).await
     }
 }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::engine::{BlockTarget, Disk, DiskImage, OpenDisk, Range, Snapshot};
+use crate::engine::{BlockTarget, Disk, DiskImage, OpenDisk, Range, Scattered, Snapshot};
 use crate::error::{Context, Error, Kind, Result};
 use crate::progress::{Message, Progress, Report};
 use crate::units::{human_bytes, human_duration, human_rate};
@@ -284,18 +284,19 @@ struct Counted<T> {
 }
 
 impl<T: BlockTarget> BlockTarget for Counted<T> {
-    async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        // A last block that is padded with zeros ends behind the disk.
-        let length =
-            data.len().min(usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX));
-        if length == 0 {
+    async fn write(&self, piece: Scattered) -> Result<()> {
+        let inside =
+            |run: &Range| run.offset.checked_add(run.length).is_some_and(|end| end <= self.size);
+        if let Some(outside) = piece.runs().iter().find(|run| !inside(run)) {
+            let Range { offset, length } = outside;
             return Err(Error::new(
                 Kind::Failed,
-                format!("data at {offset}, behind the disk's end"),
+                format!("{length} bytes at {offset}, behind the disk's end"),
             ));
         }
-        self.target.write(offset, &data[..length]).await?;
-        self.written.set(self.written.get() + length as u64);
+        let length = piece.len() as u64;
+        self.target.write(piece).await?;
+        self.written.set(self.written.get() + length);
         Ok(())
     }
 }

@@ -3,11 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use bytes::Bytes;
-
 use super::Target;
 use super::file::TempName;
-use crate::engine::{BlockTarget, DiskImage, Range};
+use crate::engine::{BlockTarget, DiskImage, Range, Scattered};
 use crate::error::{Context, Error, Kind, Result};
 use crate::image::{ImageInfo, OpenImage, OpenOptions};
 
@@ -55,12 +53,12 @@ impl Qcow2Target {
 }
 
 impl BlockTarget for Qcow2Target {
-    async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+    async fn write(&self, piece: Scattered) -> Result<()> {
         let export = self.image.export();
-        export
-            .write(offset, Bytes::copy_from_slice(data))
-            .await
-            .context(|| format!("cannot write at {offset}"))
+        for (offset, bytes) in piece.iter() {
+            export.write(offset, bytes).await.context(|| format!("cannot write at {offset}"))?;
+        }
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use super::Target;
-use crate::engine::{BlockTarget, DiskImage, Range};
+use crate::engine::{BlockTarget, DiskImage, Range, Scattered};
 use crate::error::{Context, Error, Kind, Result};
 
 /// Zeros written at once.
@@ -55,13 +55,19 @@ impl StreamTarget {
 }
 
 impl BlockTarget for StreamTarget {
-    async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        if offset < self.position.get() {
+    async fn write(&self, piece: Scattered) -> Result<()> {
+        for (offset, bytes) in piece.iter() {
             let at = self.position.get();
-            return Err(Error::new(Kind::Failed, format!("byte {offset} came after byte {at}")));
+            if offset < at {
+                return Err(Error::new(
+                    Kind::Failed,
+                    format!("byte {offset} came after byte {at}"),
+                ));
+            }
+            self.zeros_until(offset)?;
+            self.put(&bytes)?;
         }
-        self.zeros_until(offset)?;
-        self.put(data)
+        Ok(())
     }
 }
 

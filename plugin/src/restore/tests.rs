@@ -70,6 +70,7 @@ impl DiskImage for Model {
         }
         let mut holes = Vec::new();
         let mut written = 0;
+        let mut waiting = Vec::new();
         for (offset, block) in blocks {
             if self.damaged.contains(&offset) {
                 if !damaged_zero {
@@ -78,14 +79,24 @@ impl DiskImage for Model {
                 holes.push(Range { offset, length: block.len() as u64 });
                 continue;
             }
-            // As the engine does, a last partial block comes padded.
-            let mut padded = block.to_vec();
-            padded.resize(BLOCK, 0);
-            target.write(offset, &padded).await?;
             written += block.len() as u64;
+            waiting.push((offset, block));
+            if waiting.len() == 5 {
+                send(&*target, &mut waiting).await?;
+            }
         }
+        send(&*target, &mut waiting).await?;
         Ok((written, holes))
     }
+}
+
+/// Several runs in one message, as the engine does.
+async fn send(target: &impl BlockTarget, waiting: &mut Vec<(u64, &[u8])>) -> Result<()> {
+    let range =
+        |(offset, block): &(u64, &[u8])| Range { offset: *offset, length: block.len() as u64 };
+    let runs = waiting.iter().map(range).collect();
+    let bytes = waiting.drain(..).flat_map(|(_, block)| block).copied().collect();
+    target.write(Scattered::new(runs, bytes)?).await
 }
 
 fn disk(model: &Model) -> Disk {

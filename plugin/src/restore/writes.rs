@@ -8,10 +8,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bytes::Bytes;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::file::write_error;
+use crate::engine::Scattered;
 use crate::error::{Context, Error, Kind, Result};
 
 /// Pieces that wait to be written or are being written, at most 512 KiB each: one for each thread,
@@ -51,17 +53,19 @@ impl Writes {
 
     /// Begins a write, once there is a place for it. It may fail later: then the next one, or the
     /// end, says so.
-    pub(super) async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+    pub(super) async fn write(&self, piece: Scattered) -> Result<()> {
         let place = Arc::clone(&self.places).acquire_owned().await.map_err(|_| ended())?;
         self.check()?;
-        self.unsynced.set(self.unsynced.get() + data.len() as u64);
-        let (file, data) = (Arc::clone(&self.file), data.to_vec());
+        self.unsynced.set(self.unsynced.get() + piece.len() as u64);
+        let file = Arc::clone(&self.file);
         let failure = Arc::clone(&self.failure);
         // Not waited for: its place says when it is done.
         drop(spawn_blocking(move || {
-            if let Err(error) = file.write_all_at(&data, offset) {
-                let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
-                failure.get_or_insert(write_error(error, offset));
+            let put = |(offset, bytes): (u64, Bytes)| {
+                file.write_all_at(&bytes, offset).map_err(|error| write_error(error, offset))
+            };
+            if let Err(error) = piece.iter().try_for_each(put) {
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
             }
             drop(place);
         }));
@@ -117,6 +121,7 @@ fn ended() -> Error {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::engine::Range;
 
     #[test]
     fn a_write_that_fails_later_is_told() {
@@ -124,7 +129,9 @@ mod tests {
         let writes = Writes::new(full);
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
-            writes.write(4096, &[7; 100]).await.unwrap();
+            let run = Range { offset: 4096, length: 100 };
+            let piece = Scattered::new(vec![run], Bytes::from_static(&[7; 100])).unwrap();
+            writes.write(piece).await.unwrap();
             let error = writes.finish().await.unwrap_err();
             assert_eq!(error.kind(), Kind::Target);
             assert!(error.to_string().contains("at 4096"), "{error}");

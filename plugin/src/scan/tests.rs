@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::Notify;
 
 use super::*;
@@ -33,6 +34,7 @@ struct Memory {
     dirty: Vec<bool>,
     random: RefCell<Random>,
     in_flight: Cell<u64>,
+    gap: u64,
     most_in_flight: Cell<u64>,
     reads: Cell<u64>,
 }
@@ -55,6 +57,7 @@ impl Memory {
             dirty,
             random: RefCell::new(random),
             in_flight: Cell::new(0),
+            gap: [0, 4096, 32 << 10][seed as usize % 3],
             most_in_flight: Cell::new(0),
             reads: Cell::new(0),
         }
@@ -80,14 +83,19 @@ impl DiskSource for Memory {
 
     async fn read(&self, offset: u64, length: u32) -> std::result::Result<Buffer, NbdError> {
         assert!(length <= READ_SIZE);
-        self.in_flight.set(self.in_flight.get() + 1);
+        let cost = u64::from(length);
+        self.in_flight.set(self.in_flight.get() + cost);
         self.reads.set(self.reads.get() + 1);
         self.most_in_flight.set(self.most_in_flight.get().max(self.in_flight.get()));
         let pause = self.random.borrow_mut().next(500);
         tokio::time::sleep(Duration::from_micros(pause)).await;
-        self.in_flight.set(self.in_flight.get() - 1);
+        self.in_flight.set(self.in_flight.get() - cost);
         let at = offset as usize;
         Ok(Buffer::from_vec(self.bytes[at..at + length as usize].to_vec()))
+    }
+
+    fn gap(&self) -> u64 {
+        self.gap
     }
 
     async fn allocation(&self, wanted: Wanted) -> std::result::Result<Vec<Extent>, NbdError> {
@@ -124,6 +132,7 @@ struct State {
     window: u64,
     windows: u64,
     ended: bool,
+    writes: usize,
 }
 
 impl Model {
@@ -193,16 +202,21 @@ impl BackupSession for Model {
         }
     }
 
-    async fn write(&self, disk: DiskIndex, first_block: u64, data: &[u8]) -> Result<()> {
-        assert!(data.len() <= MAX_WRITE as usize && data.len().is_multiple_of(BLOCK));
+    async fn write(&self, blocks: &[(Grant, Bytes)]) -> Result<()> {
         let fingerprinter = Fingerprinter::from_state(STATE, BLOCK as u32);
         let mut state = self.state.borrow_mut();
-        for (i, block) in data.chunks(BLOCK).enumerate() {
-            let place = (disk.0, first_block + i as u64);
-            assert_eq!(state.expected.pop_front(), Some(place), "the order of the grants");
-            let print = fingerprinter.of(block);
-            assert_eq!(state.places[&place], Some(print), "{place:?}");
-            state.blocks.insert(print, block.to_vec());
+        let length: usize = blocks.iter().map(|(_, data)| data.len()).sum();
+        assert!(length <= MAX_WRITE as usize);
+        state.writes += 1;
+        for (grant, data) in blocks {
+            assert_eq!(data.len(), grant.blocks as usize * BLOCK);
+            for (i, block) in data.chunks(BLOCK).enumerate() {
+                let place = (grant.disk.0, grant.first + i as u64);
+                assert_eq!(state.expected.pop_front(), Some(place), "the order of the grants");
+                let print = fingerprinter.of(block);
+                assert_eq!(state.places[&place], Some(print), "{place:?}");
+                state.blocks.insert(print, block.to_vec());
+            }
         }
         Ok(())
     }
@@ -281,8 +295,11 @@ fn everything_arrives_in_order_whatever_the_order_of_reads() {
         assert!(state.windows > 3, "{} windows", state.windows);
         for disk in &disks {
             let most = disk.source.most_in_flight.get();
-            assert!(most <= 2 * depth as u64, "{most} reads in flight");
+            assert!(most <= 2 * depth as u64 * u64::from(READ_SIZE), "{most} bytes in flight");
         }
+        // Small runs share their messages.
+        let blocks = state.blocks.len();
+        assert!(state.writes < blocks / 2, "{} messages of {blocks} blocks", state.writes);
         assert_eq!(shared.scanned.get() % BLOCK as u64, 0);
     }
 }

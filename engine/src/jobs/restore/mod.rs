@@ -29,7 +29,7 @@ use crate::store::damage::{DamageMap, Found};
 use crate::store::manifest::{Disk, Manifest};
 use crate::store::recipe::{Lost, NodeSource, RecipeReader};
 
-/// The longest piece that is handed out: what one message of the protocol carries.
+/// The most bytes that are handed out together: what one message of the protocol carries.
 pub const MAX_WRITE: usize = 512 << 10;
 /// Frames kept from batches before, in bytes, when pieces come by container: a piece may
 /// end in the frame where the next begins.
@@ -39,8 +39,41 @@ const KEEP_BY_DISK: usize = 2560 << 10;
 /// Stack of the fetching thread.
 const STACK: usize = 512 << 10;
 
-/// Takes bytes of the disk at an offset.
-pub type Sink<'s> = dyn FnMut(u64, Vec<u8>) -> Result<()> + 's;
+/// Takes bytes of the disk and their places.
+pub type Sink<'s> = dyn FnMut(Scattered) -> Result<()> + 's;
+
+/// Bytes of one or more runs of a disk.
+#[derive(Clone, Default, Debug)]
+pub struct Scattered {
+    /// Where they belong: (offset, length) in bytes, in the order of `bytes`.
+    pub runs: Vec<(u64, u64)>,
+    /// All runs, one after the other.
+    pub bytes: Vec<u8>,
+}
+
+impl Scattered {
+    fn with_room() -> Self {
+        Scattered { runs: Vec::new(), bytes: Vec::with_capacity(MAX_WRITE) }
+    }
+
+    /// Each run: its offset and its bytes.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        let mut rest = &self.bytes[..];
+        self.runs.iter().map(move |(offset, length)| {
+            let (run, others) = rest.split_at(*length as usize);
+            rest = others;
+            (*offset, run)
+        })
+    }
+
+    fn append(&mut self, offset: u64, bytes: &[u8]) {
+        match self.runs.last_mut() {
+            Some((first, length)) if *first + *length == offset => *length += bytes.len() as u64,
+            _ => self.runs.push((offset, bytes.len() as u64)),
+        }
+        self.bytes.extend_from_slice(bytes);
+    }
+}
 
 /// How a disk is handed out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -106,8 +139,8 @@ impl Restorer {
         Ok(false)
     }
 
-    /// Hands out everything of a disk that is not zero, in pieces of at most [`MAX_WRITE`]
-    /// bytes, each byte once; the disk's last block is cut at its size.
+    /// Hands out everything of a disk that is not zero, at most [`MAX_WRITE`] bytes at a
+    /// time, each byte once; the disk's last block is cut at its size.
     ///
     /// Damage that it meets goes to `found`, for [`DamageMap::record`], also when it fails.
     ///
@@ -181,7 +214,7 @@ impl Restorer {
                 .stack_size(STACK)
                 .spawn_scoped(scope, fetching)
                 .map_err(|error| Error::caused(Kind::Failed, "cannot start a thread", error))?;
-            let written = batches.iter().try_for_each(|batch| writer.write(&batch));
+            let written = batches.iter().try_for_each(|mut batch| writer.write(&mut batch));
             drop(batches);
             let fetched = thread
                 .join()
@@ -204,16 +237,15 @@ impl Restorer {
     }
 }
 
-/// Merges pieces into long writes.
+/// Collects pieces until they fill a message.
 struct Writer<'s, 'k> {
     sink: &'s mut Sink<'k>,
     name: String,
     size: u64,
     block_size: u64,
     damaged_zero: bool,
-    /// What waits to be handed out, and where it belongs.
-    buffer: Vec<u8>,
-    offset: u64,
+    /// What waits to be handed out.
+    waiting: Scattered,
     outcome: Outcome,
     found: Vec<Found>,
 }
@@ -226,15 +258,16 @@ impl<'s, 'k> Writer<'s, 'k> {
             size: disk.size,
             block_size: u64::from(restorer.block_size),
             damaged_zero: options.damaged_zero,
-            buffer: Vec::with_capacity(MAX_WRITE),
-            offset: 0,
+            waiting: Scattered::with_room(),
             outcome: Outcome::default(),
             found: Vec::new(),
         }
     }
 
-    fn write(&mut self, batch: &Batch) -> Result<()> {
+    fn write(&mut self, batch: &mut Batch) -> Result<()> {
         self.lose(&batch.lost)?;
+        // Neighbours on the disk come from several frames: they become one run here.
+        batch.pieces.sort_unstable_by_key(|piece| piece.first_block);
         for frame in &batch.frames {
             if let Err(error) = &frame.bytes {
                 self.note(Found {
@@ -264,19 +297,16 @@ impl<'s, 'k> Writer<'s, 'k> {
     }
 
     fn put(&mut self, first_block: u64, mut bytes: &[u8]) -> Result<()> {
-        let offset = first_block * self.block_size;
+        let mut offset = first_block * self.block_size;
         let inside = self.size.saturating_sub(offset).min(bytes.len() as u64) as usize;
         bytes = &bytes[..inside];
-        if offset != self.offset + self.buffer.len() as u64 {
-            self.flush()?;
-            self.offset = offset;
-        }
         while !bytes.is_empty() {
-            let room = MAX_WRITE - self.buffer.len();
+            let room = MAX_WRITE - self.waiting.bytes.len();
             let (now, later) = bytes.split_at(room.min(bytes.len()));
-            self.buffer.extend_from_slice(now);
+            self.waiting.append(offset, now);
+            offset += now.len() as u64;
             bytes = later;
-            if self.buffer.len() == MAX_WRITE {
+            if self.waiting.bytes.len() == MAX_WRITE {
                 self.flush()?;
             }
         }
@@ -284,12 +314,10 @@ impl<'s, 'k> Writer<'s, 'k> {
     }
 
     fn flush(&mut self) -> Result<()> {
-        if !self.buffer.is_empty() {
-            let piece = std::mem::replace(&mut self.buffer, Vec::with_capacity(MAX_WRITE));
-            let length = piece.len() as u64;
-            (self.sink)(self.offset, piece)?;
-            self.outcome.written += length;
-            self.offset += length;
+        if !self.waiting.bytes.is_empty() {
+            let full = std::mem::replace(&mut self.waiting, Scattered::with_room());
+            self.outcome.written += full.bytes.len() as u64;
+            (self.sink)(full)?;
         }
         Ok(())
     }

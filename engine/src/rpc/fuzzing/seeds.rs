@@ -169,11 +169,15 @@ async fn write_all(session: &backup_session::Client, blocks: &[Vec<u8>]) -> Done
     loop {
         let answer = session.grants_request().send().promise.await?;
         let grants = answer.get()?;
-        for grant in grants.get_extents()? {
+        let extents = grants.get_extents()?;
+        let mut data = Vec::new();
+        for grant in extents {
             let first = grant.get_first_block();
-            let data = blocks[first as usize..][..grant.get_blocks() as usize].concat();
+            data.extend(blocks[first as usize..][..grant.get_blocks() as usize].concat());
+        }
+        if !data.is_empty() {
             let mut write = session.write_request();
-            write.get().set_first_block(first);
+            write.get().set_runs(extents)?;
             write.get().set_data(&data);
             write.send().await?;
         }

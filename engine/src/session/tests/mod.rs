@@ -18,13 +18,14 @@ use uuid::Uuid;
 
 use super::Context;
 use super::begin::{Begun, DiskSpec, Request, begin};
-use super::event::{Event, Extent, Grants, Reply};
+use super::event::{Event, Extent, GrantExtent, Grants, Reply};
 use super::spool::Position;
 use crate::budget::Budget;
 use crate::damage::Damage;
 use crate::detect::{DetectOptions, Detector};
 use crate::error::{Kind, Result};
 use crate::ids::{DiskId, StoreId, VmId};
+use crate::jobs::restore::Scattered;
 use crate::owner::Owner;
 use crate::store::commit::Manifests;
 use crate::store::keys::StoreKey;
@@ -159,8 +160,10 @@ fn stored_slots_in(context: &Context) -> usize {
 fn restore_in(context: &Context, manifest: &Manifest) -> Result<Vec<u8>> {
     let disk = manifest.disk("").unwrap();
     let mut restored = vec![0; disk.size as usize];
-    let mut sink = |offset: u64, data: Vec<u8>| {
-        restored[offset as usize..][..data.len()].copy_from_slice(&data);
+    let mut sink = |piece: Scattered| {
+        for (offset, data) in piece.iter() {
+            restored[offset as usize..][..data.len()].copy_from_slice(data);
+        }
         Ok(())
     };
     upkeep::restore(context, disk, "test", Default::default(), &mut sink)?;
@@ -219,8 +222,9 @@ impl Client {
 
     fn write(&self, at: Position, blocks: u64) -> Result<()> {
         for block in at.block..at.block + blocks {
-            let (at, data) = (Position { block, ..at }, self.block(block).to_vec());
-            self.call(|reply| Event::Write { at, data, reply })?;
+            let run = GrantExtent { at: Position { block, ..at }, blocks: 1 };
+            let data = self.block(block).to_vec();
+            self.call(|reply| Event::Write { runs: vec![run], data, reply })?;
         }
         Ok(())
     }
@@ -484,8 +488,9 @@ fn a_client_that_lies_is_refused_and_harms_nobody() {
     // A block that is not what its fingerprint says must never enter.
     refused(&|client| {
         client.scan_all()?;
-        let at = client.grants()?.extents[0].at;
-        client.call(|reply| Event::Write { at, data: vec![0x55; BLOCK], reply })
+        let first = GrantExtent { blocks: 1, ..client.grants()?.extents[0] };
+        let data = vec![0x55; BLOCK];
+        client.call(|reply| Event::Write { runs: vec![first], data, reply })
     });
     assert_eq!(host.stored_slots(), 0);
     let manifest = host.begin(1, "", &image).unwrap().run().unwrap();

@@ -16,7 +16,7 @@ use rustix::process::Signal;
 
 use crate::bitmaps::increment;
 use crate::guests::Guests;
-use crate::tools::{LIMIT, backup_image, restore_image};
+use crate::tools::{Kind, LIMIT, Tool, backup_image, restore_image};
 
 /// Increments, and how many in a quick run.
 const INCREMENTS: u64 = 30;
@@ -42,6 +42,8 @@ pub(crate) struct Chain {
     pub(crate) increments: u64,
     /// Seconds of one increment, the middle of all.
     pub(crate) increment: f64,
+    /// What the peers took for the first of them, who read the image.
+    pub(crate) peers: Vec<(Kind, Cost)>,
     /// Restores: before the increments, then of the newest and of the oldest snapshot.
     pub(crate) restores: [Cost; 3],
     /// Bytes that are not zero, of each of these.
@@ -74,7 +76,7 @@ impl Random {
 }
 
 /// Makes the chain, restores from it, serves it.
-pub(crate) fn measure_chain(bench: &Bench, guests: &Guests) -> Result<Chain> {
+pub(crate) fn measure_chain(bench: &Bench, guests: &Guests, peers: &[Kind]) -> Result<Chain> {
     let guest = guests.names.first().context("no guest")?.clone();
     let increments = if bench.quick { QUICK } else { INCREMENTS };
     bench.step(&format!("{increments} increments of {guest}"));
@@ -87,6 +89,7 @@ pub(crate) fn measure_chain(bench: &Bench, guests: &Guests) -> Result<Chain> {
 
     let mut random = Random(SEED);
     let mut seconds = Vec::new();
+    let mut beside = Vec::new();
     let size = std::fs::metadata(&truth)?.len();
     for number in 1..=increments {
         change(&qcow2, |client| {
@@ -97,6 +100,15 @@ pub(crate) fn measure_chain(bench: &Bench, guests: &Guests) -> Result<Chain> {
             Ok(())
         })?;
         seconds.push(increment(&mut fixture, &guest, &qcow2)?.wall);
+        if number == 1 {
+            // Beside the guests, as these are linked there.
+            let folder = guests.folder().join("alone");
+            std::fs::create_dir_all(&folder)?;
+            let changed = folder.join("changed.raw");
+            image::convert(&qcow2, "qcow2", &changed, "raw")?;
+            beside = measure_peers(peers, &Guests::alone(&folder, &guest), &truth, &changed)?;
+            std::fs::remove_dir_all(folder)?;
+        }
     }
     let newest_truth = fixture.path("newest.raw");
     image::convert(&qcow2, "qcow2", &newest_truth, "raw")?;
@@ -109,10 +121,30 @@ pub(crate) fn measure_chain(bench: &Bench, guests: &Guests) -> Result<Chain> {
         guest,
         increments,
         increment: median(&seconds),
+        peers: beside,
         restores: [before, newest, oldest],
         bytes,
         served,
     })
+}
+
+/// What every peer takes for an image that it has backed up before and that has changed a little.
+fn measure_peers(
+    peers: &[Kind],
+    alone: &Guests,
+    before: &Path,
+    changed: &Path,
+) -> Result<Vec<(Kind, Cost)>> {
+    let mut costs = Vec::new();
+    for kind in peers {
+        alone.put_file(before)?;
+        let mut tool = Tool::begin(*kind, alone)?;
+        tool.backup(alone, 1)?;
+        alone.put_file(changed)?;
+        rustix::fs::sync();
+        costs.push((*kind, tool.backup(alone, 2)?));
+    }
+    Ok(costs)
 }
 
 /// Restores a snapshot as often as is asked for, and compares.

@@ -50,6 +50,27 @@ impl Guests {
         Ok(Guests { folder, names })
     }
 
+    /// One guest alone, in a folder of its own: no image of a day, only what [`Guests::put_file`]
+    /// puts there.
+    pub(crate) fn alone(folder: &Path, name: &str) -> Self {
+        Guests { folder: folder.to_owned(), names: vec![name.to_owned()] }
+    }
+
+    /// Puts a file where the peers find it as the image of a guest that is alone, and reads it once.
+    pub(crate) fn put_file(&self, image: &Path) -> Result {
+        let current = self.folder.join("current");
+        fs::create_dir_all(&current)?;
+        for name in &self.names {
+            let place = current.join(format!("{name}.raw"));
+            if place.exists() {
+                fs::remove_file(&place)?;
+            }
+            fs::hard_link(image, &place)?;
+            blocks::warm(&place)?;
+        }
+        Ok(())
+    }
+
     /// The folder of all of them.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder

@@ -68,7 +68,8 @@ fn main() -> Result {
     if !bench.quick {
         round(&guests, &survey, Kind::BorgDefault, &mut results)?;
     }
-    results.chain = chain::measure_chain(&bench, &guests)?;
+    let peers: Vec<Kind> = order.into_iter().filter(|kind| *kind != Kind::Fleece).collect();
+    results.chain = chain::measure_chain(&bench, &guests, &peers)?;
     tables::write(&bench, &guests, &survey, &results, &absent)
 }
 

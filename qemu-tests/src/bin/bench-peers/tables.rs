@@ -349,6 +349,7 @@ impl Given<'_> {
             chain.guest,
             number(chain.increment)
         ));
+        self.little_changed(report);
         let mut table = Table::new(&["restored", "wall", "CPU", "", "memory", "MB/s"]);
         let mut targets = Vec::new();
         let names = ["before the increments", "the newest snapshot", "the oldest snapshot"];
@@ -384,6 +385,29 @@ impl Given<'_> {
             table.row(&[what, result.as_str()]);
         }
         report.table(&table);
+    }
+
+    /// One increment of the chain beside the peers.
+    fn little_changed(&self, report: &mut Report) {
+        let chain = &self.results.chain;
+        report.text(
+            "The peers on the first of these increments, once each: the raw image before it is in \
+             their repository, and they read the one after it, from the page cache.",
+        );
+        let mut table = Table::new(&["tool", "wall", "wall ÷ Fleece's"]);
+        table.row(&["Fleece".to_owned(), format!("{} s", number(chain.increment)), "1.00".into()]);
+        for (kind, cost) in &chain.peers {
+            let ratio = format!("{:.2}", cost.wall / chain.increment);
+            table.row(&[kind.name().to_owned(), format!("{} s", number(cost.wall)), ratio]);
+        }
+        report.table(&table);
+        let fastest = chain.peers.iter().map(|(_, cost)| cost.wall).fold(f64::INFINITY, f64::min);
+        report.targets(&[Target::at_least(
+            "1,000 blocks changed, wall time of the fastest peer",
+            fastest / chain.increment,
+            10.0,
+            "×",
+        )]);
     }
 
     fn memory(&self, report: &mut Report) {
