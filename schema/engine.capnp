@@ -136,7 +136,7 @@ interface BackupSession {
 
   write @4 (runs :List(Grant), data :Data) -> stream;
   # Granted blocks, in the order of the grants, of one or more of them: at most
-  # MaxWrite bytes; whole blocks, a disk's last one padded with zeros.
+  # MaxWrite bytes in MaxRuns runs; whole blocks, a disk's last one padded with zeros.
 
   commit @5 (pointInTimeMs :Int64, bitmaps :List(Text)) -> (snapshot :Snapshot);
   abort @6 (reason :Text) -> ();
@@ -146,6 +146,8 @@ interface BackupSession {
 const blocksPerWindow :UInt32 = 4194304;
 const grantsPerCall :UInt32 = 4096;
 const maxWrite :UInt32 = 524288;
+const maxRuns :UInt32 = 128;
+# As many as MaxWrite holds of the smallest blocks.
 const blocksPerSubmit :UInt32 = 8192;
 
 struct Extent {

@@ -21,6 +21,12 @@ impl ReadLimit {
         ReadLimit { bytes_per_second, busy_until: Cell::new(Instant::now()) }
     }
 
+    /// Whether there is one: then no byte is to be read that nobody wants.
+    #[must_use]
+    pub fn is_set(&self) -> bool {
+        self.bytes_per_second.is_some()
+    }
+
     /// Waits until that many bytes may be read.
     pub async fn admit(&self, bytes: u64) {
         let wait = self.delay(Instant::now(), bytes);

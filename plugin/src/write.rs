@@ -39,13 +39,14 @@ where
     S: DiskSource + 'static,
     B: BackupSession,
 {
+    let sources: Rc<[Rc<S>]> = sources.into();
     let mut queue = VecDeque::with_capacity(shared.depth);
     let mut pieces = Pieces::new(grants);
-    while let Some(parcel) = Parcel::fill(shared, sources, &mut pieces)? {
+    while let Some(parcel) = Parcel::fill(shared, &sources, &mut pieces)? {
         if queue.len() >= shared.depth {
             send_first(shared, session, &mut queue).await?;
         }
-        let (shared, sources) = (Rc::clone(shared), sources.to_vec());
+        let (shared, sources) = (Rc::clone(shared), Rc::clone(&sources));
         let task = async move { parcel.fetch(&shared, &sources).await };
         queue.push_back(AbortOnDrop(tokio::task::spawn_local(task)));
     }
@@ -102,7 +103,8 @@ impl Parcel {
             let source = sources.get(usize::from(piece.disk.0)).ok_or_else(|| {
                 Error::new(Kind::Failed, "the engine wants blocks of no disk of ours")
             })?;
-            let gap = parcel.gap_before(&piece, source.gap() / u64::from(shared.block_size));
+            let most_gap = if shared.limit.is_set() { 0 } else { source.gap() };
+            let gap = parcel.gap_before(&piece, most_gap / u64::from(shared.block_size));
             let gap = gap.filter(|_| cached.is_none());
             let more = piece.blocks + gap.unwrap_or(0);
             if blocks + more > most && blocks > 0 {
@@ -139,7 +141,12 @@ impl Parcel {
             Part::Cached(piece, data) => Ok::<Blocks, Error>(vec![(piece, data)]),
             Part::Read { span, runs } => {
                 let source = &*sources[usize::from(span.disk.0)];
-                let data = Bytes::from_owner(read(shared, source, span).await?);
+                let read_all = read(shared, source, span).await;
+                if read_all.is_err() && runs.len() > 1 {
+                    // What cannot be read may be what nobody wants.
+                    return read_each(shared, source, runs).await;
+                }
+                let data = Bytes::from_owner(read_all?);
                 let place = |run: &Grant| {
                     let byte =
                         |block: u64| (block - span.first) as usize * shared.block_size as usize;
@@ -151,6 +158,14 @@ impl Parcel {
         let parts = futures::future::try_join_all(parts).await?;
         Ok(parts.into_iter().flatten().collect())
     }
+}
+
+async fn read_each<S: DiskSource>(shared: &Shared, source: &S, runs: Vec<Grant>) -> Result<Blocks> {
+    let mut blocks = Blocks::with_capacity(runs.len());
+    for run in runs {
+        blocks.push((run, Bytes::from_owner(read(shared, source, run).await?)));
+    }
+    Ok(blocks)
 }
 
 async fn read<S: DiskSource>(shared: &Shared, source: &S, piece: Grant) -> Result<Buffer> {
@@ -188,7 +203,7 @@ impl<'a> Pieces<'a> {
         Pieces { grants: grants.iter().peekable(), disk: DiskIndex(0), first: 0, blocks: 0 }
     }
 
-    /// The next piece, and its blocks if they are cached.
+    /// The next piece, and its blocks if they are cached; the same one until it is taken.
     fn peek(&mut self, shared: &Shared) -> Option<(Grant, Option<Bytes>)> {
         if self.blocks == 0 {
             let grant = self.grants.next()?;

@@ -17,8 +17,8 @@ use crate::ids::Fingerprint;
 pub(super) struct Work {
     /// The run being written.
     goal: Level,
-    /// The partition of the last one.
-    until: Partition,
+    /// The partition of the last run that is written.
+    last: Partition,
     /// Numbers of the runs that are merged, ascending.
     inputs: Vec<u64>,
     output: Option<Output>,
@@ -34,8 +34,8 @@ struct Output {
 }
 
 impl Work {
-    fn new(goal: Level, until: Partition, inputs: Vec<u64>) -> Self {
-        Work { goal, until, inputs, output: None, done: Vec::new() }
+    fn new(goal: Level, last: Partition, inputs: Vec<u64>) -> Self {
+        Work { goal, last, inputs, output: None, done: Vec::new() }
     }
 
     /// Gives the merge up and removes what it wrote.
@@ -62,16 +62,18 @@ fn numbers(runs: &[&RunMeta]) -> Vec<u64> {
 }
 
 /// The newest deltas, at least two, as far as none is more than twice as large as all that are newer:
-/// so each entry moves a logarithmic number of times before it reaches the base, as in a
+/// so an entry moves a few times before it reaches the base, and not with every young run, as in a
 /// log-structured merge tree (O'Neil et al., 1996). Only the newest, as the newest entry must win.
 fn light<'r, 'm>(deltas: &'r [&'m RunMeta]) -> &'r [&'m RunMeta] {
-    let mut from = deltas.len().saturating_sub(2);
-    while let Some(older) = from.checked_sub(1).and_then(|i| deltas.get(i))
-        && older.entries <= 2 * entries(deltas.get(from..).unwrap_or_default())
-    {
-        from -= 1;
+    let (mut count, mut newer) = (0, 0_u64);
+    for run in deltas.iter().rev() {
+        if count >= 2 && run.entries > 2 * newer {
+            break;
+        }
+        count += 1;
+        newer += run.entries;
     }
-    deltas.get(from..).unwrap_or_default()
+    deltas.get(deltas.len() - count..).unwrap_or_default()
 }
 
 impl Index {
@@ -166,7 +168,7 @@ impl Index {
             }
         }
         if let Level::Delta(Partition(partition)) = work.goal
-            && partition < work.until.0
+            && partition < work.last.0
         {
             work.goal = Level::Delta(Partition(partition + 1));
             return Ok(true);
@@ -177,5 +179,38 @@ impl Index {
         self.replace(next)?;
         work.done.clear();
         Ok(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many of deltas with so many entries, oldest first, are merged.
+    fn merged(entries: &[u64]) -> usize {
+        let level = Level::Delta(Partition(0));
+        let run = |(i, &entries)| RunMeta { number: i as u64, level, entries, bytes: 0, crc: 0 };
+        let runs: Vec<RunMeta> = entries.iter().enumerate().map(run).collect();
+        let deltas: Vec<&RunMeta> = runs.iter().collect();
+        let light = light(&deltas);
+        assert!(
+            light
+                .iter()
+                .map(|run| run.number)
+                .eq((entries.len() - light.len()) as u64..entries.len() as u64)
+        );
+        light.len()
+    }
+
+    #[test]
+    fn the_newest_deltas_are_merged_until_one_is_heavy() {
+        assert_eq!(merged(&[5, 5, 5, 5, 5]), 5);
+        assert_eq!(merged(&[9, 1, 1, 1, 1]), 4);
+        assert_eq!(merged(&[8, 1, 1, 1, 1]), 5);
+        assert_eq!(merged(&[16, 4, 1, 1, 1]), 4);
+        // Two at least, so that there are fewer afterwards.
+        assert_eq!(merged(&[1000, 100, 1]), 2);
+        assert_eq!(merged(&[100, 1, 100, 1]), 4);
+        assert_eq!(merged(&[0, 0, 0]), 3);
     }
 }

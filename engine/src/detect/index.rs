@@ -4,7 +4,7 @@
 //! |---|---|---|---|
 //! | memtable | all partitions | sealed containers | in memory; refilled from the journals after a crash |
 //! | young | all partitions | a full memtable | one run |
-//! | delta | a partition | all young runs, merged | one run per partition |
+//! | delta | a partition | all young runs, merged; light deltas, merged | one run per partition |
 //! | base | a partition | base and deltas, merged | one run |
 //!
 //! A run is synced before CURRENT names it; CURRENT is synced before the runs that it no longer

@@ -32,7 +32,7 @@ const MAP_BESIDES: u64 = 16 << 20;
 const MAP_UNIT: u64 = 1 << 20;
 /// Bytes read ahead of a sweep and let go behind it.
 pub(super) const WINDOW: u64 = 4 << 20;
-/// Entries read at a time: 32 KiB for each of some 17 runs, and a seek for each of them.
+/// Entries read at a time: 32 KiB for each of some 13 runs, and a seek for each of them.
 pub(super) const BATCH: usize = 16 * GROUP;
 
 type Pairs = Database<'static, Bytes, Bytes>;

@@ -157,7 +157,13 @@ impl backup_session::Server for BackupServer {
                 format!("{} bytes written at once; at most {}", data.len(), wire::MAX_WRITE);
             return Err(to_wire(&Error::new(Kind::Usage, message)));
         }
-        let runs = convert::grants(params.get_runs()?);
+        let runs = params.get_runs()?;
+        if runs.len() > wire::MAX_RUNS {
+            let message =
+                format!("{} runs written at once; at most {}", runs.len(), wire::MAX_RUNS);
+            return Err(to_wire(&Error::new(Kind::Usage, message)));
+        }
+        let runs = convert::grants(runs);
         let kib = (data.len() as u32).div_ceil(1024);
         let _share = self.messages.acquire_many(kib).await.map_err(|_| to_wire(&ended()))?;
         let data = data.to_vec();

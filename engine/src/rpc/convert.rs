@@ -71,9 +71,16 @@ pub(super) fn fingerprints(bytes: &[u8]) -> Result<Vec<Fingerprint>> {
 pub(super) fn set_disk_plan(mut to: wire::disk_plan::Builder<'_>, plan: &DiskPlan) {
     to.set_incremental(plan.incremental);
     to.set_reason(&plan.reason);
-    let mut forced = to.init_forced(plan.forced.len() as u32);
-    for (i, (offset, length)) in plan.forced.iter().enumerate() {
-        let mut range = forced.reborrow().get(i as u32);
+    set_ranges(to.init_forced(plan.forced.len() as u32), &plan.forced);
+}
+
+/// Ranges as (offset, length) in bytes; `to` has room for as many.
+pub(super) fn set_ranges(
+    mut to: capnp::struct_list::Builder<'_, wire::range::Owned>,
+    ranges: &[(u64, u64)],
+) {
+    for (i, (offset, length)) in ranges.iter().enumerate() {
+        let mut range = to.reborrow().get(i as u32);
         range.set_offset(*offset);
         range.set_length(*length);
     }

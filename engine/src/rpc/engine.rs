@@ -28,7 +28,8 @@ const READS_IN_FLIGHT: u32 = 4 << 20;
 const READ_CACHE: u32 = 4 << 20;
 /// What a further session gets of each when several run: the host's memory is for guests.
 const SHARED_READS: u32 = 512 << 10;
-const SHARED_CACHE: u32 = 256 << 10;
+/// One read, and what an entry costs besides.
+const SHARED_CACHE: u32 = (256 << 10) + 4096;
 /// Snapshots in one answer: 1 MiB holds them with some disks each.
 const MAX_SNAPSHOTS: usize = 2000;
 /// Snapshots settled at once: each is looked up in the store. A VM has at most 256 disks, and

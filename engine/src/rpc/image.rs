@@ -10,6 +10,7 @@ use fleece_schema::engine_capnp::{block_sink, disk_image, event_sink};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::blocking::{blocking, long};
+use super::convert;
 use super::flow::Flow;
 use super::to_wire;
 use crate::error::{Error, Kind, Result};
@@ -174,12 +175,8 @@ impl disk_image::Server for ImageServer {
         let outcome: Outcome = joined(restored.await)?;
         let mut results = results.get();
         results.set_written(outcome.written);
-        let mut holes = results.init_holes(outcome.holes.len() as u32);
-        for (i, (offset, length)) in outcome.holes.iter().enumerate() {
-            let mut hole = holes.reborrow().get(i as u32);
-            hole.set_offset(*offset);
-            hole.set_length(*length);
-        }
+        let holes = results.init_holes(outcome.holes.len() as u32);
+        convert::set_ranges(holes, &outcome.holes);
         Ok(())
     }
 }
@@ -189,12 +186,7 @@ async fn write(sink: &block_sink::Client, piece: Scattered) -> Answer {
     let mut request = sink.write_request();
     let mut params = request.get();
     params.set_data(&piece.bytes);
-    let mut runs = params.init_runs(piece.runs.len() as u32);
-    for (i, (offset, length)) in piece.runs.iter().enumerate() {
-        let mut run = runs.reborrow().get(i as u32);
-        run.set_offset(*offset);
-        run.set_length(*length);
-    }
+    convert::set_ranges(params.init_runs(piece.runs.len() as u32), &piece.runs);
     drop(piece);
     taken(request.send()).await
 }

@@ -318,7 +318,8 @@ impl Session {
     fn write(&mut self, runs: &[GrantExtent], data: &[u8]) -> Result<()> {
         let block_size = self.context.store.block_size() as usize;
         let blocks: u64 = runs.iter().map(|run| u64::from(run.blocks)).sum();
-        if blocks == 0 || data.len() as u64 != blocks.saturating_mul(block_size as u64) {
+        let empty = runs.is_empty() || runs.iter().any(|run| run.blocks == 0);
+        if empty || data.len() as u64 != blocks.saturating_mul(block_size as u64) {
             return Err(Error::new(
                 Kind::Usage,
                 format!("{} bytes written, which are not {blocks} whole blocks", data.len()),

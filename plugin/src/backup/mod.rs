@@ -23,7 +23,7 @@ use crate::hash_pool::HashPool;
 use crate::progress::Report;
 use crate::qmp::view::Freeze;
 use crate::read_limit::ReadLimit;
-use crate::scan::{ScanDisk, Shared, depth_of, scan};
+use crate::scan::{READ_SIZE, ScanDisk, Shared, depth_of, scan};
 use crate::source::DiskSource;
 use crate::write::write;
 
@@ -34,8 +34,9 @@ pub use stop::Stop;
 /// How often the engine is asked how far it is.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Least bytes of reads in flight for one disk: four reads keep a disk busy.
-const LEAST_IN_FLIGHT: u32 = 1 << 20;
+/// Least bytes of reads in flight for one disk: one read of the scan, and one of the writing. It is
+/// what the engine leases to the last of many sessions.
+const LEAST_IN_FLIGHT: u32 = 2 * READ_SIZE;
 
 /// How often the engine hears of us while nothing is transferred: it ends silent sessions.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(60);

@@ -15,15 +15,15 @@ use crate::extents::{Extent, Wanted};
 use crate::nbd::{Buffer, MAX_READ, NbdError, NbdErrorKind, Pool};
 use crate::source::{DiskSource, NbdDisk};
 
+/// Copying this much costs less than another read does.
+const GAP: u64 = 32 << 10;
+
 /// A disk whose image nobody writes to; clones share it.
 #[derive(Clone, Debug)]
 pub struct ImageDisk {
     export: NbdDisk,
     raw: Option<RawFile>,
 }
-
-/// Copying this much costs less than another read does.
-const GAP: u64 = 32 << 10;
 
 /// The file of a raw image: the disk's bytes as they are.
 #[derive(Clone, Debug)]

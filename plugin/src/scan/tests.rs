@@ -12,7 +12,7 @@ use super::*;
 use crate::engine::{Grant, MAX_WRITE};
 use crate::extents::{Extent, Flags, Wanted};
 use crate::fingerprint::{Fingerprinter, is_zero};
-use crate::nbd::{Buffer, NbdError, wire};
+use crate::nbd::{Buffer, NbdError, NbdErrorKind, wire};
 use crate::write::write;
 
 const BLOCK: usize = 4096;
@@ -37,6 +37,9 @@ struct Memory {
     gap: u64,
     most_in_flight: Cell<u64>,
     reads: Cell<u64>,
+    /// Clean blocks cannot be read; how often that was tried.
+    clean_is_bad: bool,
+    failed: Cell<u64>,
 }
 
 impl Memory {
@@ -60,6 +63,8 @@ impl Memory {
             gap: [0, 4096, 32 << 10][seed as usize % 3],
             most_in_flight: Cell::new(0),
             reads: Cell::new(0),
+            clean_is_bad: false,
+            failed: Cell::new(0),
         }
     }
 
@@ -91,6 +96,12 @@ impl DiskSource for Memory {
         tokio::time::sleep(Duration::from_micros(pause)).await;
         self.in_flight.set(self.in_flight.get() - cost);
         let at = offset as usize;
+        let mut blocks = at / BLOCK..(at + length as usize).div_ceil(BLOCK);
+        // The plan forces the first ones.
+        if self.clean_is_bad && blocks.any(|block| !self.dirty[block] && block > 3) {
+            self.failed.set(self.failed.get() + 1);
+            return Err(NbdError::new(NbdErrorKind::Io(5), "a read", "a bad sector"));
+        }
         Ok(Buffer::from_vec(self.bytes[at..at + length as usize].to_vec()))
     }
 
@@ -317,6 +328,21 @@ fn a_small_backup_reads_once() {
     let uncached = shared(0, 8);
     check(&back_up(&uncached, &again), &again);
     assert!(uncached.read.get() > cached.read.get());
+}
+
+#[test]
+fn a_gap_that_cannot_be_read_fails_nothing_and_a_limit_reads_none() {
+    let failed = |limit| {
+        let mut disk = disk(2000, 0, 5, true);
+        Rc::get_mut(&mut disk.source).unwrap().clean_is_bad = true;
+        let mut shared = shared(0, 4);
+        Rc::get_mut(&mut shared).unwrap().limit = ReadLimit::new(limit);
+        let disks = [disk];
+        check(&back_up(&shared, &disks), &disks);
+        disks[0].source.failed.get()
+    };
+    assert!(failed(None) > 0, "no gap was read");
+    assert_eq!(failed(Some(1 << 30)), 0);
 }
 
 #[test]

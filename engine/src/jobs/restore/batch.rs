@@ -16,7 +16,7 @@ use crate::store::recipe::{Lost, NodeSource};
 /// Decompressed bytes of a batch: one is written while the next one is fetched, so twice
 /// this and the fetched bytes of one stay within the pass's share, which restore borrows.
 const BATCH_BYTES: usize = 2560 << 10;
-/// Pieces of a batch (24 bytes each): a frame that the whole disk refers to fills several batches.
+/// Pieces of a batch, some 100 bytes each with what may be lost of them: a frame that the whole disk refers to fills several batches.
 const BATCH_PIECES: usize = 8192;
 /// Containers that are read at the same time when a batch is scattered over many.
 const READERS: usize = 16;

@@ -233,8 +233,12 @@ impl Client {
     fn write_all(&self) -> Result<()> {
         loop {
             let grants = self.grants()?;
-            for extent in &grants.extents {
-                self.write(extent.at, extent.blocks.into())?;
+            // Several runs in one message, as the plugin does.
+            for extents in grants.extents.chunks(3) {
+                let of_run = |run: &GrantExtent| run.at.block..run.at.block + u64::from(run.blocks);
+                let blocks = extents.iter().flat_map(of_run);
+                let data = blocks.flat_map(|block| self.block(block).to_vec()).collect();
+                self.call(|reply| Event::Write { runs: extents.to_vec(), data, reply })?;
             }
             if grants.done {
                 return Ok(());
@@ -492,6 +496,15 @@ fn a_client_that_lies_is_refused_and_harms_nobody() {
         let data = vec![0x55; BLOCK];
         client.call(|reply| Event::Write { runs: vec![first], data, reply })
     });
+    // Bytes for more or fewer blocks than the runs name, and runs of nothing.
+    for (blocks, bytes) in [(2, BLOCK), (1, 2 * BLOCK), (0, BLOCK), (0, 0)] {
+        refused(&|client| {
+            client.scan_all()?;
+            let run = GrantExtent { blocks, ..client.grants()?.extents[0] };
+            let data = vec![0x55; bytes];
+            client.call(|reply| Event::Write { runs: vec![run], data, reply })
+        });
+    }
     assert_eq!(host.stored_slots(), 0);
     let manifest = host.begin(1, "", &image).unwrap().run().unwrap();
     host.must_restore(&manifest, &image);

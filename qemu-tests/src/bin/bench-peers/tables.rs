@@ -395,16 +395,16 @@ impl Given<'_> {
              their repository, and they read the one after it, from the page cache.",
         );
         let mut table = Table::new(&["tool", "wall", "wall ÷ Fleece's"]);
-        table.row(&["Fleece".to_owned(), format!("{} s", number(chain.increment)), "1.00".into()]);
+        table.row(&["Fleece".to_owned(), format!("{} s", number(chain.first)), "1.00".into()]);
         for (kind, cost) in &chain.peers {
-            let ratio = format!("{:.2}", cost.wall / chain.increment);
+            let ratio = format!("{:.2}", cost.wall / chain.first);
             table.row(&[kind.name().to_owned(), format!("{} s", number(cost.wall)), ratio]);
         }
         report.table(&table);
         let fastest = chain.peers.iter().map(|(_, cost)| cost.wall).fold(f64::INFINITY, f64::min);
         report.targets(&[Target::at_least(
             "1,000 blocks changed, wall time of the fastest peer",
-            fastest / chain.increment,
+            fastest / chain.first,
             10.0,
             "×",
         )]);
