@@ -35,11 +35,20 @@ fn filled(fixture: &Fixture) -> Result<(PathBuf, PathBuf)> {
 
 #[test]
 fn a_flipped_bit_is_named_refused_read_again_and_repaired() -> Result {
+    named_refused_read_again_and_repaired(|container| flip(container, 500_000))
+}
+
+#[test]
+fn a_missing_container_is_named_refused_read_again_and_repaired() -> Result {
+    named_refused_read_again_and_repaired(|container| Ok(fs::remove_file(container)?))
+}
+
+fn named_refused_read_again_and_repaired(harm: impl Fn(&Path) -> Result) -> Result {
     let mut fixture = Fixture::new()?;
     let (truth, path) = filled(&fixture)?;
     let (old, _) = fixture.backup_images("web", &[("vda", &path)])?;
     fixture.stop_engine()?;
-    flip(&largest_container(&fixture)?, 500_000)?;
+    harm(&largest_container(&fixture)?)?;
     fixture.start_engine()?;
 
     let refused = |snapshot: &str| -> Result {

@@ -8,6 +8,8 @@ pub const STORE: &str = "store";
 pub const WRAPPED_KEY: &str = "key.wrapped";
 /// Containers, a folder per incarnation.
 pub const CONTAINERS: &str = "containers";
+/// The second copy of every container's directory, a folder per incarnation.
+pub const DIRECTORIES: &str = "directories";
 /// What was sealed, a folder per incarnation.
 pub const JOURNAL: &str = "journal";
 /// Claims of the right to number containers.
@@ -36,7 +38,30 @@ pub fn containers_of(incarnation: Incarnation) -> String {
 /// The last container and the generation that a container object's key names.
 #[must_use]
 pub fn parse_container(key: &str) -> Option<(ContainerId, u32)> {
-    let mut parts = key.strip_prefix(CONTAINERS)?.strip_prefix('/')?.split('/');
+    parse_generation(CONTAINERS, key)
+}
+
+/// The second copy of the directory of a container in one generation.
+#[must_use]
+pub fn directory(container: ContainerId, generation: u32) -> String {
+    let ContainerId { incarnation, counter } = container;
+    format!("{DIRECTORIES}/{:08x}/{counter:08x}-{generation:04x}", incarnation.0)
+}
+
+/// The folder of the directories of an incarnation's containers.
+#[must_use]
+pub fn directories_of(incarnation: Incarnation) -> String {
+    format!("{DIRECTORIES}/{:08x}", incarnation.0)
+}
+
+/// The container and the generation that a second copy's key names.
+#[must_use]
+pub fn parse_directory(key: &str) -> Option<(ContainerId, u32)> {
+    parse_generation(DIRECTORIES, key)
+}
+
+fn parse_generation(folder: &str, key: &str) -> Option<(ContainerId, u32)> {
+    let mut parts = key.strip_prefix(folder)?.strip_prefix('/')?.split('/');
     let incarnation = hex(parts.next()?)?;
     let (counter, generation) = parts.next()?.split_once('-')?;
     let id = ContainerId { incarnation: Incarnation(incarnation), counter: hex(counter)? };
@@ -134,6 +159,8 @@ mod tests {
         assert_eq!(parse_container(&container(id, 0x1_0000)), Some((id, 0x1_0000)));
         assert_eq!(parse_container("containers/00000007/00000abc"), None);
         assert_eq!(parse_container("containers/7/00000abc-0000"), None);
+        assert_eq!(parse_directory(&directory(id, 2)), Some((id, 2)));
+        assert_eq!(parse_directory(&container(id, 2)), None);
         assert_eq!(parse_damage(&damage(id, 3)), Some((id, 3)));
         assert_eq!(parse_damage("damage/00000007-00000abc"), None);
         assert_eq!(parse_incarnation(&incarnation(Incarnation(9))), Some(Incarnation(9)));

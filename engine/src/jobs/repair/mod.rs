@@ -2,8 +2,9 @@
 //!
 //! 1. Manifests: one of the two copies is missing and the other is sound: it is made again.
 //!    Claims and journals: what they lack is told from the objects that are there.
-//! 2. Plan: each marked container is read as far as it can be; of every slot that is lost
-//!    the fingerprint is looked for in the directories of all other containers.
+//! 2. Plan: each marked container is read as far as it can be (one that is gone has the second
+//!    copy of its directory); of every slot that is lost the fingerprint is looked for in the
+//!    directories of all other containers.
 //! 3. Execute: the container is rewritten as its next generation, with the good copies in
 //!    their old slots: recipes stay as they are, and so do all older objects. A mark takes
 //!    the older marks back.
@@ -182,7 +183,8 @@ impl Repairer<'_> {
     /// A container that cannot be opened at all.
     fn lost_container(&mut self, container: ContainerId) -> Result<()> {
         let object = format!("container {container}");
-        let message = "it is missing, or its end is damaged: what its slots held is not known. \
+        let message = "it is missing, or its end is damaged, and so is the second copy of its \
+                       directory: what its slots held is not known. \
                        The next backup of each affected VM reads these ranges again, so that new \
                        snapshots are whole; restore --damaged=zero rescues the rest of old ones";
         self.tell(&Event::Plan { object, copies: 0, lost: 0, message: message.into() })

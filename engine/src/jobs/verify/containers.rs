@@ -10,7 +10,7 @@ use crate::jobs::rebuild::{id_bytes, read_id};
 use crate::jobs::restore::{fetch_group, is_damage};
 use crate::pool::Pending;
 use crate::sort::Sorted;
-use crate::store::container::{ContainerKind, Directories, FrameRef, SlotInfo};
+use crate::store::container::{ContainerKind, Directories, FrameRef, SecondCopy, SlotInfo};
 use crate::store::damage::all_but;
 use crate::store::recipe;
 
@@ -18,6 +18,8 @@ use crate::store::recipe;
 const BATCH_BYTES: usize = 2 << 20;
 /// Entries handed on at a time.
 const ENTRIES: usize = 1024;
+/// Containers that are named whose second copy was made: a store of an older Fleece has none at all.
+const NAMED_COPIES: u64 = 16;
 /// All slots of a container that is damaged as a whole.
 const ALL_SLOTS: u16 = u16::MAX;
 
@@ -176,6 +178,7 @@ impl Verifier<'_> {
                         self.damaged(id, 0, 0, &error.to_string())?;
                     }
                 }
+                self.check_copy(id)?;
                 self.check_frames(id, &mut slots)?;
                 self.take_back(id, &slots, lead.is_ok())?;
                 self.hand_on_sound(id, &slots)?;
@@ -191,6 +194,29 @@ impl Verifier<'_> {
                 }
                 Ok(Slots::default())
             }
+        }
+    }
+
+    /// The second copy of a directory that was just found whole. No restore needs it.
+    fn check_copy(&mut self, id: ContainerId) -> Result<()> {
+        match self.store.directories().ensure_copy(id) {
+            Ok(SecondCopy::Whole) => Ok(()),
+            Ok(SecondCopy::Made) => {
+                self.report.copies_made += 1;
+                if self.report.copies_made > NAMED_COPIES {
+                    return Ok(());
+                }
+                let message = "the second copy of its directory was missing, and is there now";
+                self.tell(&Event::Note {
+                    object: format!("container {id}"),
+                    message: message.into(),
+                })
+            }
+            Err(error) if is_damage(&error) => {
+                let advice = "delete it, and verify makes it again";
+                self.problem("directory", &format!("container {id}"), &format!("{error}; {advice}"))
+            }
+            Err(error) => Err(error),
         }
     }
 

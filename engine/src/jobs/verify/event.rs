@@ -18,7 +18,7 @@ pub enum Event {
     /// Something is wrong.
     Problem {
         /// `store`, `key`, `incarnation`, `session`, `mark`, `manifest`, `recipe`, `journal`,
-        /// `container`, `frame`, `fingerprint`, `reference`, `index`.
+        /// `container`, `directory`, `frame`, `fingerprint`, `reference`, `index`.
         what: &'static str,
         /// The object.
         object: String,
@@ -51,6 +51,8 @@ pub struct Report {
     pub journal_entries: u64,
     /// Containers.
     pub containers: u64,
+    /// Containers whose directory's second copy was missing and was made.
+    pub copies_made: u64,
     /// Frames read, decrypted and decompressed.
     pub frames: u64,
     /// Blocks fingerprinted.

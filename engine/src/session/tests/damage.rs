@@ -239,7 +239,7 @@ fn other_container(f: &Filled) -> (String, u64, u64) {
     (object, size, frames as u64 * 32 + 16)
 }
 
-const CASES: [Case; 13] = [
+const CASES: [Case; 14] = [
     Case {
         what: "store header",
         object: |_| (names::STORE.into(), 100),
@@ -295,6 +295,15 @@ const CASES: [Case; 13] = [
             (object, size - 20)
         },
         loses: true,
+        missed: true,
+    },
+    Case {
+        what: "directory copy",
+        object: |f| {
+            let address = f.host.address_of(&f.other, 40);
+            (names::directory(address.container, 0), 90)
+        },
+        loses: false,
         missed: true,
     },
     Case {
@@ -355,7 +364,7 @@ fn one_case(case: &Case, kind: Harm) {
     let (clean, said) = host.verify();
     let silent = kind == Harm::Remove && !case.missed;
     // A second copy that is missing is made again by verify itself.
-    let healed = kind == Harm::Remove && case.what == "manifest copy";
+    let healed = kind == Harm::Remove && case.what.ends_with("copy");
     assert_eq!(clean, silent || healed, "{name}: {said}");
     let named = object.split('/').skip(1).collect::<Vec<_>>().join("-");
     let named = named.trim_end_matches("-0000");
@@ -371,6 +380,13 @@ fn one_case(case: &Case, kind: Harm) {
         Err(error) => assert!(lost && error.kind() == Kind::Damaged, "{name}: {error}"),
     }
     next_backups_are_exact(&f, &name);
+    if case.what.starts_with("container") {
+        // What the next backup stored again stands in the place of what was lost.
+        let (whole, said) = host.repair();
+        assert!(whole, "{name}: {said}");
+        host.must_restore(other, &f.images[1]);
+        host.must_be_clean();
+    }
 }
 
 /// The next backup of either VM commits, is exact, and dedups against nothing that is damaged.

@@ -314,8 +314,8 @@ impl Trailer {
         Ok(bytes)
     }
 
-    /// Reads the trailer that ends at byte `end` of object `name`. Not authenticated yet.
-    pub(crate) fn decode(bytes: &[u8], end: u64, name: &str) -> Result<Self> {
+    /// Reads a trailer of object `name`. Not authenticated yet.
+    pub(crate) fn decode(bytes: &[u8], name: &str) -> Result<Self> {
         let header = Header::decode(bytes, name)?;
         let Some(kind) =
             ContainerKind::from_object(header.kind).filter(|_| bytes.len() == TRAILER_LEN)
@@ -335,7 +335,7 @@ impl Trailer {
             frames: le32(bytes, 116),
             raw_bytes: le64(bytes, 120),
         };
-        if trailer.fits(end) {
+        if trailer.fits() {
             Ok(trailer)
         } else {
             Err(damaged(name, "its trailer contradicts itself"))
@@ -351,13 +351,13 @@ impl Trailer {
         section.open(Piece::Trailer, 0, fields, &mut tag.to_vec())
     }
 
-    fn fits(&self, end: u64) -> bool {
+    fn fits(&self) -> bool {
         let max_offset = LEAD_LEN as u32 + CONTAINER_BYTES;
         self.slots <= CONTAINER_SLOTS
             && self.frames <= CONTAINER_FRAMES
             && self.column_offset <= max_offset
             && self.table_offset == self.column_offset + column_len(self.slots)
-            && self.section_start.checked_add(self.section_len()) == Some(end)
+            && self.section_end().is_some()
     }
 
     /// Bytes of the frame table with its tag.
@@ -368,6 +368,17 @@ impl Trailer {
     /// Bytes of the whole section.
     pub(crate) fn section_len(&self) -> u64 {
         u64::from(self.table_offset) + u64::from(self.table_len()) + TRAILER_LEN as u64
+    }
+
+    /// Where the section ends in its object; `None` for an end that no object has.
+    pub(crate) fn section_end(&self) -> Option<u64> {
+        self.section_start.checked_add(self.section_len())
+    }
+
+    /// Where the directory is in the object: column, frame table, trailer.
+    pub(crate) fn directory_range(&self) -> std::ops::Range<u64> {
+        let start = self.section_start + u64::from(self.column_offset);
+        start..self.section_start + self.section_len()
     }
 
     /// Where a chunk of the column is in the object.

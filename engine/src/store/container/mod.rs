@@ -10,9 +10,11 @@
 //!            trailer 160         header again, places and sizes of the two; found by one suffix read
 //! ```
 //! A slot is for ever: rewriting makes a new generation under a new key and keeps slots.
+//! Column, table and trailer stand in an object of their own once more.
 
 mod cache;
 pub(crate) mod codec;
+mod copy;
 pub mod directory;
 mod frame;
 mod open;
@@ -21,6 +23,7 @@ mod rewrite;
 mod salvage;
 pub mod writer;
 
+pub use copy::SecondCopy;
 pub use directory::SlotState;
 pub use frame::FrameRef;
 pub use open::SlotInfo;

@@ -11,7 +11,7 @@ use super::directory::{
 use super::frame::FrameRef;
 use crate::error::{Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint, Slot};
-use crate::store::format::{Sealer, TAG_LEN, damaged};
+use crate::store::format::{Piece, Sealer, TAG_LEN, damaged};
 use crate::store::names;
 use crate::store::objects::Objects;
 
@@ -46,6 +46,20 @@ pub(crate) struct Directory {
 impl Directory {
     pub(crate) fn memory(&self) -> usize {
         self.frames.len() * size_of::<FrameEntry>() + size_of::<Directory>() + self.object.len()
+    }
+
+    /// Authenticates a chunk of the column.
+    pub(crate) fn open_chunk(&self, chunk: u32, sealed: &[u8]) -> Result<Vec<u8>> {
+        let mut bytes = sealed.to_vec();
+        let extra = Section::chunk_extra(self.trailer.slots);
+        if self.section.open(Piece::Chunk, chunk, &extra, &mut bytes) {
+            return Ok(bytes);
+        }
+        let what = format!(
+            "chunk {chunk} of container {}'s column: its authentication failed",
+            self.trailer.container
+        );
+        Err(damaged(&self.object, &what))
     }
 
     pub(crate) fn slot(&self, chunk: &[u8], slot: Slot) -> Result<SlotInfo> {
@@ -183,12 +197,15 @@ impl Finder {
     }
 
     /// The authentic trailer that ends at byte `end`.
-    fn trailer(&self, tail: &Tail<'_>, end: u64) -> Result<(Trailer, Section)> {
+    pub(super) fn trailer(&self, tail: &Tail<'_>, end: u64) -> Result<(Trailer, Section)> {
         let Some(start) = end.checked_sub(TRAILER_LEN as u64) else {
             return Err(damaged(tail.key, "it is too short for a container"));
         };
         let bytes = self.within(tail, start..end)?;
-        let trailer = Trailer::decode(&bytes, end, tail.key)?;
+        let trailer = Trailer::decode(&bytes, tail.key)?;
+        if trailer.section_end() != Some(end) {
+            return Err(damaged(tail.key, "its trailer does not end where it says"));
+        }
         let cipher = self.sealer.cipher(&trailer.header, trailer.kind.object(), tail.key)?;
         let section = Section::new(&trailer.header, cipher, trailer.container, trailer.generation);
         if !Trailer::is_authentic(&section, &bytes) {
@@ -197,7 +214,7 @@ impl Finder {
         Ok((trailer, section))
     }
 
-    fn open_section(
+    pub(super) fn open_section(
         &self,
         tail: &Tail<'_>,
         trailer: Trailer,
@@ -227,8 +244,9 @@ impl Finder {
 }
 
 /// The end of an object.
-struct Tail<'a> {
-    key: &'a str,
-    start: u64,
-    bytes: Bytes,
+pub(super) struct Tail<'a> {
+    pub(super) key: &'a str,
+    /// Where it begins in the object.
+    pub(super) start: u64,
+    pub(super) bytes: Bytes,
 }

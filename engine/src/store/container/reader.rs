@@ -447,7 +447,7 @@ impl Directories {
         self.state().forget(container);
     }
 
-    fn present(&self, container: ContainerId) -> Result<Arc<Directory>> {
+    pub(super) fn present(&self, container: ContainerId) -> Result<Arc<Directory>> {
         let missing =
             || Error::new(Kind::NotFound, format!("container {container} is not in the store"));
         self.directory(container)?.ok_or_else(missing)
@@ -540,21 +540,11 @@ impl Directories {
         let whole =
             trailer.chunk_range(chunks.start).start..trailer.chunk_range(chunks.end - 1).end;
         let bytes = self.inner.finder.objects.read(&directory.object, whole.clone())?;
-        let extra = Section::chunk_extra(trailer.slots);
         chunks
             .map(|chunk| {
                 let range = trailer.chunk_range(chunk);
-                let mut bytes = bytes
-                    [(range.start - whole.start) as usize..(range.end - whole.start) as usize]
-                    .to_vec();
-                if directory.section.open(Piece::Chunk, chunk, &extra, &mut bytes) {
-                    return Ok(bytes);
-                }
-                let what = format!(
-                    "chunk {chunk} of container {}'s column: its authentication failed",
-                    trailer.container
-                );
-                Err(damaged(&directory.object, &what))
+                let (from, to) = (range.start - whole.start, range.end - whole.start);
+                directory.open_chunk(chunk, &bytes[from as usize..to as usize])
             })
             .collect()
     }

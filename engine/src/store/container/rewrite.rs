@@ -1,6 +1,6 @@
 //! Rewriting: the next generation of a container, under a new key, with every slot in its place.
 //!
-//! Order: object durable → journal entry durable. Nothing of the older generation changes,
+//! Order: object and second copy of its directory durable → journal entry durable. Nothing of the older generation changes,
 //! and it is read until a mark names the new one; a crash before leaves an object too many.
 
 use bytes::Bytes;
@@ -142,16 +142,18 @@ impl Rewriter {
     /// When either cannot be made durable.
     pub fn finish(mut self) -> Result<(Entry, Position)> {
         self.end_frame()?;
-        write_directory(
+        let copy = write_directory(
+            &self.store,
             &mut self.writer,
-            (&self.header, &self.section),
-            (self.kind, self.store.block_size()),
+            (self.kind, &self.header, &self.section),
             &self.table,
             self.raw_bytes,
             self.states.iter().copied(),
         )?;
         let (container, generation) = (self.section.container, self.section.generation);
+        let copy = copy.finish_in_background()?;
         let stored_bytes = self.writer.finish()?;
+        copy.wait()?;
         let entry = Entry {
             container,
             generation,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::ContainerKind;
+use super::copy::Copied;
 use super::directory::{CHUNK_SLOTS, SlotState};
 use super::frame::FrameRef;
 use super::open::Directory;
@@ -14,7 +15,7 @@ use crate::store::names;
 /// A container that is open as far as it can be.
 pub struct Salvage {
     directory: Arc<Directory>,
-    /// What each slot is; `None` where the column is damaged.
+    /// What each slot is; `None` where the column is damaged, and its second copy, too.
     pub column: Vec<Option<SlotState>>,
     /// Something beside the frames is damaged: lead, frame table or column.
     pub flawed: bool,
@@ -42,48 +43,74 @@ impl Salvage {
 }
 
 impl Directories {
-    /// Opens the newest generation of a container of which anything can be opened; `None` when
-    /// none has a sound trailer: then it is not known what its slots held.
+    /// Opens the newest generation of a container of which anything can be opened: its own
+    /// directory, or the second copy; `None` when there is neither: then it is not known what its
+    /// slots held.
     ///
     /// # Errors
     /// When the store cannot be read.
     pub fn salvage(&self, container: ContainerId) -> Result<Option<Salvage>> {
         let keys = self.finder().keys(container)?;
-        let generation =
-            |key: &String| names::parse_container(key).map(|(_, generation)| generation);
-        let newest = keys.iter().filter_map(generation).max().unwrap_or(0);
-        for tolerant in [false, true] {
-            for key in &keys {
-                match self.finder().open_in(key, container, tolerant) {
-                    Ok(Some(directory)) => return self.salvaged(directory, newest).map(Some),
-                    Ok(None) => {}
-                    Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {}
-                    Err(error) => return Err(error),
-                }
+        let copies = self.finder().copies(container, &keys)?;
+        let generations = keys.iter().filter_map(|key| names::parse_container(key));
+        let generations = generations.map(|(_, generation)| generation);
+        let newest = generations.chain(copies.iter().copied()).max().unwrap_or(0);
+        if let Some(directory) = self.open_any(&keys, container, false)? {
+            return self.salvaged(directory, &keys, newest).map(Some);
+        }
+        for generation in copies {
+            let copy = sound(self.finder().open_copy(container, generation, &keys))?;
+            if let Some(Copied { directory, column }) = copy {
+                let (directory, column) = (Arc::new(directory), column.into_iter().map(Some));
+                let column = column.collect();
+                return Ok(Some(Salvage { directory, column, flawed: true, newest }));
+            }
+        }
+        let directory = self.open_any(&keys, container, true)?;
+        directory.map(|directory| self.salvaged(directory, &keys, newest)).transpose()
+    }
+
+    /// The first of these objects in which the container can be opened.
+    fn open_any(
+        &self,
+        keys: &[String],
+        container: ContainerId,
+        tolerant: bool,
+    ) -> Result<Option<Directory>> {
+        for key in keys {
+            if let Some(Some(directory)) = sound(self.finder().open_in(key, container, tolerant))? {
+                return Ok(Some(directory));
             }
         }
         Ok(None)
     }
 
-    fn salvaged(&self, directory: Directory, newest: u32) -> Result<Salvage> {
+    fn salvaged(&self, directory: Directory, keys: &[String], newest: u32) -> Result<Salvage> {
         let mut flawed = directory.frames.len() as u32 != directory.trailer.frames;
         flawed |= sound(self.check_lead_of(&directory))?.is_none();
+        let mut column = self.own_column(&directory)?;
+        if column.contains(&None) {
+            flawed = true;
+            let (container, generation) =
+                (directory.trailer.container, directory.trailer.generation);
+            let copy = sound(self.finder().open_copy(container, generation, keys))?;
+            let said = copy.into_iter().flat_map(|copy| copy.column);
+            column.iter_mut().zip(said).for_each(|(slot, said)| *slot = slot.or(Some(said)));
+        }
+        Ok(Salvage { directory: Arc::new(directory), column, flawed, newest })
+    }
+
+    /// What the container itself says of each slot; `None` where that is damaged.
+    fn own_column(&self, directory: &Directory) -> Result<Vec<Option<SlotState>>> {
         let slots = directory.trailer.slots;
         let mut column = Vec::with_capacity(slots as usize);
         for chunk in 0..directory.trailer.chunks() {
             let here = (slots - chunk * CHUNK_SLOTS).min(CHUNK_SLOTS) as usize;
-            match sound(self.read_chunks(&directory, chunk..chunk + 1))? {
-                Some(bytes) => {
-                    let bytes = bytes.first().map_or(&[][..], Vec::as_slice);
-                    column.extend((0..here).map(|n| SlotState::nth(bytes, n)));
-                }
-                None => {
-                    flawed = true;
-                    column.resize(column.len() + here, None);
-                }
-            }
+            let bytes = sound(self.read_chunks(directory, chunk..chunk + 1))?;
+            let bytes = bytes.as_ref().and_then(|chunks| chunks.first()).map_or(&[][..], |c| c);
+            column.extend((0..here).map(|n| SlotState::nth(bytes, n)));
         }
-        Ok(Salvage { directory: Arc::new(directory), column, flawed, newest })
+        Ok(column)
     }
 
     /// A frame's bytes, as they were compressed and decompressed; `None` when it is damaged.

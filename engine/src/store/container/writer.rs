@@ -103,6 +103,7 @@ struct PackedFrame {
 /// A container that is being made durable.
 struct Finished {
     finishing: Finishing,
+    copy: Finishing,
     id: ContainerId,
     raw_bytes: u64,
     fingerprints: Vec<Fingerprint>,
@@ -237,7 +238,7 @@ impl Packer {
     }
 
     fn open_container(&self) -> Result<Open> {
-        let id = self.store.journal()?.next_container()?;
+        let id = self.unused_number()?;
         let (header, cipher) = self.store.sealer().begin(self.kind.object())?;
         let mut writer = self.store.objects().writer(&names::container(id, 0))?;
         let block_size = block_size_of(self.kind, self.store.block_size());
@@ -251,6 +252,20 @@ impl Packer {
             reserved: 0,
             raw_bytes: 0,
         })
+    }
+
+    /// A number that the store has not seen. A crash before the journal entry, and a state
+    /// directory that was set back to before it, would give one out again.
+    fn unused_number(&self) -> Result<ContainerId> {
+        let objects = self.store.objects();
+        loop {
+            let id = self.store.journal()?.next_container()?;
+            if !objects.exists(&names::container(id, 0))?
+                && !objects.exists(&names::directory(id, 0))?
+            {
+                return Ok(id);
+            }
+        }
     }
 
     /// Gives the frame to the pool.
@@ -300,10 +315,10 @@ impl Packer {
         }
         let Some(mut open) = self.open.take() else { return Ok(()) };
         let states = open.fingerprints.iter().map(|fingerprint| SlotState::Present(*fingerprint));
-        write_directory(
+        let copy = write_directory(
+            &self.store,
             &mut open.writer,
-            (&open.header, &open.section),
-            (self.kind, self.store.block_size()),
+            (self.kind, &open.header, &open.section),
             &open.table,
             open.raw_bytes,
             states,
@@ -315,6 +330,7 @@ impl Packer {
             raw_bytes: open.raw_bytes,
             fingerprints: open.fingerprints,
             finishing: open.writer.finish_in_background()?,
+            copy: copy.finish_in_background()?,
         });
         Ok(())
     }
@@ -323,8 +339,9 @@ impl Packer {
     /// whatever refers to a container finds it there.
     fn settle_finishing(&mut self) -> Result<()> {
         let Some(finished) = self.finishing.take() else { return Ok(()) };
-        let Finished { finishing, id, raw_bytes, fingerprints } = finished;
+        let Finished { finishing, copy, id, raw_bytes, fingerprints } = finished;
         let stored_bytes = finishing.wait()?;
+        copy.wait()?;
         let entry = Entry {
             container: id,
             generation: 0,
@@ -389,23 +406,30 @@ impl RawFrame {
     }
 }
 
-/// Writes column, table and trailer behind the frames.
+/// Writes column, table and trailer behind the frames, and once more into their second copy,
+/// which is left to be finished.
 pub(super) fn write_directory(
+    store: &Store,
     writer: &mut ObjectWriter,
-    (header, section): (&Header, &Section),
-    (kind, block_size): (ContainerKind, u32),
+    (kind, header, section): (ContainerKind, &Header, &Section),
     table: &[FrameEntry],
     raw_bytes: u64,
     mut states: impl ExactSizeIterator<Item = SlotState>,
-) -> Result<()> {
+) -> Result<ObjectWriter> {
+    let mut copy =
+        store.objects().writer(&names::directory(section.container, section.generation))?;
     let slots = states.len() as u32;
     let column_offset = writer.written() as u32;
+    let mut write = |piece: Bytes| {
+        writer.write(piece.clone())?;
+        copy.write(piece)
+    };
     let mut piece = Vec::with_capacity(COLUMN_PIECE);
     for number in 0..slots.div_ceil(CHUNK_SLOTS) {
         let chunk = states.by_ref().take(CHUNK_SLOTS as usize);
         piece.extend_from_slice(&encode_chunk(section, number, slots, chunk)?);
         if piece.len() >= COLUMN_PIECE {
-            writer.write(Bytes::copy_from_slice(&piece))?;
+            write(Bytes::copy_from_slice(&piece))?;
             piece.clear();
         }
     }
@@ -414,7 +438,7 @@ pub(super) fn write_directory(
         kind,
         container: section.container,
         generation: section.generation,
-        block_size: block_size_of(kind, block_size),
+        block_size: block_size_of(kind, store.block_size()),
         section_start: 0,
         column_offset,
         slots,
@@ -424,7 +448,8 @@ pub(super) fn write_directory(
     };
     piece.extend_from_slice(&encode_table(section, table)?);
     piece.extend_from_slice(&trailer.encode(section)?);
-    writer.write(piece.into())
+    write(piece.into())?;
+    Ok(copy)
 }
 
 /// What a lead and a trailer say of the size of blocks.

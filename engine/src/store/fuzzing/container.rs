@@ -47,10 +47,17 @@ pub fn container(data: &[u8]) {
     if how & 4 == 0 {
         containers.extend(make_good(&mut bytes, &sealer, how & 2 != 0));
     }
-    if objects.replace(&names::container(LAST, 0), &bytes).is_err() {
+    // The object's last directory is its own second copy, too.
+    let trailer = bytes.len().checked_sub(TRAILER_LEN).map(|at| Trailer::decode(&bytes[at..], "x"));
+    let start = trailer.and_then(|trailer| trailer.ok()).map_or(0, |t| t.directory_range().start);
+    let copy = bytes.get(start as usize..).unwrap_or(&bytes);
+    if objects.replace(&names::container(LAST, 0), &bytes).is_err()
+        || objects.replace(&names::directory(LAST, 0), copy).is_err()
+    {
         return;
     }
     let directories = directories(&objects, &sealer, block_size);
+    let _ = directories.salvage(LAST);
     for container in containers {
         // Others are not there, or would be found in an object of an earlier run.
         if container.incarnation == LAST.incarnation && container.counter <= LAST.counter {
@@ -64,6 +71,7 @@ pub fn container(data: &[u8]) {
 fn read(directories: &Directories, container: ContainerId, block_size: u32) -> Result<()> {
     let Some(summary) = directories.summary(container)? else { return Ok(()) };
     let _ = directories.check_lead(container);
+    let _ = directories.ensure_copy(container);
     let mut slots = 0;
     let counted = directories.each_slot(container, |slot, _| {
         assert_eq!(u32::from(slot.0), slots);
@@ -121,7 +129,10 @@ fn make_good(bytes: &mut [u8], sealer: &Sealer, consistent: bool) -> Vec<Contain
         containers.push(section.container);
         let extra = bytes[at..end - TAG_LEN].to_vec();
         sign(&section, Piece::Trailer, 0, &extra, bytes, end - TAG_LEN..end);
-        let Ok(trailer) = Trailer::decode(&bytes[at..end], end as u64, "x") else { break };
+        let Ok(trailer) = Trailer::decode(&bytes[at..end], "x") else { break };
+        if trailer.section_end() != Some(end as u64) {
+            break;
+        }
         sign_pieces(&section, &trailer, bytes);
         end = trailer.section_start as usize;
     }

@@ -1,0 +1,132 @@
+//! The second copy of a container's directory: column, frame table and trailer once more, byte for
+//! byte, in an object of their own. It is read only where the container or its end is lost:
+//! then it alone says what the slots held, and so what to look for.
+
+use std::cmp::Reverse;
+
+use super::directory::{CHUNK_LEN, CHUNK_SLOTS, ENTRY_LEN, SlotState, TRAILER_LEN, Trailer};
+use super::open::{Directory, Finder, Tail};
+use super::reader::Directories;
+use super::{CONTAINER_FRAMES, CONTAINER_SLOTS};
+use crate::error::{Kind, Result};
+use crate::ids::ContainerId;
+use crate::store::format::{TAG_LEN, damaged};
+use crate::store::names;
+use crate::store::objects::Created;
+
+/// No directory is longer: a column of 1.4 MiB and a table of 128 KiB at most.
+const DIRECTORY_MAX: u64 = 2 << 20;
+
+const _: () = assert!(
+    CONTAINER_SLOTS.div_ceil(CHUNK_SLOTS) as usize * CHUNK_LEN
+        + CONTAINER_FRAMES as usize * ENTRY_LEN
+        + TAG_LEN
+        + TRAILER_LEN
+        < DIRECTORY_MAX as usize
+);
+
+/// What a look at a second copy came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SecondCopy {
+    /// It is there and the same.
+    Whole,
+    /// It was missing, and is there now.
+    Made,
+}
+
+/// What a second copy says.
+pub(super) struct Copied {
+    /// The directory; its frames are in the container's own object, if that is there.
+    pub(super) directory: Directory,
+    /// What each slot is.
+    pub(super) column: Vec<SlotState>,
+}
+
+impl Directories {
+    /// Compares the second copy of a container's directory with the container's own, which the
+    /// caller has just found whole; makes it if it is missing.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] when the second copy is another: it stays, as keys are never overwritten.
+    pub fn ensure_copy(&self, container: ContainerId) -> Result<SecondCopy> {
+        let directory = self.present(container)?;
+        let objects = &self.finder().objects;
+        let own = objects.read(&directory.object, directory.trailer.directory_range())?;
+        let key = names::directory(container, directory.trailer.generation);
+        let differs = || damaged(&key, "it is not what its container's directory says");
+        match objects.read_all(&key, own.len() as u64) {
+            Ok(copy) if copy == own => Ok(SecondCopy::Whole),
+            Ok(_) => Err(differs()),
+            Err(error) if error.kind() == Kind::NotFound => match objects.create(&key, own)? {
+                Created::Ours => Ok(SecondCopy::Made),
+                Created::Exists => Err(differs()),
+            },
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Finder {
+    /// The generations of which there is a second copy: first those whose container is among
+    /// `objects`, for its frames; the newest first.
+    pub(super) fn copies(&self, container: ContainerId, objects: &[String]) -> Result<Vec<u32>> {
+        let mut generations = Vec::new();
+        self.objects.list(&names::directories_of(container.incarnation), |key, _| {
+            match names::parse_directory(key) {
+                Some((found, generation)) if found == container => generations.push(generation),
+                _ => {}
+            }
+            Ok(())
+        })?;
+        generations.sort_unstable_by_key(|generation| {
+            Reverse((own_object(objects, *generation).is_some(), *generation))
+        });
+        Ok(generations)
+    }
+
+    /// A directory as its second copy has it.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`], [`Kind::Damaged`].
+    pub(super) fn open_copy(
+        &self,
+        container: ContainerId,
+        generation: u32,
+        objects: &[String],
+    ) -> Result<Copied> {
+        let key = names::directory(container, generation);
+        let bytes = self.objects.read_all(&key, DIRECTORY_MAX)?;
+        let trailer = bytes.len().checked_sub(TRAILER_LEN).map(|at| &bytes[at..]);
+        let trailer = Trailer::decode(trailer.unwrap_or_default(), &key)?;
+        let range = trailer.directory_range();
+        if range.end - range.start != bytes.len() as u64 {
+            return Err(damaged(&key, "its length is not that of the directory"));
+        }
+        let tail = Tail { key: &key, start: range.start, bytes };
+        let (trailer, section) = self.trailer(&tail, range.end)?;
+        if (trailer.container, trailer.generation) != (container, generation) {
+            return Err(damaged(&key, "it is another container's"));
+        }
+        let mut directory = self.open_section(&tail, trailer, section, false)?;
+        let mut column = Vec::with_capacity(trailer.slots as usize);
+        for chunk in 0..trailer.chunks() {
+            let place = trailer.chunk_range(chunk);
+            let sealed = (place.start - range.start) as usize..(place.end - range.start) as usize;
+            let states = directory.open_chunk(chunk, &tail.bytes[sealed])?;
+            let here = (trailer.slots - chunk * CHUNK_SLOTS).min(CHUNK_SLOTS) as usize;
+            for n in 0..here {
+                let state = SlotState::nth(&states, n);
+                column.push(state.ok_or_else(|| damaged(&key, "a slot has no known state"))?);
+            }
+        }
+        let own = own_object(objects, generation).cloned();
+        directory.object = own.unwrap_or_else(|| names::container(container, generation));
+        Ok(Copied { directory, column })
+    }
+}
+
+/// The object of a generation, among a container's objects.
+fn own_object(objects: &[String], generation: u32) -> Option<&String> {
+    let of = |key: &&String| names::parse_container(key).is_some_and(|(_, of)| of == generation);
+    objects.iter().find(of)
+}
