@@ -3,8 +3,8 @@
 //! Its `qemu-nbd` holds QEMU's locks and knows the maps. The data of a raw image need not come
 //! through a second process and a socket: that is read straight from the file.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::fs::{self, File, Metadata};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -39,9 +39,18 @@ impl ImageDisk {
         ImageDisk { export, raw: None }
     }
 
-    /// A raw one; `idle` bytes of buffers are kept for the next reads.
-    pub(super) fn raw(export: NbdDisk, file: &Path, idle: u32) -> Result<Self> {
+    /// A raw one, which the process `server` serves; `idle` bytes of buffers are kept for the next
+    /// reads. If its name is another file's by now, all of it comes through the server.
+    pub(super) fn raw(
+        export: NbdDisk,
+        file: &Path,
+        server: Option<u32>,
+        idle: u32,
+    ) -> Result<Self> {
         let opened = File::open(file).context(|| format!("cannot open {}", file.display()))?;
+        if !server.is_some_and(|server| has_open(server, &opened)) {
+            return Ok(Self::translated(export));
+        }
         // Doubles the kernel's read-ahead; where there is none nothing is lost.
         let _ = fadvise(&opened, 0, None, Advice::Sequential);
         let name = file.display().to_string().into();
@@ -108,6 +117,17 @@ impl RawFile {
     }
 }
 
+/// Whether a process of ours has this very file open.
+fn has_open(process: u32, file: &File) -> bool {
+    let (Ok(this), Ok(open)) = (file.metadata(), fs::read_dir(format!("/proc/{process}/fd")))
+    else {
+        return false;
+    };
+    let is_this = |other: Metadata| (other.dev(), other.ino()) == (this.dev(), this.ino());
+    // Following a link there leads to the open file, whatever its name is now.
+    open.flatten().any(|fd| fs::metadata(fd.path()).is_ok_and(is_this))
+}
+
 /// Reads all of `buffer`. What is behind the file's end is zero: QEMU rounds a disk up to whole
 /// sectors.
 fn fill(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
@@ -124,4 +144,30 @@ fn fill(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_took_an_images_name_is_not_taken_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, other) = (dir.path().join("image"), dir.path().join("other"));
+        fs::write(&image, b"served").unwrap();
+        fs::write(&other, b"another").unwrap();
+        let mut server = std::process::Command::new("sleep")
+            .arg("60")
+            .stdin(File::open(&image).unwrap())
+            .spawn()
+            .unwrap();
+        assert!(has_open(server.id(), &File::open(&image).unwrap()));
+        assert!(!has_open(server.id(), &File::open(&other).unwrap()));
+        fs::rename(&other, &image).unwrap();
+        assert!(!has_open(server.id(), &File::open(&image).unwrap()));
+        server.kill().unwrap();
+        server.wait().unwrap();
+        assert!(!has_open(server.id(), &File::open(&image).unwrap()));
+    }
 }

@@ -231,7 +231,10 @@ impl OpenImage {
                 // Nobody else is to connect, and a kill of us leaves no directory behind.
                 drop(dir);
                 let disk = match info.format == "raw" && !options.writable {
-                    true => ImageDisk::raw(export, &info.file, options.connect.in_flight)?,
+                    true => {
+                        let (file, idle) = (&info.file, options.connect.in_flight);
+                        ImageDisk::raw(export, file, child.id(), idle)?
+                    }
                     false => ImageDisk::translated(export),
                 };
                 Ok(OpenImage { disk, child })
