@@ -205,6 +205,17 @@ impl Planner {
         self.allocation.feed(self.probe.unwrap_or(self.open.start), map)
     }
 
+    /// Whether nothing that is known to be dirty begins between what was given out and `until`.
+    #[must_use]
+    pub fn is_clean_until(&self, until: u64) -> bool {
+        let begins = |start: u64| start >= self.position;
+        let mut forced = self.forced.iter().take_while(|range| range.start < until);
+        let mut known = self.dirty.0.iter().take_while(|extent| extent.offset < until);
+        self.dirty_until >= until.min(self.size)
+            && !forced.any(|range| begins(range.start))
+            && !known.any(|extent| extent.flags.is_dirty() && begins(extent.offset))
+    }
+
     /// How often the planner looked at something: linear in the extents and items.
     #[must_use]
     pub fn steps(&self) -> u64 {

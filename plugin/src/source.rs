@@ -6,10 +6,14 @@ use crate::error::{Error, Kind};
 use crate::extents::{BadMap, Extent, Flags, PlanInput, Planner, Step, Wanted, Work};
 use crate::nbd::wire::{self, BASE_ALLOCATION};
 use crate::nbd::{Buffer, ConnectOptions, Export, NbdError, NbdErrorKind, NbdTarget};
+use crate::scan::READ_SIZE;
 
 /// The allocation is looked up this far beyond what is needed: dirty blocks come in groups,
 /// and each look-up is a round trip.
 const ALLOCATION_AHEAD: u64 = 16 << 20;
+/// What is dirty, no longer than this and alone in what a look-up tells of is read without one: that
+/// could only save reading zeros, and scattered blocks would cost a round trip each.
+const NOT_LOOKED_UP: u64 = READ_SIZE as u64;
 
 /// A disk that does not change while it is read.
 ///
@@ -127,6 +131,13 @@ impl<'a, S: DiskSource> Scan<'a, S> {
                 Step::NeedDirty(wanted) => {
                     let map = self.source.dirty(wanted).await?;
                     self.planner.feed_dirty(map).map_err(bad_map)?;
+                }
+                Step::NeedAllocation(Wanted { from, until })
+                    if until - from <= NOT_LOOKED_UP
+                        && self.planner.is_clean_until(from.saturating_add(ALLOCATION_AHEAD)) =>
+                {
+                    let data = Extent { offset: from, length: until - from, flags: Flags(0) };
+                    self.planner.feed_allocation([data]).map_err(bad_map)?;
                 }
                 Step::NeedAllocation(Wanted { from, until }) => {
                     let ahead = from.saturating_add(ALLOCATION_AHEAD);
