@@ -22,13 +22,17 @@ use crate::qmp::recover;
 use crate::qmp::running::Lock;
 use crate::qmp::session::Session as Qemu;
 use crate::qmp::view::{self, Outcome, View, Way};
-use crate::scan::ScanDisk;
+use crate::scan::{READ_SIZE, ScanDisk};
 use crate::source::NbdDisk;
 use crate::units::human_duration;
 use crate::vms::Vm;
 
 /// Between two looks at a view that is broken.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// Bytes of reads in flight from a running VM: its QEMU answers them in the thread that serves the
+/// guest, which waits behind them. Two reads of the scan and two of the writing keep hashing busy.
+const LIVE_IN_FLIGHT: u32 = 4 * READ_SIZE;
 
 /// What an NBD context of a dirty bitmap begins with.
 const DIRTY_CONTEXT: &str = "qemu:dirty-bitmap:";
@@ -66,7 +70,8 @@ pub async fn live(
     let config = stop.unless(qemu.configuration()).await?;
     let hypervisor = format!("QEMU {}", qemu.version());
     let request = found.identity.request(found.disk_requests(), config, hypervisor);
-    let (plan, session) = stop.unless(engine.open_backup(&request)).await?;
+    let (mut plan, session) = stop.unless(engine.open_backup(&request)).await?;
+    plan.in_flight = plan.in_flight.min(LIVE_IN_FLIGHT);
     found.heed(&plan, &qemu);
     report.send(&found.message(engine, &qemu, options));
 
