@@ -18,14 +18,11 @@ use crate::extents::{Action, PlanInput, Work};
 use crate::fingerprint::FINGERPRINT_LEN;
 use crate::hash_pool::{HashPool, Hashed, MAX_JOBS, push};
 use crate::read_limit::ReadLimit;
-use crate::source::{DiskSource, Scan};
+use crate::source::{DiskSource, READ_SIZE, Scan};
 
 /// What was scanned is handed over after this time at the latest, however little it is: whoever
 /// looks at a slow scan shall see it go on.
 const SUBMIT_AFTER: Duration = Duration::from_millis(500);
-
-/// Bytes of one read: larger ones are no faster and cost QEMU's memory.
-pub const READ_SIZE: u32 = 256 << 10;
 
 /// What scanning and writing share.
 pub struct Shared {

@@ -6,8 +6,9 @@ use crate::error::{Error, Kind};
 use crate::extents::{BadMap, Extent, Flags, PlanInput, Planner, Step, Wanted, Work};
 use crate::nbd::wire::{self, BASE_ALLOCATION};
 use crate::nbd::{Buffer, ConnectOptions, Export, NbdError, NbdErrorKind, NbdTarget};
-use crate::scan::READ_SIZE;
 
+/// Bytes of one read: larger ones are no faster and cost QEMU's memory.
+pub const READ_SIZE: u32 = 256 << 10;
 /// The allocation is looked up this far beyond what is needed: dirty blocks come in groups,
 /// and each look-up is a round trip.
 const ALLOCATION_AHEAD: u64 = 16 << 20;
@@ -152,4 +153,103 @@ impl<'a, S: DiskSource> Scan<'a, S> {
 
 fn bad_map(cause: BadMap) -> NbdError {
     NbdError::new(NbdErrorKind::Protocol, "disk map", cause)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::cell::RefCell;
+    use std::ops::Range;
+
+    use super::*;
+    use crate::extents::Action;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A disk that is one hole from its middle on, and keeps what it was asked.
+    struct Asked {
+        dirty: Vec<Range<u64>>,
+        looked_up: RefCell<Vec<u64>>,
+    }
+
+    const SIZE: u64 = 256 * MIB;
+
+    impl DiskSource for Asked {
+        fn size(&self) -> u64 {
+            SIZE
+        }
+
+        async fn read(&self, _: u64, _: u32) -> Result<Buffer, NbdError> {
+            unreachable!("a scan only says what to read")
+        }
+
+        async fn allocation(&self, wanted: Wanted) -> Result<Vec<Extent>, NbdError> {
+            self.looked_up.borrow_mut().push(wanted.from);
+            let hole = Flags(wire::STATE_HOLE | wire::STATE_ZERO);
+            let (flags, end) =
+                if wanted.from < SIZE / 2 { (Flags(0), SIZE / 2) } else { (hole, SIZE) };
+            Ok(vec![Extent { offset: wanted.from, length: end - wanted.from, flags }])
+        }
+
+        async fn dirty(&self, wanted: Wanted) -> Result<Vec<Extent>, NbdError> {
+            let mut extents = Vec::new();
+            let mut at = wanted.from;
+            for range in self.dirty.iter().filter(|range| range.end > wanted.from) {
+                let clean = range.start.saturating_sub(at);
+                if clean > 0 {
+                    extents.push(Extent { offset: at, length: clean, flags: Flags(0) });
+                }
+                let from = at.max(range.start);
+                let flags = Flags(wire::STATE_DIRTY);
+                extents.push(Extent { offset: from, length: range.end - from, flags });
+                at = range.end;
+            }
+            extents.push(Extent { offset: at, length: SIZE - at, flags: Flags(0) });
+            extents.retain(|extent| extent.length > 0);
+            Ok(extents)
+        }
+    }
+
+    /// Stretches by offset and length.
+    async fn scanned(dirty: &[(u64, u64)], forced: &[(u64, u64)]) -> (Vec<Work>, Vec<u64>) {
+        let ranges = |of: &[(u64, u64)]| of.iter().map(|(at, length)| *at..at + length).collect();
+        let (dirty, forced) = (ranges(dirty), ranges(forced));
+        let disk = Asked { dirty, looked_up: RefCell::default() };
+        let input = PlanInput { size: SIZE, block_size: 4096, dirty_until: Some(SIZE), forced };
+        let mut scan = Scan::new(&disk, input).unwrap();
+        let mut items = Vec::new();
+        while let Some(item) = scan.next().await.unwrap() {
+            items.push(item);
+        }
+        (items, disk.looked_up.into_inner())
+    }
+
+    #[tokio::test]
+    async fn what_is_dirty_and_alone_is_read_without_a_look_up() {
+        // Both halves: also where a look-up would have told of a hole.
+        let dirty: Vec<_> = (0..8).map(|n| (n * 32 * MIB, 4096)).collect();
+        let (items, looked_up) = scanned(&dirty, &[]).await;
+        assert_eq!((items.len(), looked_up), (8, vec![]));
+        assert!(items.iter().all(|item| item.action == Action::Read));
+    }
+
+    #[tokio::test]
+    async fn what_has_neighbours_or_is_long_is_looked_up() {
+        let hole = SIZE / 2;
+        let near = [(hole, 4096), (hole + MIB, 4096)];
+        let (items, looked_up) = scanned(&near, &[]).await;
+        assert_eq!(looked_up, [hole]);
+        assert!(items.iter().all(|item| item.action == Action::Zero), "{items:?}");
+        let (_, looked_up) = scanned(&[(hole, 2 * MIB)], &[]).await;
+        assert_eq!(looked_up, [hole]);
+    }
+
+    #[tokio::test]
+    async fn a_forced_range_counts_as_a_neighbour() {
+        let (_, looked_up) = scanned(&[(0, 4096)], &[(MIB, 4096)]).await;
+        assert_eq!(looked_up, [0]);
+        let (_, looked_up) = scanned(&[(0, 4096)], &[(64 * MIB, 4096)]).await;
+        assert!(looked_up.is_empty());
+    }
 }

@@ -8,8 +8,8 @@ use bytes::Bytes;
 use crate::engine::{BackupSession, DiskIndex, Grant};
 use crate::error::{Context, Error, Kind, Result};
 use crate::nbd::Buffer;
-use crate::scan::{AbortOnDrop, READ_SIZE, Shared};
-use crate::source::DiskSource;
+use crate::scan::{AbortOnDrop, Shared};
+use crate::source::{DiskSource, READ_SIZE};
 
 /// Serves grants until everything is settled.
 ///

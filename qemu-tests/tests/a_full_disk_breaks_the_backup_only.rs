@@ -195,9 +195,12 @@ fn a_store_that_became_read_only() -> Result {
     fixture.start_engine()?;
     let (first, second) = (image_of(&fixture, 1)?, image_of(&fixture, 2)?);
     let kept = backs_up(&fixture, &first)?;
+    // As in a store that was written before there were second copies.
+    fs::remove_dir_all(fixture.store().join("directories"))?;
     medium.remount("ro")?;
     says(&start(&fixture, &second, &[])?.finish(LONG)?.code(1)?, &["read-only"]);
     restores(&fixture, &kept, &first)?;
+    says(&fixture.verify()?, &["the second copy of its directory is missing, and stays so"]);
     lives(&mut fixture)?;
     medium.remount("rw")?;
     let snapshot = backs_up(&fixture, &second)?;

@@ -22,8 +22,8 @@ use crate::qmp::recover;
 use crate::qmp::running::Lock;
 use crate::qmp::session::Session as Qemu;
 use crate::qmp::view::{self, Outcome, View, Way};
-use crate::scan::{READ_SIZE, ScanDisk};
-use crate::source::NbdDisk;
+use crate::scan::ScanDisk;
+use crate::source::{NbdDisk, READ_SIZE};
 use crate::units::human_duration;
 use crate::vms::Vm;
 

@@ -23,8 +23,8 @@ use crate::hash_pool::HashPool;
 use crate::progress::Report;
 use crate::qmp::view::Freeze;
 use crate::read_limit::ReadLimit;
-use crate::scan::{READ_SIZE, ScanDisk, Shared, depth_of, scan};
-use crate::source::DiskSource;
+use crate::scan::{ScanDisk, Shared, depth_of, scan};
+use crate::source::{DiskSource, READ_SIZE};
 use crate::write::write;
 
 pub use live::live;

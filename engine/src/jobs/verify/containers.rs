@@ -178,7 +178,10 @@ impl Verifier<'_> {
                         self.damaged(id, 0, 0, &error.to_string())?;
                     }
                 }
-                self.check_copy(id)?;
+                if must {
+                    // One that nothing names yet may be under way: its second copy is, too.
+                    self.check_copy(id)?;
+                }
                 self.check_frames(id, &mut slots)?;
                 self.take_back(id, &slots, lead.is_ok())?;
                 self.hand_on_sound(id, &slots)?;
@@ -203,14 +206,14 @@ impl Verifier<'_> {
             Ok(SecondCopy::Whole) => Ok(()),
             Ok(SecondCopy::Made) => {
                 self.report.copies_made += 1;
-                if self.report.copies_made > NAMED_COPIES {
-                    return Ok(());
-                }
                 let message = "the second copy of its directory was missing, and is there now";
-                self.tell(&Event::Note {
-                    object: format!("container {id}"),
-                    message: message.into(),
-                })
+                self.note_copy(id, self.report.copies_made, message.into())
+            }
+            Ok(SecondCopy::Missing(error)) => {
+                self.report.copies_missing += 1;
+                let message =
+                    format!("the second copy of its directory is missing, and stays so: {error}");
+                self.note_copy(id, self.report.copies_missing, message)
             }
             Err(error) if is_damage(&error) => {
                 let advice = "delete it, and verify makes it again";
@@ -218,6 +221,13 @@ impl Verifier<'_> {
             }
             Err(error) => Err(error),
         }
+    }
+
+    fn note_copy(&mut self, id: ContainerId, so_many: u64, message: String) -> Result<()> {
+        if so_many > NAMED_COPIES {
+            return Ok(());
+        }
+        self.tell(&Event::Note { object: format!("container {id}"), message })
     }
 
     /// The directory: frame table, and the whole fingerprint column.

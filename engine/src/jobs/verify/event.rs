@@ -53,6 +53,8 @@ pub struct Report {
     pub containers: u64,
     /// Containers whose directory's second copy was missing and was made.
     pub copies_made: u64,
+    /// Containers whose directory's second copy is missing and could not be made.
+    pub copies_missing: u64,
     /// Frames read, decrypted and decompressed.
     pub frames: u64,
     /// Blocks fingerprinted.

@@ -8,7 +8,7 @@ use super::directory::{CHUNK_LEN, CHUNK_SLOTS, ENTRY_LEN, SlotState, TRAILER_LEN
 use super::open::{Directory, Finder, Tail};
 use super::reader::Directories;
 use super::{CONTAINER_FRAMES, CONTAINER_SLOTS};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::ids::ContainerId;
 use crate::store::format::{TAG_LEN, damaged};
 use crate::store::names;
@@ -26,12 +26,14 @@ const _: () = assert!(
 );
 
 /// What a look at a second copy came to.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub enum SecondCopy {
     /// It is there and the same.
     Whole,
     /// It was missing, and is there now.
     Made,
+    /// It is missing, and this kept it from being made: nothing is lost by that yet.
+    Missing(Error),
 }
 
 /// What a second copy says.
@@ -57,9 +59,10 @@ impl Directories {
         match objects.read_all(&key, own.len() as u64) {
             Ok(copy) if copy == own => Ok(SecondCopy::Whole),
             Ok(_) => Err(differs()),
-            Err(error) if error.kind() == Kind::NotFound => match objects.create(&key, own)? {
-                Created::Ours => Ok(SecondCopy::Made),
-                Created::Exists => Err(differs()),
+            Err(error) if error.kind() == Kind::NotFound => match objects.create(&key, own) {
+                Ok(Created::Ours) => Ok(SecondCopy::Made),
+                Ok(Created::Exists) => Err(differs()),
+                Err(error) => Ok(SecondCopy::Missing(error)),
             },
             Err(error) => Err(error),
         }
@@ -113,9 +116,7 @@ impl Finder {
             let place = trailer.chunk_range(chunk);
             let sealed = (place.start - range.start) as usize..(place.end - range.start) as usize;
             let states = directory.open_chunk(chunk, &tail.bytes[sealed])?;
-            let here = (trailer.slots - chunk * CHUNK_SLOTS).min(CHUNK_SLOTS) as usize;
-            for n in 0..here {
-                let state = SlotState::nth(&states, n);
+            for state in trailer.states(chunk, &states) {
                 column.push(state.ok_or_else(|| damaged(&key, "a slot has no known state"))?);
             }
         }

@@ -394,6 +394,17 @@ impl Trailer {
     pub(crate) fn chunks(&self) -> u32 {
         self.slots.div_ceil(CHUNK_SLOTS)
     }
+
+    /// What a chunk's bytes say of each of its slots; `None` where they end early or say what this
+    /// version does not know.
+    pub(crate) fn states(
+        &self,
+        chunk: u32,
+        bytes: &[u8],
+    ) -> impl Iterator<Item = Option<SlotState>> {
+        let here = (self.slots - chunk * CHUNK_SLOTS).min(CHUNK_SLOTS) as usize;
+        (0..here).map(move |n| SlotState::nth(bytes, n))
+    }
 }
 
 /// Bytes of a chunk of so many slots; only the last one is shorter than [`CHUNK_LEN`].

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::ContainerKind;
 use super::copy::Copied;
-use super::directory::{CHUNK_SLOTS, SlotState};
+use super::directory::SlotState;
 use super::frame::FrameRef;
 use super::open::Directory;
 use super::reader::Directories;
@@ -102,13 +102,12 @@ impl Directories {
 
     /// What the container itself says of each slot; `None` where that is damaged.
     fn own_column(&self, directory: &Directory) -> Result<Vec<Option<SlotState>>> {
-        let slots = directory.trailer.slots;
-        let mut column = Vec::with_capacity(slots as usize);
-        for chunk in 0..directory.trailer.chunks() {
-            let here = (slots - chunk * CHUNK_SLOTS).min(CHUNK_SLOTS) as usize;
+        let trailer = &directory.trailer;
+        let mut column = Vec::with_capacity(trailer.slots as usize);
+        for chunk in 0..trailer.chunks() {
             let bytes = sound(self.read_chunks(directory, chunk..chunk + 1))?;
             let bytes = bytes.as_ref().and_then(|chunks| chunks.first()).map_or(&[][..], |c| c);
-            column.extend((0..here).map(|n| SlotState::nth(bytes, n)));
+            column.extend(trailer.states(chunk, bytes));
         }
         Ok(column)
     }

@@ -329,8 +329,8 @@ impl Packer {
             id: open.section.container,
             raw_bytes: open.raw_bytes,
             fingerprints: open.fingerprints,
-            finishing: open.writer.finish_in_background()?,
             copy: copy.finish_in_background()?,
+            finishing: open.writer.finish_in_background()?,
         });
         Ok(())
     }
