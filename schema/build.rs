@@ -1,9 +1,11 @@
-//! Generates the Rust side of the protocol.
+//! Generates the Rust side of the protocols.
 
 fn main() {
-    println!("cargo:rerun-if-changed=engine.capnp");
-    if let Err(error) = capnpc::CompilerCommand::new().file("engine.capnp").run() {
-        eprintln!("cannot compile engine.capnp: {error}\nIs `capnp` installed? ci/setup does it.");
-        std::process::exit(1);
+    for schema in ["engine.capnp", "peer.capnp"] {
+        println!("cargo:rerun-if-changed={schema}");
+        if let Err(error) = capnpc::CompilerCommand::new().file(schema).run() {
+            eprintln!("cannot compile {schema}: {error}\nIs `capnp` installed? ci/setup does it.");
+            std::process::exit(1);
+        }
     }
 }

@@ -6,6 +6,8 @@ use crate::store::StoreBudget;
 /// What a session's two packers hold: fingerprints of an open and a closing container, and
 /// two frames on the pool, each compressed and not.
 const PACKERS: usize = 640 << 10;
+/// What waits for other hosts; the rest of their fixed part is for links and frames on their way.
+const PEERS: usize = 2 << 20;
 /// However much memory there is: each session is a thread.
 const MAX_SESSIONS: usize = 64;
 /// Below this the shares no longer hold their fixed parts.
@@ -29,6 +31,8 @@ pub struct Budget {
     pub session_sort: usize,
     /// Backups that may run at once; more wait before their point in time.
     pub sessions: usize,
+    /// What waits for other hosts, all of them together.
+    pub peers: usize,
 }
 
 impl Budget {
@@ -55,6 +59,7 @@ impl Budget {
             messages: share(2),
             session_sort: (share(2) / sessions).max(64 << 10),
             sessions,
+            peers: PEERS,
         })
     }
 }

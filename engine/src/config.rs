@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::budget::Budget;
+use crate::cluster::map::{Member, PartitionMap};
 use crate::detect::MAX_PARTITION_BITS;
 use crate::error::{Context, Error, Kind, Result};
+use crate::ids::HostId;
 
 /// Where the configuration is looked for.
 pub const DEFAULT_CONFIG: &str = "/etc/fleece/engine.toml";
@@ -41,6 +43,64 @@ pub struct Config {
     /// User ids, besides root and the engine's own, that may use the socket.
     #[serde(default)]
     pub allowed_uids: Vec<u32>,
+    /// The other hosts; none: this engine answers for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<ClusterConfig>,
+}
+
+/// Hosts that answer for a part of the fingerprints each. They share the store and its key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClusterConfig {
+    /// This host's name among them, which its certificate proves.
+    pub name: String,
+    /// What `fleecectl cluster invite` made for this host: its certificate and key, and the CA's certificate (mode 0400).
+    pub identity: PathBuf,
+    /// Where to listen, if not at the address in the list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<String>,
+    /// All hosts, this one too; the same list on each of them.
+    #[serde(rename = "static")]
+    pub hosts: Vec<HostConfig>,
+}
+
+/// A host of the list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostConfig {
+    /// Its name.
+    pub name: String,
+    /// Its host and port.
+    pub address: String,
+    /// Its share beside the others'.
+    #[serde(default = "default_capacity")]
+    pub capacity: u32,
+}
+
+impl ClusterConfig {
+    /// The partition map, and this host's number in it.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`] when the list is no cluster, or this host is not in it.
+    pub fn map(&self) -> Result<(PartitionMap, HostId)> {
+        let member = |host: &HostConfig| Member {
+            name: host.name.clone(),
+            address: host.address.clone(),
+            capacity: host.capacity,
+        };
+        let map = PartitionMap::new(self.hosts.iter().map(member).collect())?;
+        match map.host(&self.name) {
+            Some(us) => Ok((map, us)),
+            None => {
+                let what = format!("cluster.name is {}, which is not in cluster.static", self.name);
+                Err(Error::new(Kind::Usage, what))
+            }
+        }
+    }
+}
+
+fn default_capacity() -> u32 {
+    1
 }
 
 fn default_socket() -> PathBuf {
@@ -76,6 +136,7 @@ impl Config {
             compression_level: default_level(),
             partition_bits: default_partition_bits(),
             allowed_uids: Vec::new(),
+            cluster: None,
         }
     }
 
@@ -118,6 +179,9 @@ impl Config {
                     self.partition_bits
                 ),
             ));
+        }
+        if let Some(cluster) = &self.cluster {
+            cluster.map()?;
         }
         self.budget().map(|_| ())
     }

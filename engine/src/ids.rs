@@ -183,9 +183,32 @@ impl fmt::Debug for SnapshotId {
     }
 }
 
-/// A session of this engine process; never reused within it.
+/// A host of a cluster: its place in the partition map. A host that is alone is number 0.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct HostId(pub u16);
+
+/// A session of an engine process; never reused within it. In the upper 8 bits its host.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct SessionId(pub u32);
+
+impl SessionId {
+    /// Bits of a session's number on its host.
+    const NUMBER: u32 = 24;
+    /// No session.
+    pub const NOBODY: SessionId = SessionId(u32::MAX);
+
+    /// The session of a host with this number, of which the lower 24 bits count.
+    #[must_use]
+    pub fn on(host: HostId, number: u32) -> Self {
+        SessionId(u32::from(host.0) << Self::NUMBER | number & ((1 << Self::NUMBER) - 1))
+    }
+
+    /// Where it lives.
+    #[must_use]
+    pub fn host(self) -> HostId {
+        HostId((self.0 >> Self::NUMBER) as u16)
+    }
+}
 
 /// The number of a request within its session; ascends in disk order within a window.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

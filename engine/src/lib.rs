@@ -1,6 +1,7 @@
 //! The per-host engine of Fleece: it knows blocks and nothing of QEMU.
 
 pub mod budget;
+pub mod cluster;
 pub mod config;
 pub mod damage;
 pub mod detect;
@@ -14,6 +15,7 @@ pub mod jobs;
 pub mod memory;
 pub mod owner;
 pub mod pool;
+pub mod routing;
 pub mod rpc;
 pub mod session;
 pub mod sort;

@@ -8,10 +8,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
-use crate::detect::{Detector, JournalPosition, Partition, Rebuild, Rebuilt};
+use crate::detect::{Detector, JournalPosition, Partition, Rebuild, Rebuilt, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, Fingerprint, Sequence, SessionId};
-use crate::session::answers::Answers;
 
 /// Commands that wait for the owner: a batch of requests is at most 160 KiB, so this
 /// bounds what waits to a few MiB.
@@ -26,18 +25,35 @@ const PASS_TRIES: u32 = 5;
 const EXPORT_ENTRIES: usize = 4096;
 
 /// How a session hears that it has new answers; must not block.
-pub type Wake = Box<dyn Fn() + Send>;
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// A session that asks, here or on another host. The owner calls it from its thread: nothing here
+/// may wait.
+pub trait Asker: Send + Sync {
+    /// Takes an answer.
+    ///
+    /// # Errors
+    /// When it cannot be kept: the session fails alone.
+    fn answer(&self, sequence: Sequence, verdict: &Verdict) -> Result<()>;
+    /// There are no more answers, and why.
+    fn fail(&self, error: &Error);
+    /// A pass has answered.
+    fn answered(&self);
+    /// Blocks were sealed or a session ended, for the `progress`th time.
+    fn advanced(&self, progress: u64);
+}
 
 /// Brings an index up to the store's journals.
 pub type Refill = Box<dyn FnMut(&mut Detector) -> Result<()> + Send>;
 
 enum Command {
-    Register { session: SessionId, answers: Arc<Answers>, wake: Wake },
+    Register { session: SessionId, asker: Arc<dyn Asker> },
     Ask { session: SessionId, requests: Vec<(Fingerprint, Sequence)> },
     Release { session: SessionId, grants: Vec<(Fingerprint, Sequence)> },
     Waiting { session: SessionId, waiting: bool },
     Learn { entries: Vec<(Fingerprint, Address)>, position: JournalPosition },
     Withdraw { session: SessionId },
+    Refill,
     Entries { partition: Partition, after: Option<Fingerprint>, reply: Sender<Result<Vec<Entry>>> },
     Rebuild { reply: Sender<Result<Rebuild>> },
     Install { rebuilt: Rebuilt, reply: Sender<Result<()>> },
@@ -114,12 +130,12 @@ impl Owner {
         self.commands.send(command).map_err(|_| stopped())
     }
 
-    /// A session begins: its answers go to `answers`.
+    /// A session begins.
     ///
     /// # Errors
     /// When the engine is ending.
-    pub fn register(&self, session: SessionId, answers: Arc<Answers>, wake: Wake) -> Result<()> {
-        self.send(Command::Register { session, answers, wake })
+    pub fn register(&self, session: SessionId, asker: Arc<dyn Asker>) -> Result<()> {
+        self.send(Command::Register { session, asker })
     }
 
     /// Asks about blocks.
@@ -158,6 +174,14 @@ impl Owner {
     pub fn withdraw(&self, session: SessionId) {
         // An owner that is gone holds no grants.
         let _ = self.send(Command::Withdraw { session });
+    }
+
+    /// Brings the index up to the journals: another host may have said less than they do.
+    ///
+    /// # Errors
+    /// When the engine is ending.
+    pub fn refill(&self) -> Result<()> {
+        self.send(Command::Refill)
     }
 
     /// Up to 4096 entries of a partition, ascending, after a fingerprint; empty at the end.
@@ -218,7 +242,7 @@ fn stopped() -> Error {
 
 struct OwnerThread {
     detector: Detector,
-    sessions: HashMap<SessionId, (Arc<Answers>, Wake)>,
+    sessions: HashMap<SessionId, Arc<dyn Asker>>,
     waiting: HashSet<SessionId>,
     figures: Arc<Figures>,
     failed_passes: u32,
@@ -307,10 +331,7 @@ impl OwnerThread {
 
     /// A disk that is full may stay so: backups fail rather than wait for it.
     fn fail_all(&mut self, error: &Error) {
-        for (answers, wake) in self.sessions.values() {
-            answers.fail(error);
-            wake();
-        }
+        self.sessions.values().for_each(|asker| asker.fail(error));
     }
 
     fn pass(&mut self, partition: Partition) -> Result<()> {
@@ -320,18 +341,18 @@ impl OwnerThread {
             partition,
             &|session| sessions.contains_key(&session),
             &mut |session, sequence, verdict| {
-                let Some((answers, _)) = sessions.get(&session) else { return Ok(()) };
+                let Some(asker) = sessions.get(&session) else { return Ok(()) };
                 touched.insert(session);
                 // A session that cannot take its answers fails alone; the pass goes on.
-                if let Err(error) = answers.put(sequence, &verdict) {
-                    answers.fail(&error);
+                if let Err(error) = asker.answer(sequence, &verdict) {
+                    asker.fail(&error);
                 }
                 Ok(())
             },
         )?;
         for session in touched {
-            if let Some((_, wake)) = self.sessions.get(&session) {
-                wake();
+            if let Some(asker) = self.sessions.get(&session) {
+                asker.answered();
             }
         }
         Ok(())
@@ -339,8 +360,8 @@ impl OwnerThread {
 
     fn obey(&mut self, command: Command) {
         let outcome = match command {
-            Command::Register { session, answers, wake } => {
-                self.sessions.insert(session, (answers, wake));
+            Command::Register { session, asker } => {
+                self.sessions.insert(session, asker);
                 Ok(())
             }
             Command::Ask { session, requests } => {
@@ -377,6 +398,10 @@ impl OwnerThread {
                 self.advanced();
                 Ok(())
             }
+            Command::Refill => {
+                self.refill_at = Some(Instant::now());
+                Ok(())
+            }
             Command::Entries { partition, after, reply } => {
                 let _ = reply.send(self.entries(partition, after));
                 Ok(())
@@ -399,9 +424,8 @@ impl OwnerThread {
 
     /// A session whose questions are lost would wait for ever.
     fn fail_if(&self, session: SessionId, outcome: Result<()>) -> Result<()> {
-        if let (Err(error), Some((answers, wake))) = (&outcome, self.sessions.get(&session)) {
-            answers.fail(error);
-            wake();
+        if let (Err(error), Some(asker)) = (&outcome, self.sessions.get(&session)) {
+            asker.fail(error);
         }
         outcome
     }
@@ -417,10 +441,8 @@ impl OwnerThread {
     }
 
     fn advanced(&self) {
-        self.figures.progress.fetch_add(1, Ordering::Release);
-        for (_, wake) in self.sessions.values() {
-            wake();
-        }
+        let progress = self.figures.progress.fetch_add(1, Ordering::Release);
+        self.sessions.values().for_each(|asker| asker.advanced(progress));
     }
 }
 

@@ -4,15 +4,23 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::config::Config;
+use tokio::sync::Notify;
+
+use crate::budget::Budget;
+use crate::cluster::map::PartitionMap;
+use crate::cluster::{Cluster, Instance};
+use crate::config::{ClusterConfig, Config};
 use crate::damage::Damage;
 use crate::detect::{DetectOptions, Detector};
 use crate::error::{Context as _, Result};
+use crate::ids::{Fingerprint, HostId};
 use crate::owner::Owner;
+use crate::routing::Owners;
 use crate::session::Context;
 use crate::session::event::Event;
 use crate::session::registry::Registry;
 use crate::store::commit::Manifests;
+use crate::store::format::random;
 use crate::store::keys::StoreKey;
 use crate::store::{Location, Store, StoreOptions};
 use crate::upkeep;
@@ -25,6 +33,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Started {
     /// What sessions and calls work with.
     pub context: Context,
+    /// Rung when something waits for another host, by its number.
+    pub bells: Vec<Arc<Notify>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -62,32 +72,65 @@ pub fn start(config: &Config) -> Result<Started> {
     let mut options = DetectOptions::new(store.id());
     options.partition_bits = config.partition_bits;
     options.pass_memory = budget.pass;
+    let place = config.cluster.as_ref().map(ClusterConfig::map).transpose()?;
+    options.map_epoch = place.as_ref().map_or(0, |(map, _)| map.epoch());
     let (mut detector, report) = Detector::open(&state.join("index"), options)?;
     if let Some(reason) = &report.set_aside {
         eprintln!("fleece-engine: the index is built anew from the store: {reason}");
     }
-    upkeep::refill(&store, &mut detector, &report.watermark)?;
+    let owns = ownership(place.clone());
+    upkeep::refill(&store, &mut detector, &report.watermark, &owns)?;
     let refilled = store.clone();
     let refill = move |detector: &mut Detector| {
         let watermark = detector.watermark();
-        upkeep::refill(&refilled, detector, &watermark)
+        upkeep::refill(&refilled, detector, &watermark, &owns)
     };
     let (owner, thread) = Owner::start(detector, Box::new(refill))?;
+    let mut bells = Vec::new();
+    let (owners, registry) = match place {
+        Some(place) => join(place, (&owner, &budget, &work_dir), &mut bells)?,
+        None => (Owners::alone(owner), Arc::default()),
+    };
     let damage = Arc::new(Damage::load(&store)?);
     let manifests = Manifests::new(store.objects().clone(), store.sealer().clone(), &work_dir);
     let context = Context {
         store,
         manifests,
         damage,
-        owner,
-        registry: Arc::new(Registry::default()),
+        owners,
+        registry,
         budget,
         work_dir,
         host: host_name(),
         rebuilding: Arc::default(),
         patience: PATIENCE,
     };
-    Ok(Started { context, thread: Some(thread) })
+    Ok(Started { context, thread: Some(thread), bells })
+}
+
+/// Tells what this host answers for.
+fn ownership(place: Option<(PartitionMap, HostId)>) -> impl Fn(&Fingerprint) -> bool + Send {
+    move |fingerprint| place.as_ref().is_none_or(|(map, us)| map.owner(fingerprint) == *us)
+}
+
+/// This host among the others of the map.
+fn join(
+    (map, us): (PartitionMap, HostId),
+    (owner, budget, work_dir): (&Owner, &Budget, &Path),
+    bells: &mut Vec<Arc<Notify>>,
+) -> Result<(Owners, Arc<Registry>)> {
+    // Others may still know sessions of a process before this one: seconds are not counted twice.
+    let first = jiff::Timestamp::now().as_second() as u32;
+    let registry = Arc::new(Registry::on(us, first));
+    let instance = Instance(u64::from_le_bytes(random()?));
+    bells.extend(map.members().iter().map(|_| Arc::new(Notify::new())));
+    let ready = |host: HostId| -> Box<dyn Fn() + Send + Sync> {
+        let bell = bells.get(usize::from(host.0)).cloned().unwrap_or_default();
+        Box::new(move || bell.notify_one())
+    };
+    let parts = (owner.clone(), Arc::clone(&registry));
+    let cluster = Cluster::new(map, us, instance, parts, (work_dir, budget.peers), ready);
+    Ok((Owners::among(owner.clone(), cluster), registry))
 }
 
 impl Started {
@@ -108,7 +151,7 @@ impl Started {
 
     /// Ends the owner: what it learned is written out.
     pub fn stop(mut self) {
-        self.context.owner.stop();
+        self.context.owners.here().stop();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

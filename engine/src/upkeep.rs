@@ -74,13 +74,19 @@ pub fn register_reader(context: &Context, manifest: &Manifest, lease: Duration) 
     })
 }
 
-/// Learns what the journals list after the index's watermark.
+/// Learns what the journals list after the index's watermark, and what this host `owns` of it.
 ///
 /// # Errors
 /// When the journals cannot be read or the index cannot be written. A damaged container
 /// is passed over: nothing is deduplicated against it.
-pub fn refill(store: &Store, detector: &mut Detector, after: &Watermark) -> Result<()> {
+pub fn refill(
+    store: &Store,
+    detector: &mut Detector,
+    after: &Watermark,
+    owns: &dyn Fn(&Fingerprint) -> bool,
+) -> Result<()> {
     each_container(store, after, &mut |position, mut entries| {
+        entries.retain(|(fingerprint, _)| owns(fingerprint));
         detector.learn(&mut entries, crate::session::position(position))?;
         while detector.maintain()? {}
         Ok(())
@@ -93,10 +99,12 @@ pub fn refill(store: &Store, detector: &mut Detector, after: &Watermark) -> Resu
 /// When the journals cannot be read or the index cannot be written.
 pub fn rebuild_index(context: &Context, emit: Emit<'_>) -> Result<u64> {
     let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
-    let mut rebuild = context.owner.begin_rebuild()?;
+    let mut rebuild = context.owners.here().begin_rebuild()?;
     let (store, damage) = (&context.store, context.damage.map());
-    let read =
-        each_entry(store, &damage, &context.work_dir, &[], &mut |entries| rebuild.feed(entries))?;
+    let read = each_entry(store, &damage, &context.work_dir, &[], &mut |entries| {
+        let ours = entries.iter().filter(|(fingerprint, _)| context.owners.owns(fingerprint));
+        rebuild.feed(&ours.copied().collect::<Vec<_>>())
+    })?;
     for problem in &read.problems {
         let line = serde_json::json!({ "message_type": "problem", "message": problem });
         emit(line.to_string())?;
@@ -107,7 +115,7 @@ pub fn rebuild_index(context: &Context, emit: Emit<'_>) -> Result<u64> {
     }
     let rebuilt = rebuild.build(watermark)?;
     let entries = rebuilt.entries();
-    context.owner.install(rebuilt)?;
+    context.owners.here().install(rebuilt)?;
     Ok(entries)
 }
 
@@ -126,7 +134,7 @@ pub fn repair(context: &Context, dry_run: bool, now_ms: i64, emit: Emit<'_>) -> 
     let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
     let options = repair::Options { dry_run, scratch: context.work_dir.clone(), now_ms };
     let mut say = |event: &repair::Event| emit(line(event)?);
-    let mut recorded = |at, entries| context.owner.learn(entries, crate::session::position(at));
+    let mut recorded = |at, entries| context.owners.learn(entries, crate::session::position(at));
     let report = repair::repair(&context.store, &options, &mut say, &mut recorded);
     context.damage.reload(&context.store)?;
     Ok(report?.whole())
@@ -161,7 +169,8 @@ pub fn verify(
     let mut index = IndexCheck::new(context, &say)?;
     let report =
         verify::verify(&context.store, &options, &mut |event| say(event), &mut |entries| {
-            entries.iter().try_for_each(|entry| index.compare(entry))
+            let ours = entries.iter().filter(|(fingerprint, _)| context.owners.owns(fingerprint));
+            ours.into_iter().try_for_each(|entry| index.compare(entry))
         })?;
     let index_clean = index.finish()?;
     context.damage.reload(&context.store)?;
@@ -203,10 +212,10 @@ impl<'c> IndexCheck<'c> {
     /// Takes the index as it is now; containers sealed later are not missed.
     fn new(context: &Context, say: &'c dyn Fn(&Event) -> Result<()>) -> Result<Self> {
         let mut sorter = Sorter::new(&context.work_dir, context.budget.pass / 4);
-        for partition in (0..context.owner.partitions()).map(Partition) {
+        for partition in (0..context.owners.here().partitions()).map(Partition) {
             let mut after = None;
             loop {
-                let entries = context.owner.entries_after(partition, after)?;
+                let entries = context.owners.here().entries_after(partition, after)?;
                 let Some((last, _)) = entries.last() else { break };
                 after = Some(*last);
                 for entry in &entries {

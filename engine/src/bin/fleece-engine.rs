@@ -153,10 +153,39 @@ async fn listen(config: &Config, started: &start::Started) -> Result<()> {
         allowed_uids: config.allowed_uids.clone(),
         store_name: config.store.clone(),
     };
-    rpc::serve(Rc::new(services), &config.socket, stopped).await.map_err(|error| {
-        match error.kind() {
-            Kind::Failed => Error::caused(Kind::Failed, "the engine cannot serve", error),
-            _ => error,
+    let peers = keep_peers(config, started)?;
+    let served = async {
+        tokio::select! {
+            served = rpc::serve(Rc::new(services), &config.socket, stopped) => served,
+            ended = peers => ended,
+        }
+    };
+    served.await.map_err(|error| match error.kind() {
+        Kind::Failed => Error::caused(Kind::Failed, "the engine cannot serve", error),
+        _ => error,
+    })
+}
+
+/// The links to the other hosts, if there are any.
+fn keep_peers(
+    config: &Config,
+    started: &start::Started,
+) -> Result<impl Future<Output = Result<()>>> {
+    let context = &started.context;
+    let peers = match (context.owners.cluster(), &config.cluster) {
+        (Some(cluster), Some(settings)) => {
+            let us = &cluster.map().members()[usize::from(cluster.us().0)];
+            let listen = settings.listen.as_ref().unwrap_or(&us.address).clone();
+            let (cluster, store) = (Arc::clone(cluster), context.store.id());
+            Some((rpc::Peers::start(cluster, store, &settings.identity)?, listen))
+        }
+        _ => None,
+    };
+    let bells = started.bells.clone();
+    Ok(async move {
+        match peers {
+            Some((peers, listen)) => peers.run(&listen, &bells).await,
+            None => std::future::pending().await,
         }
     })
 }

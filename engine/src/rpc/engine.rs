@@ -260,7 +260,7 @@ impl engine::Server for EngineServer {
         let reading = context.clone();
         let usage = blocking(move || usage(&reading.store, &reading.manifests)).await?;
         let store = &context.store;
-        let figures = context.owner.figures();
+        let figures = context.owners.figures();
         let unique = figures.unique_blocks.load(std::sync::atomic::Ordering::Relaxed);
         let mut status = results.get().init_status();
         status.set_logical_bytes(usage.logical_bytes);

@@ -12,8 +12,11 @@ mod flow;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod image;
+mod peers;
 mod server;
+mod tls;
 
+pub use peers::Peers;
 pub use server::{Services, serve};
 
 use crate::error::{Error, Kind};

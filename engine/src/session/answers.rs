@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::detect::Verdict;
 use crate::error::{Error, Kind, Result};
-use crate::ids::{Address, Sequence, SessionId};
+use crate::ids::{Address, HostId, Sequence, SessionId};
 use crate::sort::{Sorted, Sorter};
 
 /// sequence (big endian), tag, address or session and sequence
@@ -23,15 +23,36 @@ const SAME_AS: u8 = 2;
 pub struct Answers {
     dir: PathBuf,
     run_bytes: usize,
-    sheets: Mutex<VecDeque<Sheet>>,
+    sheets: Mutex<Sheets>,
     failure: Mutex<Option<Error>>,
+}
+
+#[derive(Default)]
+struct Sheets {
+    open: VecDeque<Sheet>,
+    /// Hosts from which no answers come any more.
+    cut: Vec<HostId>,
 }
 
 struct Sheet {
     /// The window's first sequence; it reaches to the next sheet's.
     first: u64,
     answered: u64,
+    /// How much other hosts were asked in this round, and have answered.
+    elsewhere: Vec<Elsewhere>,
     sorter: Sorter<RECORD>,
+}
+
+struct Elsewhere {
+    host: HostId,
+    asked: u64,
+    answered: u64,
+}
+
+impl Sheets {
+    fn at(&mut self, sequence: Sequence) -> Option<&mut Sheet> {
+        self.open.iter_mut().rev().find(|sheet| sheet.first <= sequence.0)
+    }
 }
 
 impl Answers {
@@ -41,7 +62,7 @@ impl Answers {
         Answers { dir: dir.into(), run_bytes, sheets: Mutex::default(), failure: Mutex::default() }
     }
 
-    fn sheets(&self) -> MutexGuard<'_, VecDeque<Sheet>> {
+    fn sheets(&self) -> MutexGuard<'_, Sheets> {
         self.sheets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -65,19 +86,42 @@ impl Answers {
 
     /// Begins a sheet for the window whose sequences start at `first`.
     pub fn open(&self, first: u64) {
-        self.sheets().push_back(Sheet { first, answered: 0, sorter: self.sorter() });
+        let sheet = Sheet { first, answered: 0, elsewhere: Vec::new(), sorter: self.sorter() };
+        self.sheets().open.push_back(sheet);
     }
 
     /// Ends the oldest sheet.
     pub fn close_oldest(&self) {
-        self.sheets().pop_front();
+        self.sheets().open.pop_front();
     }
 
-    /// Notes one answer.
+    /// Another host is asked about `count` blocks from `first` on; false if it is cut off: then
+    /// nobody answers.
+    pub fn expect(&self, host: HostId, first: Sequence, count: u64) -> bool {
+        let mut sheets = self.sheets();
+        let cut = sheets.cut.contains(&host);
+        if let Some(sheet) = sheets.at(first) {
+            match sheet.elsewhere.iter_mut().find(|one| one.host == host) {
+                Some(one) => one.asked += count,
+                None => sheet.elsewhere.push(Elsewhere { host, asked: count, answered: 0 }),
+            }
+        }
+        !cut
+    }
+
+    /// No answer of a host counts any more, and none is waited for.
+    pub fn cut(&self, host: HostId) {
+        let mut sheets = self.sheets();
+        if !sheets.cut.contains(&host) {
+            sheets.cut.push(host);
+        }
+    }
+
+    /// Notes one answer of a host.
     ///
     /// # Errors
     /// When the answers cannot be spilled.
-    pub fn put(&self, sequence: Sequence, verdict: &Verdict) -> Result<()> {
+    pub fn put(&self, host: HostId, sequence: Sequence, verdict: &Verdict) -> Result<()> {
         let mut record = [0; RECORD];
         record[..8].copy_from_slice(&sequence.0.to_be_bytes());
         match verdict {
@@ -93,18 +137,25 @@ impl Answers {
             }
         }
         let mut sheets = self.sheets();
-        // A repeated pass may answer what is over.
-        let Some(sheet) = sheets.iter_mut().rev().find(|s| s.first <= sequence.0) else {
+        if sheets.cut.contains(&host) {
             return Ok(());
-        };
+        }
+        // A repeated pass may answer what is over.
+        let Some(sheet) = sheets.at(sequence) else { return Ok(()) };
         sheet.answered += 1;
+        if let Some(one) = sheet.elsewhere.iter_mut().find(|one| one.host == host) {
+            one.answered += 1;
+        }
         sheet.sorter.push(&record)
     }
 
-    /// How many answers the sheet that begins at `first` has.
+    /// How many answers the sheet that begins at `first` has, with those that will never come.
     #[must_use]
     pub fn count(&self, first: u64) -> u64 {
-        self.sheets().iter().find(|s| s.first == first).map_or(0, |s| s.answered)
+        let sheets = self.sheets();
+        let Some(sheet) = sheets.open.iter().find(|s| s.first == first) else { return 0 };
+        let cut = sheet.elsewhere.iter().filter(|one| sheets.cut.contains(&one.host));
+        sheet.answered + cut.map(|one| one.asked - one.answered.min(one.asked)).sum::<u64>()
     }
 
     /// Takes the answers of a round off the sheet that begins at `first`.
@@ -113,12 +164,16 @@ impl Answers {
     /// When the spilled answers cannot be read.
     pub fn take(&self, first: u64) -> Result<AnswerStream> {
         let fresh = self.sorter();
-        let taken = self.sheets().iter_mut().find(|s| s.first == first).map(|sheet| {
+        let mut sheets = self.sheets();
+        let cut = !sheets.cut.is_empty();
+        let taken = sheets.open.iter_mut().find(|s| s.first == first).map(|sheet| {
             sheet.answered = 0;
+            sheet.elsewhere.clear();
             std::mem::replace(&mut sheet.sorter, fresh)
         });
+        drop(sheets);
         let sorter = taken.unwrap_or_else(|| self.sorter());
-        Ok(AnswerStream { sorted: sorter.finish()?, peeked: None })
+        Ok(AnswerStream { sorted: sorter.finish()?, peeked: None, cut })
     }
 }
 
@@ -126,22 +181,28 @@ impl Answers {
 pub struct AnswerStream {
     sorted: Sorted<RECORD>,
     peeked: Option<(Sequence, Verdict)>,
+    /// Some answers never come.
+    cut: bool,
 }
 
 impl AnswerStream {
-    /// The answer to `sequence`; sequences are asked for in ascending order.
+    /// The answer to `sequence`; sequences are asked for in ascending order. `None`: its owner is cut
+    /// off.
     ///
     /// # Errors
-    /// When a spilled answer cannot be read, or there is none.
-    pub fn answer(&mut self, sequence: Sequence) -> Result<Verdict> {
+    /// When a spilled answer cannot be read, or one is missing.
+    pub fn answer(&mut self, sequence: Sequence) -> Result<Option<Verdict>> {
         while let Some((at, verdict)) = self.next()? {
             if at == sequence {
-                return Ok(verdict);
+                return Ok(Some(verdict));
             }
             if at > sequence {
                 self.peeked = Some((at, verdict));
                 break;
             }
+        }
+        if self.cut {
+            return Ok(None);
         }
         Err(Error::new(Kind::Failed, format!("no answer to request {}", sequence.0)))
     }
@@ -189,12 +250,12 @@ mod tests {
                 1 => Verdict::Grant,
                 _ => Verdict::SameAs(SessionId(9), Sequence(n / 2)),
             };
-            answers.put(Sequence(n), &verdict).unwrap();
+            answers.put(HostId(0), Sequence(n), &verdict).unwrap();
         }
         assert_eq!((answers.count(0), answers.count(500)), (500, 500));
         let mut stream = answers.take(500).unwrap();
         for n in 500..1000 {
-            let verdict = stream.answer(Sequence(n)).unwrap();
+            let verdict = stream.answer(Sequence(n)).unwrap().unwrap();
             match n % 3 {
                 0 => assert!(matches!(verdict, Verdict::Stored(a) if a == address)),
                 1 => assert!(matches!(verdict, Verdict::Grant)),
@@ -205,7 +266,7 @@ mod tests {
         }
         assert_eq!((answers.count(0), answers.count(500)), (500, 0));
         answers.close_oldest();
-        answers.put(Sequence(3), &Verdict::Grant).unwrap();
+        answers.put(HostId(0), Sequence(3), &Verdict::Grant).unwrap();
         assert_eq!((answers.count(0), answers.count(500)), (0, 0));
     }
 }

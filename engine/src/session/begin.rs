@@ -127,7 +127,7 @@ pub fn begin(context: &Context, request: Request, now_ms: i64) -> Result<Begun> 
     let begun = begin_alone(context, request, id, &live, queue, now_ms);
     let begun = begun.map_err(|error| context.explain(error));
     if begun.is_err() {
-        context.owner.withdraw(id);
+        context.owners.withdraw(id);
         context.registry.leave(id);
     }
     begun
@@ -348,7 +348,7 @@ fn session(
     let answers = Arc::new(Answers::new(&context.work_dir, context.budget.session_sort / 2));
     let woken = Arc::new(AtomicBool::new(false));
     let wake = wake(live.events.clone(), Arc::clone(&woken));
-    context.owner.register(id, Arc::clone(&answers), wake)?;
+    context.owners.register(id, &answers, &wake)?;
     let label = format!("{}@{}", request.vm_name, live.snapshot);
     Ok(Session {
         id,
@@ -369,7 +369,6 @@ fn session(
         over: false,
         began: Instant::now(),
         answers,
-        own_events: live.events.clone(),
         woken,
         calls: Calls::default(),
         patience: Patience::new(Instant::now()),
@@ -381,7 +380,7 @@ fn session(
 /// One wake in the queue is enough, and a full queue needs none: the session looks at its
 /// answers after every event.
 fn wake(events: Sender<Event>, woken: Arc<AtomicBool>) -> crate::owner::Wake {
-    Box::new(move || {
+    Arc::new(move || {
         if !woken.swap(true, Ordering::AcqRel) && events.try_send(Event::Wake).is_err() {
             woken.store(false, Ordering::Release);
         }

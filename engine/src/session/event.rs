@@ -1,6 +1,5 @@
 //! What can happen to a session: calls of the plugin, and words of other sessions.
 
-use crossbeam_channel::Sender;
 use tokio::sync::oneshot;
 
 use super::spool::Position;
@@ -104,7 +103,7 @@ pub enum Event {
     /// Another session asks for blocks that we have not packed yet.
     GiveUp {
         /// Who asks.
-        to: Sender<Event>,
+        to: SessionId,
         /// For what.
         claims: Vec<Claim>,
     },

@@ -7,6 +7,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::Context;
 use super::event::{Claim, Event};
 use super::stages::Session;
 use super::window::{WaitingList, Window};
@@ -124,21 +125,14 @@ impl Handover {
     ///
     /// # Errors
     /// When the list cannot be read.
-    pub(super) fn ask(
-        &mut self,
-        writer: &crossbeam_channel::Sender<Event>,
-        us: &crossbeam_channel::Sender<Event>,
-        now: Instant,
-    ) -> Result<Step> {
+    pub(super) fn ask(&mut self, context: &Context, us: SessionId, now: Instant) -> Result<Step> {
         let claims = self.claims()?;
         if claims.is_empty() {
             return Ok(Step::Complete);
         }
         self.asked = now;
-        match writer.try_send(Event::GiveUp { to: us.clone(), claims }) {
-            Ok(()) => Ok(Step::Asked),
-            Err(_) => Ok(Step::NotNow),
-        }
+        let heard = context.tell(self.writer, Event::GiveUp { to: us, claims });
+        Ok(if heard { Step::Asked } else { Step::NotNow })
     }
 
     /// Whether the writer owes an answer for too long.
@@ -153,9 +147,9 @@ impl Session {
     pub(super) fn ask_again(&mut self) -> Result<bool> {
         self.patience.handover = None;
         self.patience.asked = Instant::now();
-        self.patience.seen = self.context.owner.figures().progress.load(Ordering::Acquire);
+        self.patience.seen = self.context.owners.figures().progress.load(Ordering::Acquire);
         let Some(window) = self.windows.front_mut() else { return Ok(true) };
-        let (owner, id) = (&self.context.owner, self.id);
+        let (owner, id) = (&self.context.owners, self.id);
         let mut requests = Vec::new();
         window.ask_again(|question| {
             requests.push((question.fingerprint, question.sequence));
@@ -196,7 +190,7 @@ impl Session {
         if (writer == self.id && later) || impatient {
             return self.begin_handover(now);
         }
-        let progress = self.context.owner.figures().progress.load(Ordering::Acquire);
+        let progress = self.context.owners.figures().progress.load(Ordering::Acquire);
         let due = now.duration_since(self.patience.asked) >= self.patience.backoff;
         if due && progress != self.patience.seen {
             self.patience.backoff = (self.patience.backoff * 2).min(LAST_BACKOFF);
@@ -219,15 +213,13 @@ impl Session {
                 self.give_up(&claims)?;
             }
         }
-        match self.context.registry.events_of(handover.writer()) {
-            Some(writer) if handover.ask(&writer, &self.own_events, now)? == Step::Asked => {
-                self.patience.handover = Some(handover);
-                Ok(false)
-            }
-            // It ended, or is overloaded: the owner knows more, a little later.
-            _ if now.duration_since(self.patience.asked) >= LAST_BACKOFF => self.ask_again(),
-            _ => Ok(false),
+        if handover.ask(&self.context, self.id, now)? == Step::Asked {
+            self.patience.handover = Some(handover);
+            return Ok(false);
         }
+        // It ended, or is overloaded: the owner knows more, a little later.
+        let later = now.duration_since(self.patience.asked) >= LAST_BACKOFF;
+        if later { self.ask_again() } else { Ok(false) }
     }
 
     /// Another session wants blocks of ours: the grants of what is not packed are given back,
@@ -248,7 +240,7 @@ impl Session {
         }
         if !released.is_empty() {
             // Before the answer goes out, and before we ask for these blocks ourselves.
-            self.context.owner.release(self.id, released)?;
+            self.context.owners.release(self.id, released)?;
         }
         Ok(())
     }
@@ -258,11 +250,7 @@ impl Session {
         let Some(handover) = self.patience.handover.as_mut().filter(|h| h.writer() == from) else {
             return Ok(());
         };
-        let writer = self.context.registry.events_of(from);
-        let step = match writer {
-            Some(writer) => handover.ask(&writer, &self.own_events, Instant::now())?,
-            None => Step::Complete,
-        };
+        let step = handover.ask(&self.context, self.id, Instant::now())?;
         if step != Step::Asked {
             // The writer gets some more time for what it keeps.
             self.patience.own_ended = Some(Instant::now());

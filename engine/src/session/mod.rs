@@ -25,7 +25,7 @@ use std::sync::Arc;
 use crate::budget::Budget;
 use crate::damage::Damage;
 use crate::error::Error;
-use crate::owner::Owner;
+use crate::routing::Owners;
 use crate::store::Store;
 use crate::store::commit::Manifests;
 
@@ -39,7 +39,7 @@ pub struct Context {
     /// What is known to be damaged.
     pub damage: Arc<Damage>,
     /// Who answers requests.
-    pub owner: Owner,
+    pub owners: Owners,
     /// The sessions that live.
     pub registry: Arc<registry::Registry>,
     /// The engine's memory.
@@ -55,6 +55,11 @@ pub struct Context {
 }
 
 impl Context {
+    /// Tells a session something, here or on another host; false if it cannot hear it.
+    pub(crate) fn tell(&self, to: crate::ids::SessionId, event: event::Event) -> bool {
+        self.owners.tell(&self.registry, to, event)
+    }
+
     /// Says which disk is full, and what to do.
     pub(crate) fn explain(&self, error: Error) -> Error {
         if !error.is_disk_full() {

@@ -9,7 +9,7 @@ use crossbeam_channel::Sender;
 
 use super::event::Event;
 use crate::error::{Error, Kind, Result};
-use crate::ids::{SessionId, SnapshotId, VmId};
+use crate::ids::{HostId, SessionId, SnapshotId, VmId};
 
 /// Figures of a session that others may read while it runs. Bytes of disk, but for
 /// `stored` (bytes of containers) and `requested` (blocks).
@@ -157,12 +157,20 @@ pub struct Live {
 #[derive(Default)]
 pub struct Registry {
     live: Mutex<HashMap<SessionId, Live>>,
+    host: HostId,
     next: AtomicU32,
     /// VMs whose newest recipes could not be read: their next backup builds new ones.
     mistrusted: Mutex<HashSet<VmId>>,
 }
 
 impl Registry {
+    /// On a host of a cluster. Numbers begin at `first`: others may still know those of a process
+    /// before this one.
+    #[must_use]
+    pub fn on(host: HostId, first: u32) -> Self {
+        Registry { host, next: AtomicU32::new(first), ..Registry::default() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Live>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -176,7 +184,7 @@ impl Registry {
         if sessions.values().any(|other| other.vm == live.vm) {
             return Err(busy(&live.vm_name));
         }
-        let id = SessionId(self.next.fetch_add(1, Ordering::Relaxed));
+        let id = SessionId::on(self.host, self.next.fetch_add(1, Ordering::Relaxed));
         sessions.insert(id, live);
         Ok(id)
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::answers::Answers;
 use super::begin::Request;
@@ -55,7 +55,6 @@ pub(super) struct Session {
     pub(super) answers: Arc<Answers>,
     pub(super) blocks: Packer,
     pub(super) nodes: Packer,
-    pub(super) own_events: Sender<Event>,
     /// A wake is in the queue: no further one is sent.
     pub(super) woken: Arc<AtomicBool>,
     pub(super) calls: Calls,
@@ -144,7 +143,7 @@ impl Session {
                 // A session that failed holds no grants any more: nothing to give up.
                 let _ = self.guarded(|s| s.give_up(&claims));
                 // A full queue: the other one asks again.
-                let _ = to.try_send(Event::GaveUp { from: self.id });
+                let _ = self.context.tell(to, Event::GaveUp { from: self.id });
             }
             Event::GaveUp { from } => {
                 let _ = self.guarded(|s| s.gave_up(from));
@@ -184,7 +183,7 @@ impl Session {
             let _ = self.learn(container);
         }
         // Others need not wait for what we will never write.
-        self.context.owner.withdraw(self.id);
+        self.context.owners.withdraw(self.id);
     }
 
     /// The window that is being scanned.
@@ -276,7 +275,7 @@ impl Session {
     fn tell_waiting(&mut self) -> Result<()> {
         let waiting = self.windows.front().is_some_and(Window::waits_for_answers);
         if waiting != self.patience.told_waiting {
-            self.context.owner.waiting(self.id, waiting)?;
+            self.context.owners.waiting(self.id, waiting)?;
             self.patience.told_waiting = waiting;
         }
         Ok(())
@@ -292,13 +291,18 @@ impl Session {
         // Of a block whose address is wrong, the first is written; the others find it then.
         let mut wrong: HashMap<Fingerprint, Sequence> = HashMap::new();
         window.settle(&self.answers, |question, verdict| match verdict {
-            Verdict::Grant => Ok(Settled::Ours),
-            Verdict::SameAs(session, _) if Some(session) == silent => {
+            Some(Verdict::Grant) => Ok(Settled::Ours),
+            // Its owner is cut off.
+            None => {
                 Progress::add(&progress.undetected, block);
                 Ok(Settled::Ours)
             }
-            Verdict::SameAs(session, sequence) => Ok(Settled::Later(session, sequence)),
-            Verdict::Stored(address) => {
+            Some(Verdict::SameAs(session, _)) if Some(session) == silent => {
+                Progress::add(&progress.undetected, block);
+                Ok(Settled::Ours)
+            }
+            Some(Verdict::SameAs(session, sequence)) => Ok(Settled::Later(session, sequence)),
+            Some(Verdict::Stored(address)) => {
                 if let Some(at) = confirmed(store, address, question.fingerprint, met)? {
                     return Ok(Settled::At(at));
                 }
@@ -386,7 +390,7 @@ impl Session {
             let at = |slot| Address { container: container.id, slot };
             entries.extend(container.entries().map(|(fingerprint, slot)| (fingerprint, at(slot))));
         }
-        self.context.owner.learn(entries, position(container.position))
+        self.context.owners.learn(entries, position(container.position))
     }
 
     /// Answers a waiting call for grants if there is an answer.
@@ -467,7 +471,7 @@ impl Session {
 
     /// Others need not wait for this session any more, and its VM is free.
     fn leave(&mut self) {
-        self.context.owner.withdraw(self.id);
+        self.context.owners.withdraw(self.id);
         self.context.registry.leave(self.id);
     }
 }

@@ -45,7 +45,7 @@ impl Session {
             return Ok(());
         }
         Progress::add(&self.progress.requested, requests.len() as u64);
-        self.context.owner.ask(self.id, requests)
+        self.context.owners.ask(self.id, requests)
     }
 
     /// Everything that can be wrong with a batch, before anything is done with it.

@@ -224,14 +224,15 @@ impl Window {
         self.scanned && matches!(self.stage, Stage::Asking(_))
     }
 
-    /// Goes through the round's questions and their answers; `judge` checks each verdict.
+    /// Goes through the round's questions and their answers; `judge` checks each verdict, which is
+    /// none when nobody answers.
     ///
     /// # Errors
     /// Those of `judge`, and of the working files.
     pub(super) fn settle(
         &mut self,
         answers: &Answers,
-        mut judge: impl FnMut(&Question, Verdict) -> Result<Settled>,
+        mut judge: impl FnMut(&Question, Option<Verdict>) -> Result<Settled>,
     ) -> Result<()> {
         let mut answered: AnswerStream = answers.take(self.first)?;
         let mut questions = match &mut self.stage {
@@ -531,7 +532,7 @@ impl WaitingList {
 
 /// A question that we gave up: nobody in particular is known to write it.
 fn given_up(question: Question) -> Unsettled {
-    Unsettled { question, writer: (SessionId(u32::MAX), question.sequence) }
+    Unsettled { question, writer: (SessionId::NOBODY, question.sequence) }
 }
 
 /// The index of the grant `sequence` in the list, which is sorted.

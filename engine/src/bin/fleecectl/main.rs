@@ -1,5 +1,6 @@
 //! The admin's tool: store and engine.
 
+mod cluster;
 mod init;
 mod key;
 mod report;
@@ -52,6 +53,9 @@ enum Verb {
     /// The store's key.
     #[command(subcommand)]
     Key(key::Verb),
+    /// The hosts that work as one: their certificates.
+    #[command(subcommand)]
+    Cluster(cluster::Verb),
     /// Print shell completions.
     Completions {
         /// For which shell.
@@ -86,6 +90,7 @@ fn run(options: Options) -> Result<ExitCode> {
     match options.verb {
         Verb::Init(init) => init::run(&init, &options.config, options.json)?,
         Verb::Key(verb) => key::run(verb, &options.config, options.json)?,
+        Verb::Cluster(verb) => cluster::run(&verb, options.json)?,
         Verb::Completions { shell } => {
             let mut command = Options::command();
             clap_complete::generate(shell, &mut command, "fleecectl", &mut std::io::stdout());

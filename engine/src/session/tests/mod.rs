@@ -2,6 +2,7 @@
 //! slowly, or not at all.
 #![allow(clippy::unwrap_used)]
 
+mod cluster;
 mod damage;
 mod power_cut;
 mod shards;
@@ -27,6 +28,7 @@ use crate::error::{Kind, Result};
 use crate::ids::{DiskId, StoreId, VmId};
 use crate::jobs::restore::Scattered;
 use crate::owner::Owner;
+use crate::routing::Owners;
 use crate::store::commit::Manifests;
 use crate::store::keys::StoreKey;
 use crate::store::manifest::Manifest;
@@ -66,13 +68,13 @@ impl Host {
         let store = Store::open_objects(objects, &location, key, Some(&state), options).unwrap();
         let (mut detector, report) =
             Detector::open(&dir.path().join("index"), detect(store.id())).unwrap();
-        upkeep::refill(&store, &mut detector, &report.watermark).unwrap();
+        upkeep::refill(&store, &mut detector, &report.watermark, &|_| true).unwrap();
         let (owner, thread) = Owner::start(detector, Box::new(|_| Ok(()))).unwrap();
         let context = Context {
             manifests: Manifests::of(&store, &work_dir),
             damage: Arc::new(Damage::load(&store).unwrap()),
             store,
-            owner,
+            owners: Owners::alone(owner),
             registry: Arc::default(),
             budget: Budget::new(32 << 20).unwrap(),
             work_dir,
@@ -117,7 +119,7 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        self.context.owner.stop();
+        self.context.owners.here().stop();
         self.thread.take().unwrap().join().unwrap();
     }
 }
@@ -345,7 +347,7 @@ fn a_full_backup_and_increments_restore_exactly() {
     // A rebuilt index has every block once, too.
     let entries = upkeep::rebuild_index(&host.context, &mut |_| Ok(())).unwrap();
     assert_eq!(entries as usize, distinct(&[&first, &second]));
-    let unique = &host.context.owner.figures().unique_blocks;
+    let unique = &host.context.owners.figures().unique_blocks;
     assert_eq!(unique.load(std::sync::atomic::Ordering::Relaxed), entries);
     host.must_be_exact(&[&first, &second]);
 }
@@ -540,7 +542,7 @@ fn a_shard_that_points_at_a_wrong_slot_harms_nothing() {
         .enumerate()
         .map(|(n, block)| (host.context.store.fingerprinter().of(block), wrong(n)));
     let nowhere = crate::detect::JournalPosition { incarnation: crate::ids::Incarnation(99), n: 1 };
-    host.context.owner.learn(entries.collect(), nowhere).unwrap();
+    host.context.owners.learn(entries.collect(), nowhere).unwrap();
     let other = host.begin(2, "", &second).unwrap().run().unwrap();
     assert_eq!(other.counts.undetected, 300 * BLOCK as u64);
     host.must_restore(&other, &second);

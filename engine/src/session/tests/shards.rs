@@ -153,7 +153,7 @@ fn whatever_becomes_of_the_index_nothing_is_stored_twice_and_no_byte_is_wrong() 
         }
         let (clean, said) = verify_in(engine.context());
         assert!(clean, "{what} ({n}): {said}");
-        let figures = engine.context().owner.figures();
+        let figures = engine.context().owners.figures();
         let unique = figures.unique_blocks.load(std::sync::atomic::Ordering::Relaxed);
         assert_eq!(unique as usize, known, "{what} ({n})");
         assert_eq!(stored_slots_in(engine.context()), known, "{what} ({n})");

@@ -1,0 +1,504 @@
+//! What hosts tell each other, as bytes: a frame of messages, small numbers first.
+//!
+//! A frame can be read alone. Fingerprints take their 20 bytes, everything else is variable-length
+//! numbers (LEB128), sequences as differences: at 20 % new blocks a request, its verdict and what is
+//! learned of it take some 36 bytes together.
+
+use crate::detect::{JournalPosition, Verdict};
+use crate::error::{Error, Kind, Result};
+use crate::ids::{Address, ContainerId, Fingerprint, Incarnation, Sequence, SessionId, Slot};
+use crate::session::event::Claim;
+
+/// Things in one message at most: the slots of a container.
+const MAX_THINGS: u64 = 65_536;
+/// Bytes of a reason.
+const MAX_REASON: u64 = 4096;
+
+/// Something that one host tells another.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Message {
+    /// Questions of a session of the sender.
+    Ask(SessionId, Vec<(Fingerprint, Sequence)>),
+    /// Grants that a session of the sender gives back.
+    Release(SessionId, Vec<(Fingerprint, Sequence)>),
+    /// Whether a session of the sender waits for nothing but answers.
+    Waiting(SessionId, bool),
+    /// A session of the sender has ended.
+    Withdraw(SessionId),
+    /// A container of the sender is sealed and in the journal; of its blocks, those of the receiver.
+    Learn(JournalPosition, Vec<(Fingerprint, Address)>),
+    /// An answer to a session of the receiver.
+    Verdict(SessionId, Sequence, Verdict),
+    /// There are no more answers for a session of the receiver, and why.
+    Failed(SessionId, String),
+    /// Blocks were sealed or a session ended: questions may have new answers.
+    Advanced,
+    /// A session of the sender asks one of the receiver to leave blocks to it.
+    GiveUp {
+        /// Who asks.
+        to: SessionId,
+        /// Who is asked.
+        writer: SessionId,
+        /// For what.
+        claims: Vec<Claim>,
+    },
+    /// A session of the sender has done with what one of the receiver asked it for.
+    GaveUp {
+        /// Who has done.
+        from: SessionId,
+        /// Who asked.
+        to: SessionId,
+    },
+    /// What was sent before is lost: of the sender's sessions and of the answers to the receiver's.
+    Reset,
+}
+
+const ASK: u8 = 1;
+const RELEASE: u8 = 2;
+const WAITING: u8 = 3;
+const WITHDRAW: u8 = 4;
+const LEARN: u8 = 5;
+const STORED: u8 = 6;
+const GRANT: u8 = 7;
+const SAME_AS: u8 = 8;
+const FAILED: u8 = 9;
+const ADVANCED: u8 = 10;
+const GIVE_UP: u8 = 11;
+const GAVE_UP: u8 = 12;
+const RESET: u8 = 13;
+
+/// A frame that is being filled.
+#[derive(Default, Debug)]
+pub struct FrameWriter {
+    bytes: Vec<u8>,
+    state: State,
+}
+
+/// What the next message is told in relation to.
+#[derive(Default, Clone, Copy, Debug)]
+struct State {
+    session: u32,
+    sequence: u64,
+    container: (u32, u32),
+}
+
+impl FrameWriter {
+    /// Bytes so far.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether nothing is in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// The frame; a new one begins.
+    pub fn take(&mut self) -> Vec<u8> {
+        self.state = State::default();
+        std::mem::take(&mut self.bytes)
+    }
+
+    /// Appends a message.
+    pub fn push(&mut self, message: &Message) {
+        match message {
+            Message::Ask(session, asked) => self.questions(ASK, *session, asked),
+            Message::Release(session, grants) => self.questions(RELEASE, *session, grants),
+            Message::Waiting(session, waiting) => {
+                self.begin(WAITING, *session);
+                self.number(u64::from(*waiting));
+            }
+            Message::Withdraw(session) => self.begin(WITHDRAW, *session),
+            Message::Learn(position, entries) => self.learn(*position, entries),
+            Message::Verdict(session, sequence, verdict) => {
+                self.verdict(*session, *sequence, verdict);
+            }
+            Message::Failed(session, reason) => {
+                self.begin(FAILED, *session);
+                let mut end = reason.len().min(MAX_REASON as usize);
+                while !reason.is_char_boundary(end) {
+                    end -= 1;
+                }
+                self.number(end as u64);
+                self.bytes.extend_from_slice(&reason.as_bytes()[..end]);
+            }
+            Message::Advanced => self.bytes.push(ADVANCED),
+            Message::GiveUp { to, writer, claims } => {
+                self.begin(GIVE_UP, *to);
+                self.number(u64::from(writer.0));
+                self.number(claims.len() as u64);
+                claims.iter().for_each(|claim| self.sequence(claim.theirs));
+                claims.iter().for_each(|c| self.bytes.extend_from_slice(&c.fingerprint.0));
+            }
+            Message::GaveUp { from, to } => {
+                self.begin(GAVE_UP, *from);
+                self.number(u64::from(to.0));
+            }
+            Message::Reset => self.bytes.push(RESET),
+        }
+    }
+
+    /// The kind, and the session that it is about as the difference to the one before.
+    fn begin(&mut self, kind: u8, session: SessionId) {
+        self.bytes.push(kind);
+        self.number(u64::from(session.0 ^ self.state.session));
+        if session.0 != self.state.session {
+            self.state.session = session.0;
+            self.state.sequence = 0;
+        }
+    }
+
+    fn questions(&mut self, kind: u8, session: SessionId, all: &[(Fingerprint, Sequence)]) {
+        self.begin(kind, session);
+        self.number(all.len() as u64);
+        all.iter().for_each(|(_, sequence)| self.sequence(*sequence));
+        all.iter().for_each(|(fingerprint, _)| self.bytes.extend_from_slice(&fingerprint.0));
+    }
+
+    fn learn(&mut self, position: JournalPosition, entries: &[(Fingerprint, Address)]) {
+        self.bytes.push(LEARN);
+        self.number(u64::from(position.incarnation.0));
+        self.number(position.n);
+        self.number(entries.len() as u64);
+        entries.iter().for_each(|(_, address)| self.address(*address));
+        entries.iter().for_each(|(fingerprint, _)| self.bytes.extend_from_slice(&fingerprint.0));
+    }
+
+    fn verdict(&mut self, session: SessionId, sequence: Sequence, verdict: &Verdict) {
+        match verdict {
+            Verdict::Stored(address) => {
+                self.begin(STORED, session);
+                self.sequence(sequence);
+                self.address(*address);
+            }
+            Verdict::Grant => {
+                self.begin(GRANT, session);
+                self.sequence(sequence);
+            }
+            Verdict::SameAs(writer, theirs) => {
+                self.begin(SAME_AS, session);
+                self.sequence(sequence);
+                self.number(u64::from(writer.0));
+                self.number(theirs.0);
+            }
+        }
+    }
+
+    fn sequence(&mut self, sequence: Sequence) {
+        self.difference(sequence.0, self.state.sequence);
+        self.state.sequence = sequence.0;
+    }
+
+    fn address(&mut self, address: Address) {
+        let ContainerId { incarnation, counter } = address.container;
+        self.number(u64::from(incarnation.0 ^ self.state.container.0));
+        self.difference(u64::from(counter), u64::from(self.state.container.1));
+        self.number(u64::from(address.slot.0));
+        self.state.container = (incarnation.0, counter);
+    }
+
+    /// The signed difference, zigzag.
+    fn difference(&mut self, number: u64, before: u64) {
+        let difference = number.wrapping_sub(before) as i64;
+        self.number(((difference << 1) ^ (difference >> 63)) as u64);
+    }
+
+    fn number(&mut self, mut number: u64) {
+        while number >= 0x80 {
+            self.bytes.push(number as u8 | 0x80);
+            number >>= 7;
+        }
+        self.bytes.push(number as u8);
+    }
+}
+
+/// A frame that is being read.
+pub struct FrameReader<'f> {
+    bytes: &'f [u8],
+    state: State,
+}
+
+impl<'f> FrameReader<'f> {
+    /// Reads a frame from its beginning.
+    #[must_use]
+    pub fn new(bytes: &'f [u8]) -> Self {
+        FrameReader { bytes, state: State::default() }
+    }
+
+    /// The next message; `None` at the end.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`] for anything that no [`FrameWriter`] writes.
+    pub fn read_next(&mut self) -> Result<Option<Message>> {
+        let Some((kind, rest)) = self.bytes.split_first() else { return Ok(None) };
+        self.bytes = rest;
+        let message = match *kind {
+            ASK => {
+                let (session, asked) = self.questions()?;
+                Message::Ask(session, asked)
+            }
+            RELEASE => {
+                let (session, grants) = self.questions()?;
+                Message::Release(session, grants)
+            }
+            WAITING => Message::Waiting(self.session()?, self.number()? == 1),
+            WITHDRAW => Message::Withdraw(self.session()?),
+            LEARN => self.learn()?,
+            STORED => {
+                let (session, sequence) = (self.session()?, self.sequence()?);
+                Message::Verdict(session, sequence, Verdict::Stored(self.address()?))
+            }
+            GRANT => Message::Verdict(self.session()?, self.sequence()?, Verdict::Grant),
+            SAME_AS => {
+                let (session, sequence) = (self.session()?, self.sequence()?);
+                let (writer, theirs) = (SessionId(self.small()?), Sequence(self.number()?));
+                Message::Verdict(session, sequence, Verdict::SameAs(writer, theirs))
+            }
+            FAILED => {
+                let session = self.session()?;
+                let length = self.count(MAX_REASON)?;
+                let reason = String::from_utf8_lossy(self.take(length)?).into_owned();
+                Message::Failed(session, reason)
+            }
+            ADVANCED => Message::Advanced,
+            GIVE_UP => {
+                let (to, writer) = (self.session()?, SessionId(self.small()?));
+                let (sequences, fingerprints) = self.sequences()?;
+                let claims = fingerprints.into_iter().zip(sequences);
+                let claim = |(fingerprint, theirs)| Claim { fingerprint, theirs };
+                Message::GiveUp { to, writer, claims: claims.map(claim).collect() }
+            }
+            GAVE_UP => {
+                let from = self.session()?;
+                Message::GaveUp { from, to: SessionId(self.small()?) }
+            }
+            RESET => Message::Reset,
+            other => return Err(wrong(&format!("a message of kind {other}"))),
+        };
+        Ok(Some(message))
+    }
+
+    fn session(&mut self) -> Result<SessionId> {
+        let session = self.small()? ^ self.state.session;
+        if session != self.state.session {
+            self.state.session = session;
+            self.state.sequence = 0;
+        }
+        Ok(SessionId(session))
+    }
+
+    fn questions(&mut self) -> Result<(SessionId, Vec<(Fingerprint, Sequence)>)> {
+        let session = self.session()?;
+        let (sequences, fingerprints) = self.sequences()?;
+        Ok((session, fingerprints.into_iter().zip(sequences).collect()))
+    }
+
+    fn sequences(&mut self) -> Result<(Vec<Sequence>, Vec<Fingerprint>)> {
+        let count = self.count(MAX_THINGS)?;
+        let sequences = (0..count).map(|_| self.sequence()).collect::<Result<_>>()?;
+        Ok((sequences, self.fingerprints(count)?))
+    }
+
+    fn learn(&mut self) -> Result<Message> {
+        let incarnation = Incarnation(self.small()?);
+        let n = self.number()?;
+        let count = self.count(MAX_THINGS)?;
+        let addresses = (0..count).map(|_| self.address()).collect::<Result<Vec<_>>>()?;
+        let entries = self.fingerprints(count)?.into_iter().zip(addresses).collect();
+        Ok(Message::Learn(JournalPosition { incarnation, n }, entries))
+    }
+
+    fn fingerprints(&mut self, count: usize) -> Result<Vec<Fingerprint>> {
+        let bytes = self.take(count * Fingerprint::LEN)?;
+        let (fingerprints, _) = bytes.as_chunks::<{ Fingerprint::LEN }>();
+        Ok(fingerprints.iter().map(|bytes| Fingerprint(*bytes)).collect())
+    }
+
+    fn sequence(&mut self) -> Result<Sequence> {
+        self.state.sequence = self.difference(self.state.sequence)?;
+        Ok(Sequence(self.state.sequence))
+    }
+
+    fn address(&mut self) -> Result<Address> {
+        let incarnation = self.small()? ^ self.state.container.0;
+        let counter = self.difference(u64::from(self.state.container.1))?;
+        let counter = u32::try_from(counter).map_err(|_| wrong("a container's number"))?;
+        self.state.container = (incarnation, counter);
+        let slot = u16::try_from(self.number()?).map_err(|_| wrong("a slot"))?;
+        let container = ContainerId { incarnation: Incarnation(incarnation), counter };
+        Ok(Address { container, slot: Slot(slot) })
+    }
+
+    fn difference(&mut self, before: u64) -> Result<u64> {
+        let zigzag = self.number()?;
+        let difference = (zigzag >> 1) as i64 ^ -((zigzag & 1) as i64);
+        Ok(before.wrapping_add(difference as u64))
+    }
+
+    /// A number of things, each of which takes a byte at least.
+    fn count(&mut self, most: u64) -> Result<usize> {
+        let count = self.number()?;
+        if count > most || count > self.bytes.len() as u64 {
+            return Err(wrong(&format!("{count} things in one message")));
+        }
+        Ok(count as usize)
+    }
+
+    fn small(&mut self) -> Result<u32> {
+        u32::try_from(self.number()?).map_err(|_| wrong("a number beyond 32 bits"))
+    }
+
+    fn number(&mut self) -> Result<u64> {
+        let mut number = 0_u64;
+        for shift in (0..64).step_by(7) {
+            let [byte] = *self.take(1)? else { break };
+            number |= u64::from(byte & 0x7f) << shift;
+            if byte < 0x80 {
+                return Ok(number);
+            }
+        }
+        Err(wrong("a number without an end"))
+    }
+
+    fn take(&mut self, count: usize) -> Result<&'f [u8]> {
+        let taken = self.bytes.split_at_checked(count);
+        let (taken, rest) = taken.ok_or_else(|| wrong("less than it says"))?;
+        self.bytes = rest;
+        Ok(taken)
+    }
+}
+
+fn wrong(what: &str) -> Error {
+    Error::new(Kind::Usage, format!("a frame of another host has {what}"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn fingerprint() -> impl Strategy<Value = Fingerprint> {
+        any::<[u8; 20]>().prop_map(Fingerprint)
+    }
+
+    fn session() -> impl Strategy<Value = SessionId> {
+        prop_oneof![Just(SessionId(7)), any::<u32>().prop_map(SessionId)]
+    }
+
+    fn sequence() -> impl Strategy<Value = Sequence> {
+        prop_oneof![(0..99_u64).prop_map(Sequence), any::<u64>().prop_map(Sequence)]
+    }
+
+    fn address() -> impl Strategy<Value = Address> {
+        any::<[u8; 10]>().prop_map(Address::from_bytes)
+    }
+
+    fn questions() -> impl Strategy<Value = Vec<(Fingerprint, Sequence)>> {
+        prop::collection::vec((fingerprint(), sequence()), 0..20)
+    }
+
+    fn verdict() -> impl Strategy<Value = Verdict> {
+        prop_oneof![
+            address().prop_map(Verdict::Stored),
+            Just(Verdict::Grant),
+            (session(), sequence()).prop_map(|(s, n)| Verdict::SameAs(s, n)),
+        ]
+    }
+
+    fn message() -> impl Strategy<Value = Message> {
+        let position = (any::<u32>(), any::<u64>())
+            .prop_map(|(i, n)| JournalPosition { incarnation: Incarnation(i), n });
+        let entries = prop::collection::vec((fingerprint(), address()), 0..20);
+        let claim = (fingerprint(), sequence())
+            .prop_map(|(fingerprint, theirs)| Claim { fingerprint, theirs });
+        let claims = prop::collection::vec(claim, 0..20);
+        prop_oneof![
+            (session(), questions()).prop_map(|(s, q)| Message::Ask(s, q)),
+            (session(), questions()).prop_map(|(s, q)| Message::Release(s, q)),
+            (session(), any::<bool>()).prop_map(|(s, w)| Message::Waiting(s, w)),
+            session().prop_map(Message::Withdraw),
+            (position, entries).prop_map(|(p, e)| Message::Learn(p, e)),
+            (session(), sequence(), verdict()).prop_map(|(s, n, v)| Message::Verdict(s, n, v)),
+            (session(), "[a-zé ]{0,30}").prop_map(|(s, r)| Message::Failed(s, r)),
+            Just(Message::Advanced),
+            (session(), session(), claims).prop_map(|(to, writer, claims)| Message::GiveUp {
+                to,
+                writer,
+                claims
+            }),
+            (session(), session()).prop_map(|(from, to)| Message::GaveUp { from, to }),
+            Just(Message::Reset),
+        ]
+    }
+
+    fn read(bytes: &[u8]) -> Result<Vec<Message>> {
+        let mut reader = FrameReader::new(bytes);
+        let mut messages = Vec::new();
+        while let Some(message) = reader.read_next()? {
+            messages.push(message);
+        }
+        Ok(messages)
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(messages in prop::collection::vec(message(), 0..30)) {
+            let mut writer = FrameWriter::default();
+            messages.iter().for_each(|message| writer.push(message));
+            let frame = writer.take();
+            prop_assert_eq!(read(&frame).unwrap(), messages);
+            // Cut anywhere it is refused, or ends early; it never panics.
+            for cut in 0..frame.len() {
+                let _ = read(&frame[..cut]);
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = read(&bytes);
+        }
+    }
+
+    #[test]
+    fn a_request_its_verdict_and_what_is_learned_take_less_than_44_bytes() {
+        // One in four of a session's blocks is this owner's; a fifth is new, and stored as it comes.
+        let session = SessionId(3 << 24 | 1_234_567);
+        let scatter = |n: u64| n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let print = |n: u64| {
+            let mut bytes = [0; 20];
+            bytes[..8].copy_from_slice(&scatter(n).to_be_bytes());
+            Fingerprint(bytes)
+        };
+        let at = |n: u64| Address {
+            container: ContainerId { incarnation: Incarnation(5), counter: (n >> 14) as u32 },
+            slot: Slot(n as u16 & 0x3fff),
+        };
+        let count = 1_u64 << 16;
+        let mut asked: Vec<_> = (0..count).map(|n| (print(n), Sequence(4 * n))).collect();
+        let mut writer = FrameWriter::default();
+        for batch in asked.chunks(2048) {
+            writer.push(&Message::Ask(session, batch.to_vec()));
+        }
+        // The answers come in the order of the fingerprints.
+        asked.sort();
+        for (n, (_, sequence)) in asked.iter().enumerate() {
+            let verdict = match n % 5 {
+                0 => Verdict::Grant,
+                _ => Verdict::Stored(at(scatter(sequence.0) >> 34)),
+            };
+            writer.push(&Message::Verdict(session, *sequence, verdict));
+        }
+        let learned: Vec<_> = (0..count / 5).map(|n| (print(n), at(4 * n))).collect();
+        for (n, batch) in learned.chunks(4096).enumerate() {
+            let position = JournalPosition { incarnation: Incarnation(5), n: n as u64 };
+            writer.push(&Message::Learn(position, batch.to_vec()));
+        }
+        let each = writer.len() as f64 / count as f64;
+        println!("{each:.1} bytes a request");
+        assert!(each < 44.0, "{each}");
+    }
+}

@@ -1,0 +1,332 @@
+//! The links of a cluster: frames from outboxes to other hosts, and theirs to our owner.
+//!
+//! Each host calls the others to send; a link that breaks is made again, and goes on with the first
+//! frame that was not taken. All that blocks happens on one thread, frame by frame.
+
+use std::cell::RefCell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use capnp_rpc::{RpcSystem, rpc_twoparty_capnp, twoparty};
+use fleece_schema::peer_capnp::{PEER_PROTOCOL, greeting, peer};
+use futures::StreamExt;
+use futures::stream::FuturesOrdered;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
+
+use super::MESSAGE_WORDS;
+use super::tls::{Identity, proves};
+use crate::cluster::outbox::FrameNumber;
+use crate::cluster::{Cluster, Instance};
+use crate::error::{Context as _, Error, Kind, Result};
+use crate::ids::{HostId, StoreId};
+
+/// Frames on their way to one host: enough to hide a round trip.
+const IN_FLIGHT: usize = 4;
+/// How long a connection may take, with its greeting, and a frame until it is taken.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two signs of life on a link that has nothing else to say.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
+/// Before a link is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Frames that wait for the thread that takes them.
+const QUEUE: usize = 4;
+
+/// A frame that came.
+struct Arrived {
+    host: HostId,
+    number: FrameNumber,
+    frame: Vec<u8>,
+    taken: oneshot::Sender<Result<()>>,
+}
+
+/// This engine among the others.
+pub struct Peers {
+    cluster: Arc<Cluster>,
+    store: StoreId,
+    identity: Identity,
+    arrived: mpsc::Sender<Arrived>,
+}
+
+impl Peers {
+    /// Reads what this host proves itself with, and starts the thread that takes frames.
+    ///
+    /// # Errors
+    /// [`Kind::Key`] for a bad bundle; when no thread can be started.
+    pub fn start(
+        cluster: Arc<Cluster>,
+        store: StoreId,
+        bundle: &std::path::Path,
+    ) -> Result<Rc<Self>> {
+        let identity = Identity::load(bundle)?;
+        let (arrived, mut queue) = mpsc::channel::<Arrived>(QUEUE);
+        let taker = Arc::clone(&cluster);
+        std::thread::Builder::new()
+            .name("peers".into())
+            .spawn(move || {
+                while let Some(Arrived { host, number, frame, taken }) = queue.blocking_recv() {
+                    let _ = taken.send(taker.take(host, number, &frame));
+                }
+            })
+            .context(|| "cannot start the thread that takes frames".into())?;
+        Ok(Rc::new(Peers { cluster, store, identity, arrived }))
+    }
+
+    /// Keeps a link to every other host, rung by `bells`, and takes theirs at `listen`, for ever.
+    /// Runs on a `LocalSet`.
+    ///
+    /// # Errors
+    /// When nobody can listen there.
+    pub async fn run(self: Rc<Self>, listen: &str, bells: &[Arc<Notify>]) -> Result<()> {
+        let failed = || format!("cannot listen for other hosts at {listen}");
+        let listener = TcpListener::bind(listen).await.context(failed)?;
+        for host in self.cluster.others() {
+            let bell = bells.get(usize::from(host.0)).cloned().unwrap_or_default();
+            tokio::task::spawn_local(keep_link(Rc::clone(&self), host, bell));
+        }
+        let mut second = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, from)) => {
+                        tokio::task::spawn_local(Rc::clone(&self).serve(stream, from));
+                    }
+                    Err(error) => {
+                        eprintln!("fleece-engine: accept: {error}");
+                        tokio::time::sleep(AGAIN).await;
+                    }
+                },
+                _ = second.tick() => self.cluster.look(Instant::now()),
+            }
+        }
+    }
+
+    fn greet(&self, mut greeting: greeting::Builder<'_>) {
+        let members = self.cluster.map().members();
+        let us = members.get(usize::from(self.cluster.us().0));
+        greeting.set_host(us.map_or("", |member| &member.name));
+        greeting.set_store(self.store.0.as_bytes());
+        greeting.set_map_epoch(self.cluster.map().epoch());
+        greeting.set_instance(self.cluster.instance().0);
+        greeting.set_protocol(PEER_PROTOCOL);
+        greeting.set_version(env!("CARGO_PKG_VERSION"));
+    }
+
+    /// Who greets; an error says what does not fit.
+    fn greeted(&self, greeting: greeting::Reader<'_>) -> capnp::Result<(HostId, Instance)> {
+        let name = greeting.get_host()?.to_str()?;
+        let refused = |what: String| Err(capnp::Error::failed(what));
+        if greeting.get_protocol() != PEER_PROTOCOL {
+            let (theirs, version) = (greeting.get_protocol(), greeting.get_version()?.to_str()?);
+            return refused(format!(
+                "{name} runs {version} and speaks protocol {theirs}, this engine {PEER_PROTOCOL}"
+            ));
+        }
+        if greeting.get_store()? != self.store.0.as_bytes() {
+            return refused(format!("{name} has another store"));
+        }
+        if greeting.get_map_epoch() != self.cluster.map().epoch() {
+            return refused(format!("{name} has another list of hosts in cluster.static"));
+        }
+        match self.cluster.map().host(name).filter(|host| *host != self.cluster.us()) {
+            Some(host) => Ok((host, Instance(greeting.get_instance()))),
+            None => refused(format!("{name} is no other host of this cluster")),
+        }
+    }
+
+    async fn serve(self: Rc<Self>, stream: TcpStream, from: SocketAddr) {
+        let accepted = timeout(PATIENCE, self.identity.acceptor.accept(stream)).await;
+        let Ok(Ok(stream)) = accepted else {
+            eprintln!("fleece-engine: {from} has no certificate of this cluster");
+            return;
+        };
+        let shown = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
+        let server = Server { peers: self, shown, host: RefCell::new(None) };
+        let client: peer::Client = capnp_rpc::new_client(server);
+        let (read, write) = tokio::io::split(stream);
+        let network = network(read, write, rpc_twoparty_capnp::Side::Server);
+        // A link that ends is made again by the other side.
+        let _ = RpcSystem::new(Box::new(network), Some(client.client)).await;
+    }
+}
+
+/// What one host may call.
+struct Server {
+    peers: Rc<Peers>,
+    shown: Option<Vec<rustls::pki_types::CertificateDer<'static>>>,
+    host: RefCell<Option<HostId>>,
+}
+
+impl peer::Server for Server {
+    async fn greet(
+        self: Rc<Self>,
+        params: peer::GreetParams,
+        mut results: peer::GreetResults,
+    ) -> capnp::Result<()> {
+        let greeting = params.get()?.get_us()?;
+        if !proves(self.shown.as_deref(), greeting.get_host()?.to_str()?) {
+            return Err(capnp::Error::failed("the certificate is another host's".into()));
+        }
+        let (host, instance) = self.peers.greeted(greeting)?;
+        let received = self.peers.cluster.greeted(host, instance);
+        *self.host.borrow_mut() = Some(host);
+        results.get().set_received(received.0);
+        self.peers.greet(results.get().init_you());
+        Ok(())
+    }
+
+    async fn deliver(
+        self: Rc<Self>,
+        params: peer::DeliverParams,
+        _: peer::DeliverResults,
+    ) -> capnp::Result<()> {
+        let Some(host) = *self.host.borrow() else {
+            return Err(capnp::Error::failed("greet first".into()));
+        };
+        let (number, frame) = (params.get()?.get_number(), params.get()?.get_frame()?.to_vec());
+        if number == 0 {
+            return Ok(());
+        }
+        let (taken, outcome) = oneshot::channel();
+        let number = FrameNumber(number);
+        let ending = |_| capnp::Error::failed("the engine is ending".into());
+        let arrived = Arrived { host, number, frame, taken };
+        self.peers.arrived.send(arrived).await.map_err(|_| ending(()))?;
+        outcome.await.map_err(|_| ending(()))?.map_err(|error| super::to_wire(&error))
+    }
+}
+
+fn network<R, W>(
+    read: R,
+    write: W,
+    side: rpc_twoparty_capnp::Side,
+) -> twoparty::VatNetwork<impl futures::AsyncRead + Unpin>
+where
+    R: AsyncRead + Unpin + 'static,
+    W: AsyncWrite + Unpin + 'static,
+{
+    let mut options = capnp::message::ReaderOptions::new();
+    options.traversal_limit_in_words(Some(MESSAGE_WORDS));
+    twoparty::VatNetwork::new(
+        futures::io::BufReader::new(read.compat()),
+        futures::io::BufWriter::new(write.compat_write()),
+        side,
+        options,
+    )
+}
+
+/// Makes a link to a host again and again, for ever.
+async fn keep_link(peers: Rc<Peers>, host: HostId, bell: Arc<Notify>) {
+    let mut said = String::new();
+    loop {
+        let ended = link(&peers, host, &bell).await;
+        peers.cluster.disconnected(host);
+        if let Err(error) = ended {
+            // Once for each reason: a host may be away for days.
+            let why = error.to_string();
+            if why != said {
+                eprintln!("fleece-engine: {why}");
+                said = why;
+            }
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// One link, from its beginning until it breaks.
+async fn link(peers: &Peers, host: HostId, bell: &Notify) -> Result<()> {
+    let member = peers.cluster.map().members().get(usize::from(host.0));
+    let Some(member) = member else { return Ok(()) };
+    let what = || format!("no link to {} at {}", member.name, member.address);
+    let late = || Error::new(Kind::Failed, format!("{}: no answer", what()));
+    let name = ServerName::try_from(member.name.clone()).context(what)?;
+    let connect = async {
+        let stream = TcpStream::connect(&member.address).await?;
+        stream.set_nodelay(true)?;
+        peers.identity.connector.connect(name, stream).await
+    };
+    let stream = timeout(PATIENCE, connect).await.map_err(|_| late())?.context(what)?;
+    let (read, write) = tokio::io::split(stream);
+    let network = network(read, write, rpc_twoparty_capnp::Side::Client);
+    let mut system = RpcSystem::new(Box::new(network), None);
+    let client: peer::Client = system.bootstrap(rpc_twoparty_capnp::Side::Server);
+    let talk = async {
+        let mut request = client.greet_request();
+        peers.greet(request.get().init_us());
+        let answer = timeout(PATIENCE, request.send().promise).await.map_err(|_| late())?;
+        let answer = answer.map_err(|error| Error::caused(Kind::Failed, what(), error))?;
+        let (instance, received) = greeting_of(peers, host, &answer)
+            .map_err(|error| Error::caused(Kind::Failed, what(), error))?;
+        let next = peers.cluster.connected(host, instance, received);
+        send(peers, host, &client, bell, next).await
+    };
+    tokio::select! {
+        ended = &mut system => ended.map_err(|error| Error::caused(Kind::Failed, what(), error)),
+        ended = talk => ended,
+    }
+}
+
+fn greeting_of(
+    peers: &Peers,
+    host: HostId,
+    answer: &capnp::capability::Response<peer::greet_results::Owned>,
+) -> capnp::Result<(Instance, FrameNumber)> {
+    let answer = answer.get()?;
+    let (who, instance) = peers.greeted(answer.get_you()?)?;
+    if who != host {
+        return Err(capnp::Error::failed("another host answers there".into()));
+    }
+    Ok((instance, FrameNumber(answer.get_received())))
+}
+
+/// Sends what waits, some frames ahead of what was taken.
+async fn send(
+    peers: &Peers,
+    host: HostId,
+    client: &peer::Client,
+    bell: &Notify,
+    mut next: FrameNumber,
+) -> Result<()> {
+    let mut in_flight = FuturesOrdered::new();
+    loop {
+        while in_flight.len() < IN_FLIGHT
+            && let Some((number, frame)) = peers.cluster.next(host, next)?
+        {
+            next = FrameNumber(number.0 + 1);
+            in_flight.push_back(deliver(client, number, &frame));
+        }
+        tokio::select! {
+            Some(taken) = in_flight.next(), if !in_flight.is_empty() => {
+                peers.cluster.taken(host, taken?);
+            }
+            () = bell.notified(), if in_flight.len() < IN_FLIGHT => {}
+            () = tokio::time::sleep(SIGN_OF_LIFE), if in_flight.is_empty() => {
+                in_flight.push_back(deliver(client, FrameNumber(0), &[]));
+            }
+        }
+    }
+}
+
+fn deliver(
+    client: &peer::Client,
+    number: FrameNumber,
+    frame: &[u8],
+) -> impl Future<Output = Result<FrameNumber>> + use<> {
+    let mut request = client.deliver_request();
+    request.get().set_number(number.0);
+    request.get().set_frame(frame);
+    let answer = request.send().promise;
+    async move {
+        match timeout(PATIENCE, answer).await {
+            Ok(Ok(_)) => Ok(number),
+            Ok(Err(error)) => Err(super::from_wire(&error)),
+            Err(_) => Err(Error::new(Kind::Failed, "a frame was not taken in time")),
+        }
+    }
+}

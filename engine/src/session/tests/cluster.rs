@@ -1,0 +1,274 @@
+//! Several engines on one store that answer for a part of the fingerprints each; frames go from one
+//! to the other by hand.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+use crate::cluster::map::{Member, PartitionMap};
+use crate::cluster::outbox::FrameNumber;
+use crate::cluster::{Cluster, Instance, SILENCE};
+use crate::ids::HostId;
+use crate::session::registry::Registry;
+
+/// One of the engines.
+struct Engine {
+    context: Context,
+    cluster: Arc<Cluster>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// All of them, and what carries their frames.
+struct Hosts {
+    engines: Vec<Arc<Engine>>,
+    /// Whether frames of one host come to another.
+    links: Arc<Vec<Vec<AtomicBool>>>,
+    stop: Arc<AtomicBool>,
+    wire: Option<std::thread::JoinHandle<()>>,
+    _dir: tempfile::TempDir,
+}
+
+fn map(count: usize) -> PartitionMap {
+    let member = |n| Member { name: format!("hv{n}"), address: String::new(), capacity: 1 };
+    PartitionMap::new((0..count).map(member).collect()).unwrap()
+}
+
+impl Engine {
+    fn open(dir: &Path, location: &Location, key: StoreKey, us: HostId, count: usize) -> Self {
+        let home = dir.join(format!("hv{}", us.0));
+        let work_dir = home.join("sessions");
+        std::fs::create_dir_all(&work_dir).unwrap();
+        let objects = objects_at(location).unwrap();
+        let state = home.join("state");
+        let store =
+            Store::open_objects(objects, location, key, Some(&state), StoreOptions::default())
+                .unwrap();
+        let map = map(count);
+        let options = DetectOptions { map_epoch: map.epoch(), ..DetectOptions::new(store.id()) };
+        let (mut detector, report) = Detector::open(&home.join("index"), options).unwrap();
+        let ours = map.clone();
+        let owns = move |fingerprint: &_| ours.owner(fingerprint) == us;
+        upkeep::refill(&store, &mut detector, &report.watermark, &owns).unwrap();
+        let refilled = store.clone();
+        let refill = move |detector: &mut Detector| {
+            let watermark = detector.watermark();
+            upkeep::refill(&refilled, detector, &watermark, &owns)
+        };
+        let (owner, thread) = Owner::start(detector, Box::new(refill)).unwrap();
+        static STARTS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
+        let start = STARTS.fetch_add(1, Ordering::Relaxed);
+        let registry = Arc::new(Registry::on(us, start * 1000));
+        let parts = (owner.clone(), Arc::clone(&registry));
+        let instance = Instance(start.into());
+        let spill = (work_dir.as_path(), 64 << 10);
+        let cluster = Cluster::new(map, us, instance, parts, spill, |_| Box::new(|| ()));
+        let context = Context {
+            manifests: Manifests::of(&store, &work_dir),
+            damage: Arc::new(Damage::load(&store).unwrap()),
+            store,
+            owners: Owners::among(owner, Arc::clone(&cluster)),
+            registry,
+            budget: Budget::new(32 << 20).unwrap(),
+            work_dir,
+            host: format!("hv{}", us.0),
+            rebuilding: Arc::default(),
+            patience: Duration::from_millis(300),
+        };
+        Engine { context, cluster, thread: Some(thread) }
+    }
+
+    fn backup(&self, vm: u128, image: &[u8]) -> Manifest {
+        begin_in(&self.context, vm, "", image).unwrap().run().unwrap()
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.context.owners.here().stop();
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+/// Carries the frames that wait, from one host to another, and says how many these were.
+fn carry(from: &Engine, to: &Engine) -> usize {
+    let (a, b) = (from.cluster.us(), to.cluster.us());
+    let received = to.cluster.greeted(a, from.cluster.instance());
+    let mut next = from.cluster.connected(b, to.cluster.instance(), received);
+    let mut carried = 0;
+    while let Some((number, frame)) = from.cluster.next(b, next).unwrap() {
+        to.cluster.take(a, number, &frame).unwrap();
+        from.cluster.taken(b, number);
+        next = FrameNumber(number.0 + 1);
+        carried += 1;
+    }
+    carried
+}
+
+impl Hosts {
+    fn new(count: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let location = Location::Directory(dir.path().join("store"));
+        let key = Store::init(&location, &InitOptions::default(), |_| Ok(())).unwrap();
+        let text = key.to_text().to_string();
+        let key = || StoreKey::from_text(&text).unwrap();
+        let engine = |n| Engine::open(dir.path(), &location, key(), HostId(n as u16), count);
+        let engines: Vec<_> = (0..count).map(|n| Arc::new(engine(n))).collect();
+        let up = || (0..count).map(|_| AtomicBool::new(true)).collect();
+        let links: Arc<Vec<Vec<AtomicBool>>> = Arc::new((0..count).map(|_| up()).collect());
+        let stop = Arc::new(AtomicBool::new(false));
+        let wire = std::thread::spawn({
+            let (engines, links, stop) = (engines.clone(), Arc::clone(&links), Arc::clone(&stop));
+            move || {
+                while !stop.load(Ordering::Acquire) {
+                    let mut carried = 0;
+                    for (a, from) in engines.iter().enumerate() {
+                        for (b, to) in engines.iter().enumerate() {
+                            if a != b && links[a][b].load(Ordering::Acquire) {
+                                carried += carry(from, to);
+                            } else if a != b {
+                                from.cluster.disconnected(HostId(b as u16));
+                            }
+                        }
+                    }
+                    if carried == 0 {
+                        std::thread::park_timeout(Duration::from_millis(1));
+                    }
+                }
+            }
+        });
+        Hosts { engines, links, stop, wire: Some(wire), _dir: dir }
+    }
+
+    /// Breaks or mends the links of a host with all others, both ways.
+    fn link(&self, host: usize, up: bool) {
+        for other in 0..self.engines.len() {
+            self.links[host][other].store(up, Ordering::Release);
+            self.links[other][host].store(up, Ordering::Release);
+        }
+    }
+
+    /// Every host restores every snapshot, and finds nothing wrong.
+    fn must_be_whole(&self, snapshots: &[(Manifest, &[u8])]) {
+        for engine in &self.engines {
+            for (manifest, image) in snapshots {
+                assert!(restore_in(&engine.context, manifest).unwrap() == *image, "it differs");
+            }
+            let (clean, said) = verify_in(&engine.context);
+            assert!(clean, "{said}");
+        }
+    }
+
+    /// Every block of these images is stored once, and known to one host.
+    fn must_be_exact(&self, images: &[&[u8]]) {
+        assert_eq!(stored_slots_in(&self.engines[0].context), distinct(images));
+        let unique = |engine: &Arc<Engine>| {
+            engine.context.owners.figures().unique_blocks.load(Ordering::Relaxed)
+        };
+        let expected = distinct(images) as u64;
+        wait_until("what was learned", || self.engines.iter().map(unique).sum::<u64>() == expected);
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        self.wire.take().unwrap().join().unwrap();
+    }
+}
+
+#[test]
+fn what_any_host_has_stored_no_other_one_stores_again() {
+    let hosts = Hosts::new(3);
+    let images = [image(1, 3000, 2000), image(2, 3000, 2000), image(3, 2000, 2500)];
+    let mut done = Vec::new();
+    for (host, image) in images.iter().enumerate() {
+        done.push((hosts.engines[host].backup(host as u128 + 1, image), &image[..]));
+    }
+    let all: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
+    assert!(done.iter().all(|(manifest, _)| manifest.counts.undetected == 0));
+    hosts.must_be_exact(&all);
+    hosts.must_be_whole(&done);
+    // Each host knows its own part, and no other.
+    for engine in &hosts.engines {
+        let here = engine.context.owners.figures().unique_blocks.load(Ordering::Relaxed);
+        let (share, of) = engine.cluster.map().share(engine.cluster.us());
+        let fair = distinct(&all) * share / of;
+        assert!(here.abs_diff(fair as u64) < fair as u64 / 4, "{here} instead of {fair}");
+    }
+}
+
+#[test]
+fn backups_on_all_hosts_at_once_store_a_common_block_once() {
+    let hosts = Hosts::new(4);
+    let images: Vec<_> = (0..8).map(|n| image(n, 1500, 1000)).collect();
+    let done: Vec<Manifest> = std::thread::scope(|scope| {
+        let run = |(n, image): (usize, &'_ Vec<u8>)| {
+            let (engine, image) = (&hosts.engines[n % 4], image.clone());
+            scope.spawn(move || engine.backup(n as u128 + 1, &image))
+        };
+        let threads: Vec<_> = images.iter().enumerate().map(run).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert!(done.iter().all(|manifest| manifest.counts.undetected == 0));
+    let all: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
+    hosts.must_be_exact(&all);
+    hosts.must_be_whole(&done.into_iter().zip(all).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_writer_on_another_host_that_is_slow_gives_up_what_it_has_not_packed() {
+    let hosts = Hosts::new(2);
+    let common = image(7, 1200, 5000);
+    let slow = begin_in(&hosts.engines[0].context, 1, "", &common).unwrap();
+    slow.scan_all().unwrap();
+    // It has its grants, and does not write.
+    let grants = slow.grants().unwrap();
+    assert!(!grants.extents.is_empty());
+    let quick = hosts.engines[1].backup(2, &common);
+    assert_eq!(quick.counts.undetected, 0);
+    for extent in grants.extents {
+        slow.write(extent.at, extent.blocks.into()).unwrap();
+    }
+    slow.write_all().unwrap();
+    let slow = slow.commit().unwrap();
+    hosts.must_be_exact(&[&common]);
+    hosts.must_be_whole(&[(quick, &common), (slow, &common)]);
+}
+
+#[test]
+fn a_host_that_is_silent_is_given_up_and_comes_back() {
+    let hosts = Hosts::new(3);
+    let before = image(11, 1500, 1200);
+    let first = hosts.engines[0].backup(1, &before);
+    hosts.must_be_exact(&[&before]);
+    hosts.link(2, false);
+    // A session that waits for it goes on once it is given up, as do all that begin later.
+    let during = image(12, 1500, 1500);
+    let second = std::thread::scope(|scope| {
+        let backup = scope.spawn(|| hosts.engines[1].backup(2, &during));
+        let late = Instant::now() + SILENCE + Duration::from_secs(1);
+        wait_until("the end of the backup", || {
+            hosts.engines.iter().for_each(|engine| engine.cluster.look(late));
+            backup.is_finished()
+        });
+        backup.join().unwrap()
+    });
+    assert!(second.counts.undetected > 0);
+    let done = [(first, &before[..]), (second, &during[..])];
+    done.iter().for_each(|(manifest, image)| {
+        assert!(restore_in(&hosts.engines[0].context, manifest).unwrap() == *image);
+    });
+    // It is back, and learns from the journals what it was not told: nothing is stored again.
+    hosts.link(2, true);
+    wait_until("the links", || {
+        hosts.engines.iter().all(|engine| engine.cluster.view().iter().all(|host| !host.lost))
+    });
+    let stored = stored_slots_in(&hosts.engines[0].context);
+    wait_until("what it missed", || {
+        let again = hosts.engines[0].backup(3, &during);
+        again.counts.new == 0 && again.counts.undetected == 0
+    });
+    let doubles = stored - distinct(&[&before, &during]);
+    assert!(doubles as u64 * BLOCK as u64 <= done[1].0.counts.undetected, "{doubles}");
+    hosts.must_be_whole(&done);
+}

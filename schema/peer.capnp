@@ -1,0 +1,25 @@
+@0xb9f1c6d27a53e08d;
+# What the engines of a cluster say to each other, over TLS with certificates on both sides. A host
+# calls to send; what comes back is sent by a call of the other one.
+
+const peerProtocol :UInt16 = 1;
+# Raised when a change is not compatible; `greet` refuses another one by name.
+
+interface Peer {
+  greet @0 (us :Greeting) -> (you :Greeting, received :UInt64);
+  # First of all. `received`: the last frame of the caller's process that was taken.
+
+  deliver @1 (number :UInt64, frame :Data) -> ();
+  # A frame of messages (engine/src/cluster/frame.rs), numbered from 1 in each process of the
+  # sender. Answered once it was taken in; a number that was taken before is passed over. Number
+  # 0 is a sign of life without a frame.
+}
+
+struct Greeting {
+  host @0 :Text;         # must be the name in the certificate
+  store @1 :Data;        # the store's id: 16 bytes
+  mapEpoch @2 :UInt64;   # hosts with another partition map cannot work together
+  instance @3 :UInt64;   # this process
+  protocol @4 :UInt16;
+  version @5 :Text;
+}
