@@ -9,6 +9,7 @@ use crate::cluster::map::{Member, PartitionMap};
 use crate::detect::MAX_PARTITION_BITS;
 use crate::error::{Context, Error, Kind, Result};
 use crate::ids::HostId;
+use crate::store::{Access, Location};
 
 /// Where the configuration is looked for.
 pub const DEFAULT_CONFIG: &str = "/etc/fleece/engine.toml";
@@ -21,7 +22,7 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/fleece";
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The store: a local directory.
+    /// The store: a directory, or `s3://bucket/prefix`.
     pub store: String,
     /// The key file (mode 0400).
     pub key: PathBuf,
@@ -43,6 +44,9 @@ pub struct Config {
     /// User ids, besides root and the engine's own, that may use the socket.
     #[serde(default)]
     pub allowed_uids: Vec<u32>,
+    /// How a store of `s3://` is reached, as far as the environment does not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub s3: Option<Access>,
     /// The other hosts; none: this engine answers for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cluster: Option<ClusterConfig>,
@@ -136,6 +140,7 @@ impl Config {
             compression_level: default_level(),
             partition_bits: default_partition_bits(),
             allowed_uids: Vec::new(),
+            s3: None,
             cluster: None,
         }
     }
@@ -180,10 +185,19 @@ impl Config {
                 ),
             ));
         }
+        self.location()?;
         if let Some(cluster) = &self.cluster {
             cluster.map()?;
         }
         self.budget().map(|_| ())
+    }
+
+    /// Where the store is.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`] for what is no place for one.
+    pub fn location(&self) -> Result<Location> {
+        Location::parse(&self.store, self.s3.as_ref().unwrap_or(&Access::default()))
     }
 
     /// The memory budget, carved up.

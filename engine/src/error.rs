@@ -145,14 +145,19 @@ fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.context)?;
+        let mut told = self.context.clone();
         let mut source = self.source.as_deref().map(|s| s as &dyn std::error::Error);
         while let Some(cause) = source {
-            write!(f, ": {cause}")?;
+            // Some libraries' errors say their causes, too.
+            let text = cause.to_string();
+            if !told.ends_with(&text) {
+                told += ": ";
+                told += &text;
+            }
             // Our own errors print their whole chain.
             source = if cause.is::<Error>() { None } else { cause.source() };
         }
-        Ok(())
+        f.write_str(&told)
     }
 }
 

@@ -22,7 +22,7 @@ use crate::session::registry::Registry;
 use crate::store::commit::Manifests;
 use crate::store::format::random;
 use crate::store::keys::StoreKey;
-use crate::store::{Location, Store, StoreOptions};
+use crate::store::{Store, StoreOptions};
 use crate::upkeep;
 
 /// How long after its own writes a session leaves the rest to those who hold the grants:
@@ -65,7 +65,7 @@ pub fn start(config: &Config) -> Result<Started> {
         create_private_dir(dir)?;
     }
     let key = StoreKey::load(&config.key)?;
-    let location = Location::parse(&config.store)?;
+    let location = config.location()?;
     let options = StoreOptions { budget: budget.store(), compression: config.compression_level };
     let store = Store::open(&location, key, state, options)?;
     sweep(&work_dir);

@@ -34,6 +34,8 @@ pub struct Fixture {
 pub struct Places {
     /// The store; it is made there.
     pub store: Option<PathBuf>,
+    /// What `fleecectl init` is told of it besides.
+    pub init: Vec<String>,
     /// The engine's state.
     pub state: Option<PathBuf>,
     /// What the engine is started by, such as `setpriv …`; nothing for directly.
@@ -70,13 +72,10 @@ impl Fixture {
         fs::create_dir(folder.path().join("scratch"))?;
         let (engine, budget, verify_at_end, group) = (None, "32M", true, None);
         let fixture = Fixture { folder, engine, budget, places, verify_at_end, group };
-        fixture.fleecectl(&[
-            "init",
-            "--store",
-            &fixture.store().display().to_string(),
-            "--config",
-            &fixture.text("engine.toml"),
-        ])?;
+        let (store, config) = (fixture.store().display().to_string(), fixture.text("engine.toml"));
+        let mut init = vec!["init", "--store", &store, "--config", &config];
+        init.extend(fixture.places.init.iter().map(String::as_str));
+        fixture.fleecectl(&init)?;
         Ok(fixture)
     }
 

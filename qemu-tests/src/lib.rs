@@ -14,6 +14,7 @@ pub mod mount;
 pub mod process;
 pub mod proxy;
 pub mod qmp;
+pub mod s3;
 pub mod scenario;
 pub mod tools;
 pub mod wait;

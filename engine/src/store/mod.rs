@@ -29,7 +29,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use self::info::StoreInfo;
-pub use self::options::{BLOCK_SIZE, InitOptions, Location, StoreBudget, StoreOptions};
+pub use self::options::{
+    Access, BLOCK_SIZE, Bucket, InitOptions, Location, StoreBudget, StoreOptions,
+};
 
 use self::container::Directories;
 use self::container::codec::Codecs;
@@ -42,13 +44,15 @@ use crate::fingerprint::Fingerprinter;
 use crate::ids::StoreId;
 use crate::pool::Pool;
 
-/// Opens the objects at a location, which must exist.
+/// Opens the objects at a location, which must exist. What is to be sent across a network is staged
+/// in `staging`.
 ///
 /// # Errors
-/// [`Kind::NoStore`].
-pub fn objects_at(location: &Location) -> Result<Objects> {
+/// [`Kind::NoStore`]; [`Kind::Key`] when a bucket's credentials cannot be used.
+pub fn objects_at(location: &Location, staging: &Path) -> Result<Objects> {
     match location {
         Location::Directory(path) => Objects::local(path),
+        Location::Bucket(bucket) => Objects::in_bucket(bucket, staging),
     }
 }
 
@@ -93,9 +97,11 @@ impl Store {
             ));
         }
         let key = StoreKey::generate(&options.domain)?;
-        let Location::Directory(path) = location;
-        make_directory(path, location)?;
-        let objects = objects_at(location)?;
+        if let Location::Directory(path) = location {
+            make_directory(path, location)?;
+        }
+        let objects = objects_at(location, &std::env::temp_dir())?;
+        make_sure_that_nothing_is_there(&objects, location)?;
         keep(&key)?;
         if let Some(passphrase) = &options.passphrase {
             objects.create(names::WRAPPED_KEY, key.wrap(passphrase)?)?;
@@ -112,7 +118,7 @@ impl Store {
     /// # Errors
     /// [`Kind::Key`] when there is no copy or the passphrase is wrong; [`Kind::NoStore`].
     pub fn recover_key(location: &Location, passphrase: &str) -> Result<StoreKey> {
-        let objects = objects_at(location)?;
+        let objects = objects_at(location, &std::env::temp_dir())?;
         StoreInfo::read(&objects, location)?;
         let wrapped = match objects.read_all(names::WRAPPED_KEY, SEALED_MAX) {
             Err(error) if error.kind() == Kind::NotFound => {
@@ -156,7 +162,9 @@ impl Store {
         state_dir: Option<&Path>,
         options: StoreOptions,
     ) -> Result<Self> {
-        Self::open_objects(objects_at(location)?, location, key, state_dir, options)
+        let anywhere = std::env::temp_dir();
+        let objects = objects_at(location, state_dir.unwrap_or(&anywhere))?;
+        Self::open_objects(objects, location, key, state_dir, options)
     }
 
     /// The same over objects that are open; without `state_dir` only to read.
@@ -306,6 +314,29 @@ impl Store {
 
 fn taken(location: &Location) -> Error {
     Error::new(Kind::Usage, format!("there is a store at {location} already: choose another place"))
+}
+
+/// A bucket's folder for a store must be empty, too. The first request says whether it can be used.
+fn make_sure_that_nothing_is_there(objects: &Objects, location: &Location) -> Result<()> {
+    if matches!(location, Location::Directory(_)) {
+        return Ok(());
+    }
+    let failed = || format!("cannot use {location}");
+    if objects.exists(names::STORE).context(failed)? {
+        return Err(taken(location));
+    }
+    let mut found = None;
+    let listed = objects.list("", |key, _| {
+        found = Some(key.to_owned());
+        Err(Error::new(Kind::Usage, "one is enough"))
+    });
+    match found {
+        Some(key) => {
+            let what = format!("{location} is not empty ({key})");
+            Err(Error::new(Kind::Usage, format!("{what}: a new store needs a folder of its own")))
+        }
+        None => listed.context(failed),
+    }
 }
 
 /// A directory for a store: new, or empty. Only its owner may read what will be there.

@@ -3,7 +3,7 @@
 //! The core is synchronous: all calls block and must come from threads of their own,
 //! never from inside an async task. A local directory's small operations run on the
 //! calling thread; what should overlap (many reads, a container's fsync) goes to a
-//! small private runtime.
+//! small private runtime. A store across a network uses that runtime for everything.
 
 use std::fs;
 use std::io;
@@ -16,12 +16,9 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{
-    GetOptions, GetRange, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPayload,
-};
+use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
 
 use super::staging;
 use crate::error::{Error, Kind, Result};
@@ -62,6 +59,8 @@ struct Inner {
     store: Arc<dyn ObjectStore>,
     /// The directory of a local store: its calls need no runtime.
     local: Option<PathBuf>,
+    /// Where bytes for another store wait until they are sent.
+    staging: PathBuf,
     runtime: Handle,
     /// Ends the runtime's thread when dropped.
     _stop: oneshot::Sender<()>,
@@ -87,13 +86,14 @@ impl Objects {
                 Error::caused(Kind::NoStore, format!("cannot open {}", root.display()), error)
             })?
             .with_fsync(true);
-        Self::over(Arc::new(store), Some(root))
+        Self::over(Arc::new(store), Some(root.clone()), &root)
     }
 
-    /// Over any store; `local` is the directory behind it where there is one.
-    fn over(store: Arc<dyn ObjectStore>, local: Option<PathBuf>) -> Result<Self> {
+    /// Over any store; `local` is the directory behind it where there is one, else what is
+    /// written is staged in `staging`.
+    fn over(store: Arc<dyn ObjectStore>, local: Option<PathBuf>, staging: &FsPath) -> Result<Self> {
         let (runtime, stop) = start_runtime()?;
-        let inner = Inner { store, local, runtime, _stop: stop };
+        let inner = Inner { store, local, staging: staging.into(), runtime, _stop: stop };
         Ok(Objects { inner: Arc::new(inner) })
     }
 
@@ -139,7 +139,7 @@ impl Objects {
                 Err(error) if error.kind() == Kind::Damaged => return Ok(Created::Exists),
                 Err(read) if read.kind() != Kind::NotFound => return Err(read),
                 Err(_) if attempt >= CREATE_ATTEMPTS || hopeless(&error) => {
-                    return Err(failed("create", key, error));
+                    return Err(failed("create object", key, error));
                 }
                 Err(_) => std::thread::sleep(CREATE_PAUSE),
             }
@@ -165,17 +165,7 @@ impl Objects {
     /// # Errors
     /// When it cannot be staged.
     pub fn writer(&self, key: &str) -> Result<ObjectWriter> {
-        let path = parse(key)?;
-        let upload = self
-            .wait(self.inner.store.put_multipart(&path))
-            .map_err(|error| failed("begin", key, error))?;
-        Ok(ObjectWriter {
-            objects: self.clone(),
-            key: key.to_owned(),
-            upload: Some(upload),
-            written: 0,
-            broken: false,
-        })
+        ObjectWriter::begin(self, key)
     }
 
     /// Exactly the bytes of `range`.
@@ -240,13 +230,18 @@ impl Objects {
     /// [`Kind::NotFound`]; when it cannot be read.
     pub fn read_tail(&self, key: &str, n: u64) -> Result<(Bytes, u64)> {
         let path = parse(key)?;
+        if self.inner.local.is_none() {
+            // Servers of S3 disagree about a suffix that is longer than the object.
+            let size = self.size(key)?;
+            return Ok((self.read(key, size.saturating_sub(n)..size)?, size));
+        }
         let options = GetOptions { range: Some(GetRange::Suffix(n)), ..GetOptions::default() };
         let tail = self.wait(async {
             let result = self.inner.store.get_opts(&path, options).await?;
             let size = result.meta.size;
             result.bytes().await.map(|bytes| (bytes, size))
         });
-        tail.map_err(|error| failed("read", key, error))
+        tail.map_err(|error| failed("read object", key, error))
     }
 
     /// All of an object of at most `max` bytes.
@@ -259,7 +254,7 @@ impl Objects {
             let result = self.inner.store.get_opts(&path, GetOptions::default()).await?;
             if result.meta.size > max { Ok(None) } else { result.bytes().await.map(Some) }
         });
-        whole.map_err(|error| failed("read", key, error))?.ok_or_else(|| {
+        whole.map_err(|error| failed("read object", key, error))?.ok_or_else(|| {
             Error::new(Kind::Damaged, format!("object {key} is longer than {max} bytes"))
         })
     }
@@ -282,8 +277,9 @@ impl Objects {
     /// [`Kind::NotFound`].
     pub fn size(&self, key: &str) -> Result<u64> {
         let path = parse(key)?;
-        let head =
-            self.wait(self.inner.store.head(&path)).map_err(|error| failed("read", key, error))?;
+        let head = self
+            .wait(self.inner.store.head(&path))
+            .map_err(|error| failed("read object", key, error))?;
         Ok(head.size)
     }
 
@@ -297,7 +293,7 @@ impl Objects {
         let mut stream = self.inner.store.list((!prefix.is_empty()).then_some(&path));
         // `each` runs outside of the executor, so that it can use the objects, too.
         while let Some(meta) = self.wait(stream.next()) {
-            let meta = meta.map_err(|error| failed("list", prefix, error))?;
+            let meta = meta.map_err(|error| failed("list the objects in", prefix, error))?;
             each(meta.location.as_ref(), meta.size)?;
         }
         Ok(())
@@ -311,7 +307,7 @@ impl Objects {
         let path = parse(prefix)?;
         let listed = self
             .wait(self.inner.store.list_with_delimiter((!prefix.is_empty()).then_some(&path)))
-            .map_err(|error| failed("list", prefix, error))?;
+            .map_err(|error| failed("list the objects in", prefix, error))?;
         Ok(listed.common_prefixes.iter().filter_map(|p| p.filename().map(str::to_owned)).collect())
     }
 
@@ -334,115 +330,7 @@ impl Objects {
             let what = format!("object {key} is damaged: it has {size} bytes, {end} are needed");
             return Error::caused(Kind::Damaged, what, error);
         }
-        failed("read", key, error)
-    }
-}
-
-/// An object that is being written. Dropped before it is finished, it never was.
-pub struct ObjectWriter {
-    objects: Objects,
-    key: String,
-    upload: Option<Box<dyn MultipartUpload>>,
-    written: u64,
-    broken: bool,
-}
-
-impl ObjectWriter {
-    /// Its key.
-    #[must_use]
-    pub fn key(&self) -> &str {
-        &self.key
-    }
-
-    /// Bytes written so far.
-    #[must_use]
-    pub fn written(&self) -> u64 {
-        self.written
-    }
-
-    /// Appends bytes.
-    ///
-    /// # Errors
-    /// When they cannot be written; the object can then not be finished.
-    pub fn write(&mut self, bytes: Bytes) -> Result<()> {
-        let broken =
-            || Error::new(Kind::Failed, format!("object {} could not be written before", self.key));
-        let upload = self.upload.as_mut().filter(|_| !self.broken).ok_or_else(broken)?;
-        let length = bytes.len() as u64;
-        let part = upload.put_part(PutPayload::from(bytes));
-        if let Err(error) = self.objects.wait(part) {
-            self.broken = true;
-            return Err(failed("write", &self.key, error));
-        }
-        self.written += length;
-        Ok(())
-    }
-
-    /// Makes the object durable and visible; returns its size.
-    ///
-    /// # Errors
-    /// When that failed: the object must be written again under another key.
-    pub fn finish(self) -> Result<u64> {
-        self.finish_in_background()?.wait()
-    }
-
-    /// The same, while the caller goes on.
-    ///
-    /// # Errors
-    /// When a write had failed, or the key is taken.
-    pub fn finish_in_background(mut self) -> Result<Finishing> {
-        // Local publishing is a rename, which would replace: keys are never overwritten.
-        if self.objects.exists(&self.key)? {
-            let what = format!("object {} exists already and is never overwritten", self.key);
-            return Err(Error::new(Kind::Failed, what));
-        }
-        let key = self.key.clone();
-        let broken = Error::new(Kind::Failed, format!("object {key} could not be written before"));
-        let mut upload = self.upload.take().filter(|_| !self.broken).ok_or(broken)?;
-        let task =
-            self.objects.inner.runtime.spawn(async move { upload.complete().await.map(drop) });
-        Ok(Finishing { objects: self.objects.clone(), key, size: self.written, task })
-    }
-}
-
-impl Drop for ObjectWriter {
-    fn drop(&mut self) {
-        if let Some(mut upload) = self.upload.take() {
-            // A store that cannot be reached now keeps the parts until its own expiry.
-            let _ = self.objects.wait(upload.abort());
-        }
-    }
-}
-
-/// An object that is being made durable.
-pub struct Finishing {
-    objects: Objects,
-    key: String,
-    size: u64,
-    task: JoinHandle<object_store::Result<()>>,
-}
-
-impl Finishing {
-    /// Whether [`wait`](Self::wait) would return at once.
-    #[must_use]
-    pub fn is_done(&self) -> bool {
-        self.task.is_finished()
-    }
-
-    /// Waits until it is durable; returns its size.
-    ///
-    /// # Errors
-    /// When it is not.
-    pub fn wait(self) -> Result<u64> {
-        let Finishing { objects, key, size, task } = self;
-        objects
-            .inner
-            .runtime
-            .block_on(task)
-            .map_err(join_error)
-            .and_then(|finished| finished)
-            .map_err(|error| failed("finish", &key, error))?;
-        Ok(size)
+        failed("read object", key, error)
     }
 }
 
@@ -558,7 +446,7 @@ fn failed(what: &str, key: &str, error: object_store::Error) -> Error {
         }
         _ => (Kind::Failed, ""),
     };
-    Error::caused(kind, format!("cannot {what} object {key}{advice}"), error).of_the_store()
+    Error::caused(kind, format!("cannot {what} {key}{advice}"), error).of_the_store()
 }
 
 #[cfg(any(test, fuzzing))]
@@ -566,6 +454,11 @@ mod memory;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub(crate) mod recording;
+pub mod s3;
+mod staged;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
+mod writer;
+
+pub use self::writer::{Finishing, ObjectWriter};

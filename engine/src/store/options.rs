@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use super::container;
+pub use super::objects::s3::{Access, Bucket};
 use crate::error::{Error, Kind, Result};
 
 /// The default block size.
@@ -14,21 +15,29 @@ const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 4096..=65_536;
 /// Where a store is.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Location {
-    /// A local directory.
+    /// A local directory, or one on storage that hosts share.
     Directory(PathBuf),
+    /// A bucket of S3-compatible storage.
+    Bucket(Bucket),
 }
 
 impl Location {
-    /// Reads what a user wrote: a directory's path (later also `s3://…`).
+    /// Reads what a user wrote: a directory's path, or `s3://bucket/prefix`, which is reached
+    /// by `access`.
     ///
     /// # Errors
     /// [`Kind::Usage`] for another kind of place.
-    pub fn parse(text: &str) -> Result<Self> {
+    pub fn parse(text: &str, access: &Access) -> Result<Self> {
         match text.split_once("://") {
             Some(("file", path)) => Ok(Location::Directory(path.into())),
+            Some(("s3", rest)) => {
+                let bucket = Bucket::parse(rest)?;
+                Ok(Location::Bucket(Bucket { access: access.clone(), ..bucket }))
+            }
             Some((scheme, _)) => {
-                let what = format!("a store at {scheme}:// is not supported by this version");
-                Err(Error::new(Kind::Usage, format!("{what}: give a directory")))
+                let what = format!("a store at {scheme}:// is not supported");
+                let how = "give a directory, or s3://bucket/prefix";
+                Err(Error::new(Kind::Usage, format!("{what}: {how}")))
             }
             None if text.is_empty() => {
                 Err(Error::new(Kind::Usage, "no place for the store is given"))
@@ -42,6 +51,7 @@ impl std::fmt::Display for Location {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Location::Directory(path) => path.display().fmt(f),
+            Location::Bucket(bucket) => bucket.fmt(f),
         }
     }
 }

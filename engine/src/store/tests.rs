@@ -73,9 +73,14 @@ fn a_place_that_is_taken_or_strange_is_refused() {
         let error = init(&new, &InitOptions { block_size, ..InitOptions::default() });
         assert_eq!(error.kind(), Kind::Usage, "{block_size}");
     }
-    assert!(Location::parse("s3://bucket").is_err());
-    assert!(Location::parse("").is_err());
-    assert_eq!(Location::parse("/a/b").unwrap(), Location::Directory(PathBuf::from("/a/b")));
+    let parse = |text| Location::parse(text, &Access::default());
+    for wrong in ["", "s3://", "s3:///folder", "s3://bucket/a//b", "ftp://host/folder"] {
+        assert_eq!(parse(wrong).unwrap_err().kind(), Kind::Usage, "{wrong}");
+    }
+    assert_eq!(parse("/a/b").unwrap(), Location::Directory(PathBuf::from("/a/b")));
+    for (text, shown) in [("s3://bucket/a/b/", "s3://bucket/a/b"), ("s3://bucket", "s3://bucket")] {
+        assert_eq!(parse(text).unwrap().to_string(), shown);
+    }
 }
 
 #[test]

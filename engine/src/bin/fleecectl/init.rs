@@ -7,14 +7,24 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use fleece_engine::config::{Config, parse_size};
 use fleece_engine::error::{Context as _, Error, Kind, Result};
-use fleece_engine::store::{InitOptions, Location, Store};
+use fleece_engine::store::{Access, InitOptions, Location, Store};
 
 /// What `init` is told.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Where the store shall be: a directory, new or empty.
+    /// Where the store shall be: a directory, new or empty, or s3://bucket/prefix.
     #[arg(long)]
     store: String,
+    /// The server of a store at s3://, instead of AWS_ENDPOINT_URL or Amazon's.
+    #[arg(long)]
+    s3_endpoint: Option<String>,
+    /// The region of a store at s3://, instead of AWS_REGION.
+    #[arg(long)]
+    s3_region: Option<String>,
+    /// The file (mode 0400) with access_key_id and secret_access_key of a store at s3://, instead of
+    /// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+    #[arg(long)]
+    s3_credentials: Option<PathBuf>,
     /// Keep a copy of the key in the store, under the passphrase in this file.
     #[arg(long, conflicts_with = "no_encryption")]
     passphrase_file: Option<PathBuf>,
@@ -36,7 +46,8 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options, config_path: &Path, json: bool) -> Result<()> {
-    let location = Location::parse(&absolute(&options.store)?)?;
+    let access = access(options)?;
+    let location = Location::parse(&absolute(&options.store)?, &access)?;
     if config_path.exists() {
         return Err(Error::new(
             Kind::Usage,
@@ -51,7 +62,8 @@ pub(crate) fn run(options: &Options, config_path: &Path, json: bool) -> Result<(
     let folder = config_path.parent().filter(|p| !p.as_os_str().is_empty());
     let folder = folder.unwrap_or(Path::new("."));
     let key_path = folder.join(key_name(config_path));
-    let config = configuration(options, location.to_string(), absolute_path(&key_path)?)?;
+    let mut config = configuration(options, location.to_string(), absolute_path(&key_path)?)?;
+    config.s3 = Some(access).filter(|access| *access != Access::default());
     let passphrase = options.passphrase_file.as_deref().map(read_passphrase).transpose()?;
     std::fs::create_dir_all(folder).context(|| format!("cannot create {}", folder.display()))?;
     let wrapped = passphrase.is_some();
@@ -100,6 +112,12 @@ pub(crate) fn run(options: &Options, config_path: &Path, json: bool) -> Result<(
 fn key_name(config_path: &Path) -> PathBuf {
     let stem = config_path.file_stem().unwrap_or(std::ffi::OsStr::new("store"));
     Path::new(stem).with_extension("key")
+}
+
+fn access(options: &Options) -> Result<Access> {
+    let credentials = options.s3_credentials.as_deref().map(absolute_path).transpose()?;
+    let (endpoint, region) = (options.s3_endpoint.clone(), options.s3_region.clone());
+    Ok(Access { endpoint, region, credentials })
 }
 
 fn configuration(options: &Options, store: String, key: PathBuf) -> Result<Config> {

@@ -6,7 +6,7 @@ use clap::Subcommand;
 use fleece_engine::config::Config;
 use fleece_engine::error::{Context as _, Result};
 use fleece_engine::store::keys::StoreKey;
-use fleece_engine::store::{Location, Store, StoreInfo, objects_at};
+use fleece_engine::store::{Store, StoreInfo, objects_at};
 
 use super::init::read_passphrase;
 
@@ -36,7 +36,7 @@ pub(crate) fn run(verb: Verb, config: &Path, json: bool) -> Result<()> {
             let key = match passphrase_file {
                 None => StoreKey::load(&config.key)?,
                 Some(file) => {
-                    let location = Location::parse(&config.store)?;
+                    let location = config.location()?;
                     Store::recover_key(&location, &read_passphrase(&file)?)?
                 }
             };
@@ -56,8 +56,9 @@ pub(crate) fn run(verb: Verb, config: &Path, json: bool) -> Result<()> {
         }
         Verb::Check { file } => {
             let key = read_copy(&file)?;
-            let location = Location::parse(&config.store)?;
-            StoreInfo::check(&objects_at(&location)?, &location, &key)?;
+            let location = config.location()?;
+            let objects = objects_at(&location, &std::env::temp_dir())?;
+            StoreInfo::check(&objects, &location, &key)?;
             if json {
                 let line = serde_json::json!({
                     "message_type": "key_check",

@@ -38,7 +38,7 @@ impl Engine {
         let home = dir.join(format!("hv{}", us.0));
         let work_dir = home.join("sessions");
         std::fs::create_dir_all(&work_dir).unwrap();
-        let objects = objects_at(location).unwrap();
+        let objects = objects_at(location, dir).unwrap();
         let state = home.join("state");
         let store =
             Store::open_objects(objects, location, key, Some(&state), StoreOptions::default())

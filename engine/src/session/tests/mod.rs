@@ -49,7 +49,7 @@ impl Host {
         let dir = tempfile::tempdir().unwrap();
         let location = Location::Directory(dir.path().join("store"));
         let key = Store::init(&location, &InitOptions::default(), |_| Ok(())).unwrap();
-        let objects = objects_at(&location).unwrap();
+        let objects = objects_at(&location, dir.path()).unwrap();
         Self::open(dir, objects, key, StoreOptions::default(), DetectOptions::new)
     }
 

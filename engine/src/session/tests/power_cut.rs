@@ -164,7 +164,8 @@ fn history_of_a_repair() -> History {
     let location = Location::Directory(dir.path().join("store"));
     let key = Store::init(&location, &InitOptions::default(), |_| Ok(())).unwrap();
     let text = key.to_text().to_string();
-    let host = Host::open(dir, objects_at(&location).unwrap(), key, options(), detect);
+    let objects = objects_at(&location, dir.path()).unwrap();
+    let host = Host::open(dir, objects, key, options(), detect);
     let mut snapshots: Vec<(Manifest, Vec<u8>)> = Vec::new();
     for vm in [1, 2] {
         let disk = image_of(vm, 0);
@@ -210,7 +211,7 @@ impl History {
             1 => self.locals[0].put(dir.path()),
             _ => {}
         }
-        let objects = objects_at(&Location::Directory(store)).unwrap();
+        let objects = objects_at(&Location::Directory(store), dir.path()).unwrap();
         let key = StoreKey::from_text(&self.key).unwrap();
         Host::open(dir, objects, key, options(), detect)
     }

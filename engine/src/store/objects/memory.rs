@@ -12,7 +12,7 @@ use crate::error::Result;
 impl Objects {
     /// No objects, in memory.
     pub(crate) fn in_memory() -> Result<Self> {
-        Self::over(Arc::new(InMemory::new()), None)
+        Self::over(Arc::new(InMemory::new()), None, &std::env::temp_dir())
     }
 
     /// Puts an object in the place of whatever there is.
@@ -20,6 +20,6 @@ impl Objects {
         let payload = PutPayload::from(Bytes::copy_from_slice(bytes));
         let path = parse(key)?;
         let put = self.inner.store.put(&path, payload);
-        self.wait(put).map(drop).map_err(|error| failed("replace", key, error))
+        self.wait(put).map(drop).map_err(|error| failed("replace object", key, error))
     }
 }

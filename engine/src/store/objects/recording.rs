@@ -67,7 +67,7 @@ impl Objects {
         let root = fs::canonicalize(directory).unwrap();
         let inner = LocalFileSystem::new_with_prefix(&root).unwrap().with_fsync(true);
         let recording = Recording { inner, record: record.clone(), after: Box::new(after) };
-        Self::over(Arc::new(Shared(Arc::new(recording))), Some(root)).unwrap()
+        Self::over(Arc::new(Shared(Arc::new(recording))), Some(root.clone()), &root).unwrap()
     }
 }
 

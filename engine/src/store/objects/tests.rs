@@ -27,6 +27,28 @@ fn an_object_is_created_once() {
 }
 
 #[test]
+fn what_is_written_across_a_network_is_there_whole_and_once() {
+    let objects = Objects::in_memory().unwrap();
+    let mut writer = objects.writer("a/b").unwrap();
+    writer.write(Bytes::from_static(b"one ")).unwrap();
+    writer.write(Bytes::from_static(b"two")).unwrap();
+    assert!(!objects.exists("a/b").unwrap(), "nothing is there before the end");
+    assert_eq!(writer.finish().unwrap(), 7);
+    assert_eq!(objects.read_all("a/b", 7).unwrap(), &b"one two"[..]);
+    // Another's bytes stay; the same ones are ours.
+    for (bytes, written) in [(&b"three"[..], false), (b"one two", true)] {
+        let mut writer = objects.writer("a/b").unwrap();
+        writer.write(Bytes::from_static(bytes)).unwrap();
+        assert_eq!(writer.finish().is_ok(), written);
+        assert_eq!(objects.read_all("a/b", 7).unwrap(), &b"one two"[..]);
+    }
+    let empty = objects.writer("empty").unwrap();
+    assert_eq!(empty.finish().unwrap(), 0);
+    drop(objects.writer("never").unwrap());
+    assert!(!objects.exists("never").unwrap());
+}
+
+#[test]
 fn of_many_creators_one_wins() {
     let (_dir, objects) = objects();
     let winners: usize = std::thread::scope(|scope| {
@@ -191,7 +213,7 @@ fn a_full_file_system_says_so() {
         source: Box::new(io::Error::from(io::ErrorKind::StorageFull)),
     };
     assert!(hopeless(&error));
-    let error = failed("write", "containers/1/2", error);
+    let error = failed("write object", "containers/1/2", error);
     assert_eq!(error.kind(), Kind::Failed);
     assert!(
         error.to_string().starts_with("cannot write object containers/1/2 (the store is full"),
