@@ -18,7 +18,7 @@ interface Peer {
 struct Greeting {
   host @0 :Text;         # must be the name in the certificate
   store @1 :Data;        # the store's id: 16 bytes
-  mapEpoch @2 :UInt64;   # hosts with another partition map cannot work together
+  mapDigest @2 :UInt64;  # of cluster.static; 0 where etcd says who is in the cluster
   instance @3 :UInt64;   # this process
   protocol @4 :UInt16;
   version @5 :Text;

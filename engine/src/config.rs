@@ -63,9 +63,18 @@ pub struct ClusterConfig {
     /// Where to listen, if not at the address in the list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listen: Option<String>,
-    /// All hosts, this one too; the same list on each of them.
-    #[serde(rename = "static")]
+    /// Without etcd: all hosts, this one too; the same list on each of them.
+    #[serde(rename = "static", default, skip_serializing_if = "Vec::is_empty")]
     pub hosts: Vec<HostConfig>,
+    /// With etcd: its endpoints.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub etcd: Vec<String>,
+    /// With etcd: where the others reach this host's engine, host and port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// With etcd: this host's share beside the others'.
+    #[serde(default = "default_capacity")]
+    pub capacity: u32,
 }
 
 /// A host of the list.
@@ -82,17 +91,42 @@ pub struct HostConfig {
 }
 
 impl ClusterConfig {
-    /// The partition map, and this host's number in it.
+    fn check(&self) -> Result<()> {
+        let wrong = |what: &str| Err(Error::new(Kind::Usage, format!("cluster: {what}")));
+        match (self.etcd.is_empty(), self.hosts.is_empty()) {
+            (true, true) => wrong("neither etcd nor static says who is in it"),
+            (false, false) => wrong("both etcd and static say who is in it"),
+            (true, false) => self.fixed_map().map(drop),
+            (false, true) if self.address.is_none() => {
+                wrong("address is missing: where the others reach this host's engine")
+            }
+            (false, true) if self.capacity == 0 => wrong("capacity is 0: drain the host instead"),
+            (false, true) => Ok(()),
+        }
+    }
+
+    /// Where to listen for other hosts, if not at this host's address in `map`.
+    #[must_use]
+    pub fn listen_at<'a>(&'a self, map: &'a PartitionMap) -> &'a str {
+        let of_the_list = || map.members().iter().find(|member| member.name == self.name);
+        match (&self.listen, &self.address) {
+            (Some(address), _) | (None, Some(address)) => address,
+            (None, None) => of_the_list().map_or("", |member| &member.address),
+        }
+    }
+
+    /// The partition map of `static`, and this host's number in it.
     ///
     /// # Errors
     /// [`Kind::Usage`] when the list is no cluster, or this host is not in it.
-    pub fn map(&self) -> Result<(PartitionMap, HostId)> {
+    pub fn fixed_map(&self) -> Result<(PartitionMap, HostId)> {
         let member = |host: &HostConfig| Member {
+            number: HostId::default(),
             name: host.name.clone(),
             address: host.address.clone(),
             capacity: host.capacity,
         };
-        let map = PartitionMap::new(self.hosts.iter().map(member).collect())?;
+        let map = PartitionMap::fixed(self.hosts.iter().map(member).collect())?;
         match map.host(&self.name) {
             Some(us) => Ok((map, us)),
             None => {
@@ -187,7 +221,7 @@ impl Config {
         }
         self.location()?;
         if let Some(cluster) = &self.cluster {
-            cluster.map()?;
+            cluster.check()?;
         }
         self.budget().map(|_| ())
     }

@@ -184,8 +184,100 @@ impl fmt::Debug for SnapshotId {
 }
 
 /// A host of a cluster: its place in the partition map. A host that is alone is number 0.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize,
+)]
 pub struct HostId(pub u16);
+
+/// A slice of the fingerprint space, by leading bits: what a host of a cluster owns or does not own.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Slice(pub u16);
+
+impl Slice {
+    /// Leading bits of a fingerprint that name its slice: 4096 of them share 100 hosts out within some
+    /// percent of one another.
+    pub const BITS: u32 = 12;
+    /// How many there are.
+    pub const COUNT: usize = 1 << Self::BITS;
+
+    /// All of them.
+    pub fn all() -> impl Iterator<Item = Slice> {
+        (0..Self::COUNT as u16).map(Slice)
+    }
+
+    /// Where a fingerprint is.
+    #[must_use]
+    pub fn of(fingerprint: &Fingerprint) -> Self {
+        let [first, second, ..] = fingerprint.0;
+        Slice((u16::from(first) << 8 | u16::from(second)) >> (u16::BITS - Self::BITS))
+    }
+}
+
+/// A set of slices.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Slices([u64; Slice::COUNT / 64]);
+
+impl Default for Slices {
+    fn default() -> Self {
+        Slices([0; Slice::COUNT / 64])
+    }
+}
+
+impl Slices {
+    /// Adds one.
+    pub fn insert(&mut self, slice: Slice) {
+        self.0[usize::from(slice.0) / 64] |= 1 << (slice.0 % 64);
+    }
+
+    /// Whether it is in the set.
+    #[must_use]
+    pub fn contains(&self, slice: Slice) -> bool {
+        self.0[usize::from(slice.0) / 64] >> (slice.0 % 64) & 1 == 1
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(|word| *word == 0)
+    }
+
+    /// How many.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.iter().map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// Those that are not in another set.
+    #[must_use]
+    pub fn without(&self, other: &Slices) -> Slices {
+        let mut left = self.clone();
+        left.0.iter_mut().zip(other.0).for_each(|(word, others)| *word &= !others);
+        left
+    }
+
+    /// Adds those of another set.
+    pub fn extend(&mut self, other: &Slices) {
+        self.0.iter_mut().zip(other.0).for_each(|(word, others)| *word |= others);
+    }
+
+    /// Distinguishes this set from every other one.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        use sha2::{Digest, Sha256};
+        let mut hash = Sha256::new();
+        self.0.iter().for_each(|word| hash.update(word.to_le_bytes()));
+        let [a, b, c, d, e, f, g, h, ..] = <[u8; 32]>::from(hash.finalize());
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
+}
+
+impl FromIterator<Slice> for Slices {
+    fn from_iter<I: IntoIterator<Item = Slice>>(slices: I) -> Self {
+        let mut set = Slices::default();
+        slices.into_iter().for_each(|slice| set.insert(slice));
+        set
+    }
+}
 
 /// A session of an engine process; never reused within it. In the upper 8 bits its host.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

@@ -55,7 +55,7 @@ enum Command {
     Withdraw { session: SessionId },
     Refill,
     Entries { partition: Partition, after: Option<Fingerprint>, reply: Sender<Result<Vec<Entry>>> },
-    Rebuild { reply: Sender<Result<Rebuild>> },
+    Rebuild { part: Option<u64>, reply: Sender<Result<Rebuild>> },
     Install { rebuilt: Rebuilt, reply: Sender<Result<()>> },
     Stop,
 }
@@ -204,8 +204,20 @@ impl Owner {
     /// # Errors
     /// When the index cannot be written or the engine is ending.
     pub fn begin_rebuild(&self) -> Result<Rebuild> {
+        self.begin(None)
+    }
+
+    /// The same for another part of the fingerprints.
+    ///
+    /// # Errors
+    /// When the index cannot be written or the engine is ending.
+    pub fn begin_rebuild_as(&self, part: u64) -> Result<Rebuild> {
+        self.begin(Some(part))
+    }
+
+    fn begin(&self, part: Option<u64>) -> Result<Rebuild> {
         let (reply, answer) = bounded(1);
-        self.send(Command::Rebuild { reply })?;
+        self.send(Command::Rebuild { part, reply })?;
         answer.recv().map_err(|_| stopped())?
     }
 
@@ -406,8 +418,11 @@ impl OwnerThread {
                 let _ = reply.send(self.entries(partition, after));
                 Ok(())
             }
-            Command::Rebuild { reply } => {
-                let _ = reply.send(self.detector.rebuild());
+            Command::Rebuild { part, reply } => {
+                let _ = reply.send(match part {
+                    Some(part) => self.detector.rebuild_as(part),
+                    None => self.detector.rebuild(),
+                });
                 Ok(())
             }
             Command::Install { rebuilt, reply } => {

@@ -1,6 +1,5 @@
 //! Which owner a request goes to: our own, or another host's.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::cluster::Cluster;
@@ -76,6 +75,12 @@ impl Owners {
         self.cluster.as_ref().is_none_or(|cluster| cluster.owns(fingerprint))
     }
 
+    /// The same by the map of now, whatever becomes of it.
+    pub fn ownership(&self) -> impl Fn(&Fingerprint) -> bool + use<> {
+        let place = self.cluster.as_ref().map(|cluster| (cluster.map(), cluster.us()));
+        move |fingerprint| place.as_ref().is_none_or(|(map, us)| map.owner(fingerprint) == *us)
+    }
+
     /// The figures of this host's part.
     #[must_use]
     pub fn figures(&self) -> &Figures {
@@ -101,10 +106,10 @@ impl Owners {
     /// # Errors
     /// When the engine is ending.
     pub fn ask(&self, session: SessionId, requests: Vec<(Fingerprint, Sequence)>) -> Result<()> {
-        let Some(cluster) = &self.cluster else { return self.here.ask(session, requests) };
-        let (ours, theirs) = split(cluster, requests);
-        theirs.into_iter().for_each(|(host, asked)| cluster.ask(host, session, asked));
-        if ours.is_empty() { Ok(()) } else { self.here.ask(session, ours) }
+        match &self.cluster {
+            Some(cluster) => cluster.ask(session, requests),
+            None => self.here.ask(session, requests),
+        }
     }
 
     /// Gives grants back: who asks for these blocks next may write them.
@@ -112,10 +117,10 @@ impl Owners {
     /// # Errors
     /// When the engine is ending.
     pub fn release(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()> {
-        let Some(cluster) = &self.cluster else { return self.here.release(session, grants) };
-        let (ours, theirs) = split(cluster, grants);
-        theirs.into_iter().for_each(|(host, grants)| cluster.release(host, session, grants));
-        if ours.is_empty() { Ok(()) } else { self.here.release(session, ours) }
+        match &self.cluster {
+            Some(cluster) => cluster.release(session, grants),
+            None => self.here.release(session, grants),
+        }
     }
 
     /// Whether the session waits for nothing but answers: passes need not wait for more requests.
@@ -138,12 +143,10 @@ impl Owners {
         entries: Vec<(Fingerprint, Address)>,
         position: JournalPosition,
     ) -> Result<()> {
-        let Some(cluster) = &self.cluster else { return self.here.learn(entries, position) };
-        let (ours, mut theirs) = split(cluster, entries);
-        for host in cluster.others() {
-            cluster.learn(host, theirs.remove(&host).unwrap_or_default(), position);
+        match &self.cluster {
+            Some(cluster) => cluster.learn(entries, position),
+            None => self.here.learn(entries, position),
         }
-        self.here.learn(ours, position)
     }
 
     /// A session's end, whatever the end.
@@ -167,21 +170,4 @@ impl Owners {
             }
         }
     }
-}
-
-/// What other hosts answer for.
-type Theirs<T> = BTreeMap<HostId, Vec<(Fingerprint, T)>>;
-
-/// What is ours, and what is whose.
-fn split<T>(cluster: &Cluster, all: Vec<(Fingerprint, T)>) -> (Vec<(Fingerprint, T)>, Theirs<T>) {
-    let (mut ours, mut theirs) = (Vec::new(), BTreeMap::<HostId, Vec<_>>::new());
-    for one in all {
-        let owner = cluster.map().owner(&one.0);
-        if owner == cluster.us() {
-            ours.push(one);
-        } else {
-            theirs.entry(owner).or_default().push(one);
-        }
-    }
-    (ours, theirs)
 }

@@ -1,20 +1,23 @@
 //! Bringing an engine up: store, index, owner; and down again.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
 use crate::budget::Budget;
-use crate::cluster::map::PartitionMap;
+use crate::cluster::map::{MAX_HOSTS, PartitionMap};
 use crate::cluster::{Cluster, Instance};
-use crate::config::{ClusterConfig, Config};
+use crate::config::Config;
 use crate::damage::Damage;
 use crate::detect::{DetectOptions, Detector};
-use crate::error::{Context as _, Result};
+use crate::error::{Context as _, Error, Kind, Result};
 use crate::ids::{Fingerprint, HostId};
+use crate::membership::Membership;
+use crate::moving;
 use crate::owner::Owner;
+use crate::pool::after_the_guests;
 use crate::routing::Owners;
 use crate::session::Context;
 use crate::session::event::Event;
@@ -35,7 +38,10 @@ pub struct Started {
     pub context: Context,
     /// Rung when something waits for another host, by its number.
     pub bells: Vec<Arc<Notify>>,
+    /// This host's place in a cluster that etcd knows.
+    pub membership: Option<Membership>,
     thread: Option<std::thread::JoinHandle<()>>,
+    mover: Option<std::thread::JoinHandle<()>>,
 }
 
 /// Keeps guests' data and keys out of core dumps, and files from everyone else.
@@ -72,14 +78,20 @@ pub fn start(config: &Config) -> Result<Started> {
     let mut options = DetectOptions::new(store.id());
     options.partition_bits = config.partition_bits;
     options.pass_memory = budget.pass;
-    let place = config.cluster.as_ref().map(ClusterConfig::map).transpose()?;
-    options.map_epoch = place.as_ref().map_or(0, |(map, _)| map.epoch());
+    let membership = membership(config, &store);
+    let place = place(config, membership.as_ref())?;
+    options.part = place.as_ref().map_or(0, |(map, us)| map.slices(*us).digest());
     let (mut detector, report) = Detector::open(&state.join("index"), options)?;
     if let Some(reason) = &report.set_aside {
         eprintln!("fleece-engine: the index is built anew from the store: {reason}");
     }
-    let owns = ownership(place.clone());
-    upkeep::refill(&store, &mut detector, &report.watermark, &owns)?;
+    let placed: Arc<OnceLock<Arc<Cluster>>> = Arc::default();
+    let owns = ownership(place.clone(), Arc::clone(&placed));
+    // With others about nobody waits for what an index lacks: it is filled later.
+    let filled = place.is_none() || !report.watermark.is_empty();
+    if filled {
+        upkeep::refill(&store, &mut detector, &report.watermark, &owns)?;
+    }
     let refilled = store.clone();
     let refill = move |detector: &mut Detector| {
         let watermark = detector.watermark();
@@ -88,7 +100,15 @@ pub fn start(config: &Config) -> Result<Started> {
     let (owner, thread) = Owner::start(detector, Box::new(refill))?;
     let mut bells = Vec::new();
     let (owners, registry) = match place {
-        Some(place) => join(place, (&owner, &budget, &work_dir), &mut bells)?,
+        Some((map, us)) => {
+            let parts = (&owner, &budget, &*work_dir);
+            let (owners, registry) = join((map, us, filled), parts, &mut bells)?;
+            if let Some(cluster) = owners.cluster() {
+                // It is set here only.
+                let _ = placed.set(Arc::clone(cluster));
+            }
+            (owners, registry)
+        }
         None => (Owners::alone(owner), Arc::default()),
     };
     let damage = Arc::new(Damage::load(&store)?);
@@ -105,17 +125,55 @@ pub fn start(config: &Config) -> Result<Started> {
         rebuilding: Arc::default(),
         patience: PATIENCE,
     };
-    Ok(Started { context, thread: Some(thread), bells })
+    let mover = start_mover(&context)?;
+    Ok(Started { context, thread: Some(thread), mover, bells, membership })
 }
 
-/// Tells what this host answers for.
-fn ownership(place: Option<(PartitionMap, HostId)>) -> impl Fn(&Fingerprint) -> bool + Send {
-    move |fingerprint| place.as_ref().is_none_or(|(map, us)| map.owner(fingerprint) == *us)
+fn membership(config: &Config, store: &Store) -> Option<Membership> {
+    let settings = config.cluster.as_ref().filter(|settings| !settings.etcd.is_empty())?;
+    Some(Membership::new(settings, store.id(), &config.state_dir))
+}
+
+/// The map to begin with, and this host's number in it.
+fn place(
+    config: &Config,
+    membership: Option<&Membership>,
+) -> Result<Option<(PartitionMap, HostId)>> {
+    let Some(settings) = &config.cluster else { return Ok(None) };
+    let Some(membership) = membership else { return settings.fixed_map().map(Some) };
+    let map = membership.join()?;
+    let lost = || Error::new(Kind::Failed, "the last partition map has no such host");
+    let us = map.host(&settings.name).ok_or_else(lost)?;
+    Ok(Some((map, us)))
+}
+
+/// Tells what this host answers for: by the first map until there is a cluster to ask.
+fn ownership(
+    place: Option<(PartitionMap, HostId)>,
+    placed: Arc<OnceLock<Arc<Cluster>>>,
+) -> impl Fn(&Fingerprint) -> bool + Send {
+    move |fingerprint| match placed.get() {
+        Some(cluster) => cluster.owns(fingerprint),
+        None => place.as_ref().is_none_or(|(map, us)| map.owner(fingerprint) == *us),
+    }
+}
+
+/// The thread that fills the index for what this host comes to own.
+fn start_mover(context: &Context) -> Result<Option<std::thread::JoinHandle<()>>> {
+    if context.owners.cluster().is_none() {
+        return Ok(None);
+    }
+    let context = context.clone();
+    let mover = std::thread::Builder::new().name("mover".into()).spawn(move || {
+        after_the_guests();
+        moving::keep_filled(&context, moving::SETTLE);
+    });
+    mover.map(Some).context(|| "cannot start the thread that fills the index".into())
 }
 
 /// This host among the others of the map.
 fn join(
-    (map, us): (PartitionMap, HostId),
+    (map, us, filled): (PartitionMap, HostId, bool),
     (owner, budget, work_dir): (&Owner, &Budget, &Path),
     bells: &mut Vec<Arc<Notify>>,
 ) -> Result<(Owners, Arc<Registry>)> {
@@ -123,13 +181,15 @@ fn join(
     let first = jiff::Timestamp::now().as_second() as u32;
     let registry = Arc::new(Registry::on(us, first));
     let instance = Instance(u64::from_le_bytes(random()?));
-    bells.extend(map.members().iter().map(|_| Arc::new(Notify::new())));
-    let ready = |host: HostId| -> Box<dyn Fn() + Send + Sync> {
-        let bell = bells.get(usize::from(host.0)).cloned().unwrap_or_default();
+    bells.extend((0..MAX_HOSTS).map(|_| Arc::new(Notify::new())));
+    let ringing = bells.clone();
+    let ready = move |host: HostId| -> Box<dyn Fn() + Send + Sync> {
+        let bell = ringing.get(usize::from(host.0)).cloned().unwrap_or_default();
         Box::new(move || bell.notify_one())
     };
     let parts = (owner.clone(), Arc::clone(&registry));
-    let cluster = Cluster::new(map, us, instance, parts, (work_dir, budget.peers), ready);
+    let place = (map, us, filled);
+    let cluster = Cluster::new(place, instance, parts, (work_dir, budget.peers), ready);
     Ok((Owners::among(owner.clone(), cluster), registry))
 }
 
@@ -151,6 +211,11 @@ impl Started {
 
     /// Ends the owner: what it learned is written out.
     pub fn stop(mut self) {
+        if let (Some(cluster), Some(mover)) = (self.context.owners.cluster(), self.mover.take()) {
+            cluster.end_moves();
+            mover.thread().unpark();
+            let _ = mover.join();
+        }
         self.context.owners.here().stop();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

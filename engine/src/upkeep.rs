@@ -2,9 +2,10 @@
 //! restore, which notes the damage that it meets.
 
 use std::cell::RefCell;
+use std::sync::PoisonError;
 use std::time::Duration;
 
-use crate::detect::{Detector, Partition, Watermark};
+use crate::detect::{Detector, Partition, Rebuild, Watermark};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint};
 use crate::jobs::rebuild::{each_entry, last_entry};
@@ -99,10 +100,37 @@ pub fn refill(
 /// When the journals cannot be read or the index cannot be written.
 pub fn rebuild_index(context: &Context, emit: Emit<'_>) -> Result<u64> {
     let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
-    let mut rebuild = context.owners.here().begin_rebuild()?;
+    let rebuild = context.owners.here().begin_rebuild()?;
+    build(context, rebuild, &context.owners.ownership(), emit)
+}
+
+/// Builds the index anew for another part of the fingerprints, and says whether it is installed.
+///
+/// # Errors
+/// When the journals cannot be read or the index cannot be written.
+pub fn rebuild_index_for(
+    context: &Context,
+    part: u64,
+    owns: &dyn Fn(&Fingerprint) -> bool,
+) -> Result<u64> {
+    let _only_one = context.rebuilding.lock().unwrap_or_else(PoisonError::into_inner);
+    let rebuild = context.owners.here().begin_rebuild_as(part)?;
+    build(context, rebuild, owns, &mut |line| {
+        eprintln!("fleece-engine: {line}");
+        Ok(())
+    })
+}
+
+/// Feeds an index with what this host owns of the store, and puts it in place.
+fn build(
+    context: &Context,
+    mut rebuild: Rebuild,
+    owns: &dyn Fn(&Fingerprint) -> bool,
+    emit: Emit<'_>,
+) -> Result<u64> {
     let (store, damage) = (&context.store, context.damage.map());
     let read = each_entry(store, &damage, &context.work_dir, &[], &mut |entries| {
-        let ours = entries.iter().filter(|(fingerprint, _)| context.owners.owns(fingerprint));
+        let ours = entries.iter().filter(|(fingerprint, _)| owns(fingerprint));
         rebuild.feed(&ours.copied().collect::<Vec<_>>())
     })?;
     for problem in &read.problems {

@@ -174,10 +174,14 @@ fn keep_peers(
     let context = &started.context;
     let peers = match (context.owners.cluster(), &config.cluster) {
         (Some(cluster), Some(settings)) => {
-            let us = &cluster.map().members()[usize::from(cluster.us().0)];
-            let listen = settings.listen.as_ref().unwrap_or(&us.address).clone();
+            let listen = settings.listen_at(&cluster.map()).to_owned();
+            if let Some(membership) = started.membership.clone() {
+                let cluster = Arc::clone(cluster);
+                tokio::task::spawn_local(Rc::new(membership).run(cluster));
+            }
             let (cluster, store) = (Arc::clone(cluster), context.store.id());
-            Some((rpc::Peers::start(cluster, store, &settings.identity)?, listen))
+            let peers = rpc::Peers::start(cluster, &settings.name, store, &settings.identity)?;
+            Some((peers, listen))
         }
         _ => None,
     };

@@ -4,6 +4,7 @@
 //! numbers (LEB128), sequences as differences: at 20 % new blocks a request, its verdict and what is
 //! learned of it take some 36 bytes together.
 
+use super::map::MapEpoch;
 use crate::detect::{JournalPosition, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint, Incarnation, Sequence, SessionId, Slot};
@@ -17,8 +18,10 @@ const MAX_REASON: u64 = 4096;
 /// Something that one host tells another.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Message {
-    /// Questions of a session of the sender.
-    Ask(SessionId, Vec<(Fingerprint, Sequence)>),
+    /// Questions of a session of the sender, who owns what by the map of that epoch.
+    Ask(SessionId, MapEpoch, Vec<(Fingerprint, Sequence)>),
+    /// Questions come back: by the map of that epoch the sender does not own what they are about.
+    Moved(SessionId, MapEpoch, Vec<(Fingerprint, Sequence)>),
     /// Grants that a session of the sender gives back.
     Release(SessionId, Vec<(Fingerprint, Sequence)>),
     /// Whether a session of the sender waits for nothing but answers.
@@ -66,6 +69,9 @@ const ADVANCED: u8 = 10;
 const GIVE_UP: u8 = 11;
 const GAVE_UP: u8 = 12;
 const RESET: u8 = 13;
+const MOVED: u8 = 14;
+/// No message: the epoch of all that follows.
+const EPOCH: u8 = 15;
 
 /// A frame that is being filled.
 #[derive(Default, Debug)]
@@ -80,6 +86,7 @@ struct State {
     session: u32,
     sequence: u64,
     container: (u32, u32),
+    epoch: u64,
 }
 
 impl FrameWriter {
@@ -104,7 +111,14 @@ impl FrameWriter {
     /// Appends a message.
     pub fn push(&mut self, message: &Message) {
         match message {
-            Message::Ask(session, asked) => self.questions(ASK, *session, asked),
+            Message::Ask(session, epoch, asked) => {
+                self.epoch(*epoch);
+                self.questions(ASK, *session, asked);
+            }
+            Message::Moved(session, epoch, asked) => {
+                self.epoch(*epoch);
+                self.questions(MOVED, *session, asked);
+            }
             Message::Release(session, grants) => self.questions(RELEASE, *session, grants),
             Message::Waiting(session, waiting) => {
                 self.begin(WAITING, *session);
@@ -147,6 +161,15 @@ impl FrameWriter {
         if session.0 != self.state.session {
             self.state.session = session.0;
             self.state.sequence = 0;
+        }
+    }
+
+    /// Says the epoch, where the one said last is another.
+    fn epoch(&mut self, epoch: MapEpoch) {
+        if epoch.0 != self.state.epoch {
+            self.bytes.push(EPOCH);
+            self.number(epoch.0);
+            self.state.epoch = epoch.0;
         }
     }
 
@@ -232,12 +255,23 @@ impl<'f> FrameReader<'f> {
     /// # Errors
     /// [`Kind::Usage`] for anything that no [`FrameWriter`] writes.
     pub fn read_next(&mut self) -> Result<Option<Message>> {
-        let Some((kind, rest)) = self.bytes.split_first() else { return Ok(None) };
-        self.bytes = rest;
+        let kind = loop {
+            let Some((kind, rest)) = self.bytes.split_first() else { return Ok(None) };
+            self.bytes = rest;
+            if *kind != EPOCH {
+                break kind;
+            }
+            self.state.epoch = self.number()?;
+        };
+        let epoch = MapEpoch(self.state.epoch);
         let message = match *kind {
             ASK => {
                 let (session, asked) = self.questions()?;
-                Message::Ask(session, asked)
+                Message::Ask(session, epoch, asked)
+            }
+            MOVED => {
+                let (session, asked) = self.questions()?;
+                Message::Moved(session, epoch, asked)
             }
             RELEASE => {
                 let (session, grants) = self.questions()?;
@@ -401,6 +435,10 @@ mod tests {
         prop::collection::vec((fingerprint(), sequence()), 0..20)
     }
 
+    fn epoch() -> impl Strategy<Value = MapEpoch> {
+        (0..3_u64).prop_map(MapEpoch)
+    }
+
     fn verdict() -> impl Strategy<Value = Verdict> {
         prop_oneof![
             address().prop_map(Verdict::Stored),
@@ -417,7 +455,8 @@ mod tests {
             .prop_map(|(fingerprint, theirs)| Claim { fingerprint, theirs });
         let claims = prop::collection::vec(claim, 0..20);
         prop_oneof![
-            (session(), questions()).prop_map(|(s, q)| Message::Ask(s, q)),
+            (session(), epoch(), questions()).prop_map(|(s, e, q)| Message::Ask(s, e, q)),
+            (session(), epoch(), questions()).prop_map(|(s, e, q)| Message::Moved(s, e, q)),
             (session(), questions()).prop_map(|(s, q)| Message::Release(s, q)),
             (session(), any::<bool>()).prop_map(|(s, w)| Message::Waiting(s, w)),
             session().prop_map(Message::Withdraw),
@@ -481,7 +520,7 @@ mod tests {
         let mut asked: Vec<_> = (0..count).map(|n| (print(n), Sequence(4 * n))).collect();
         let mut writer = FrameWriter::default();
         for batch in asked.chunks(2048) {
-            writer.push(&Message::Ask(session, batch.to_vec()));
+            writer.push(&Message::Ask(session, MapEpoch(7), batch.to_vec()));
         }
         // The answers come in the order of the fingerprints.
         asked.sort();

@@ -8,98 +8,138 @@
 
 use std::cmp::Ordering;
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Kind, Result};
-use crate::ids::{Fingerprint, HostId};
+use crate::ids::{Fingerprint, HostId, Slice, Slices};
 
-/// Leading bits of a fingerprint that name its slice: 4096 of them share 100 hosts out within some
-/// percent of one another.
-const SLICE_BITS: u32 = 12;
-/// Slices of the fingerprint space.
-const SLICES: usize = 1 << SLICE_BITS;
 /// Hosts of a cluster: their numbers fit into a session's, and 255 is nobody's.
 pub const MAX_HOSTS: usize = 255;
 /// Binary places of a logarithm.
 const PLACES: u32 = 32;
 
 /// A host of the cluster.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Member {
+    /// Its number, which no other host has as long as anybody may know it.
+    pub number: HostId,
     /// Its name, which its certificate proves.
     pub name: String,
     /// Where its engine listens for the others: host and port.
     pub address: String,
-    /// Its share beside the others': twice the capacity, twice the slices.
+    /// Its share beside the others': twice the capacity, twice the slices; 0 owns nothing.
     pub capacity: u32,
 }
 
+/// Which map: it grows with every change. A fixed list's is 0 for ever.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
+pub struct MapEpoch(pub u64);
+
 /// Which host owns each slice. The same members give the same map everywhere.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PartitionMap {
-    epoch: u64,
+    epoch: MapEpoch,
+    digest: u64,
+    /// By number.
     members: Vec<Member>,
+    /// By slice.
     owners: Vec<HostId>,
 }
 
 impl PartitionMap {
-    /// The map of these members, whatever order they come in.
+    /// The map of a fixed list, whatever order it comes in: numbers go by the names.
     ///
     /// # Errors
-    /// [`Kind::Usage`] without members, with too many, with one twice, or with one without capacity.
-    pub fn new(mut members: Vec<Member>) -> Result<Self> {
+    /// As [`PartitionMap::at`]; a host without capacity.
+    pub fn fixed(mut members: Vec<Member>) -> Result<Self> {
         members.sort_by(|a, b| a.name.cmp(&b.name));
-        let wrong = |what: String| Err(Error::new(Kind::Usage, what));
+        for (n, member) in members.iter_mut().enumerate() {
+            member.number = HostId(n as u16);
+        }
+        if let Some(member) = members.iter().find(|member| member.capacity == 0) {
+            return wrong(format!("the host {} has no capacity", member.name));
+        }
+        let digest = digest(&members);
+        Ok(PartitionMap { digest, ..Self::at(MapEpoch::default(), members)? })
+    }
+
+    /// The map of these members in an epoch.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`] without members, with too many, with a name or a number twice, or with nobody
+    /// who can own anything.
+    pub fn at(epoch: MapEpoch, mut members: Vec<Member>) -> Result<Self> {
+        members.sort_by_key(|member| member.number);
         if members.is_empty() || members.len() > MAX_HOSTS {
             let count = members.len();
             return wrong(format!("a cluster has 1 to {MAX_HOSTS} hosts, not {count}"));
         }
-        if let Some(pair) = members.windows(2).find(|pair| pair[0].name == pair[1].name) {
-            return wrong(format!("the host {} is in the cluster twice", pair[0].name));
+        for (n, member) in members.iter().enumerate() {
+            let same = |other: &Member| other.name == member.name || other.number == member.number;
+            if members[..n].iter().any(same) {
+                return wrong(format!("the host {} is in the cluster twice", member.name));
+            }
+            if member.name.is_empty() || usize::from(member.number.0) >= MAX_HOSTS {
+                return wrong(format!("'{}' cannot be a host of a cluster", member.name));
+            }
         }
-        if let Some(member) = members.iter().find(|m| m.capacity == 0 || m.name.is_empty()) {
-            return wrong(format!("the host '{}' has no name or no capacity", member.name));
+        if members.iter().all(|member| member.capacity == 0) {
+            return wrong("no host of the cluster has a capacity".into());
         }
-        let owners = (0..SLICES).map(|slice| owner_of(slice as u32, &members)).collect();
-        Ok(PartitionMap { epoch: epoch(&members), members, owners })
+        let owners = Slice::all().map(|slice| owner_of(slice, &members)).collect();
+        Ok(PartitionMap { epoch, digest: 0, members, owners })
     }
 
-    /// Distinguishes this map from every other one.
+    /// Which one it is.
     #[must_use]
-    pub fn epoch(&self) -> u64 {
+    pub fn epoch(&self) -> MapEpoch {
         self.epoch
     }
 
-    /// The hosts, in the order of their numbers.
+    /// Distinguishes a fixed list from every other one; 0 for a map that may change.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+
+    /// The hosts, by their numbers.
     #[must_use]
     pub fn members(&self) -> &[Member] {
         &self.members
     }
 
+    /// The host of that number.
+    #[must_use]
+    pub fn member(&self, host: HostId) -> Option<&Member> {
+        self.members.iter().find(|member| member.number == host)
+    }
+
     /// The number of the host of that name.
     #[must_use]
     pub fn host(&self, name: &str) -> Option<HostId> {
-        let at = self.members.binary_search_by(|member| member.name.as_str().cmp(name));
-        at.ok().map(|at| HostId(at as u16))
+        self.members.iter().find(|member| member.name == name).map(|member| member.number)
     }
 
     /// Who answers for a fingerprint.
     #[must_use]
     pub fn owner(&self, fingerprint: &Fingerprint) -> HostId {
-        let [first, second, ..] = fingerprint.0;
-        let slice = (usize::from(first) << 8 | usize::from(second)) >> (16 - SLICE_BITS);
-        self.owners[slice]
+        self.owners[usize::from(Slice::of(fingerprint).0)]
     }
 
-    /// Slices that a host owns, of how many.
+    /// What a host owns.
     #[must_use]
-    pub fn share(&self, host: HostId) -> (usize, usize) {
-        (self.owners.iter().filter(|owner| **owner == host).count(), SLICES)
+    pub fn slices(&self, host: HostId) -> Slices {
+        Slice::all().filter(|slice| self.owners[usize::from(slice.0)] == host).collect()
     }
 }
 
+fn wrong<T>(what: String) -> Result<T> {
+    Err(Error::new(Kind::Usage, what))
+}
+
 /// The same for the same members with the same capacities. Addresses may change.
-fn epoch(members: &[Member]) -> u64 {
+fn digest(members: &[Member]) -> u64 {
     let mut hash = Sha256::new();
     for member in members {
         hash.update((member.name.len() as u64).to_le_bytes());
@@ -109,18 +149,18 @@ fn epoch(members: &[Member]) -> u64 {
     first_eight(&hash.finalize())
 }
 
-fn owner_of(slice: u32, members: &[Member]) -> HostId {
+fn owner_of(slice: Slice, members: &[Member]) -> HostId {
     let score = |member: &Member| {
         let mut hash = Sha256::new();
-        hash.update(slice.to_le_bytes());
+        hash.update(u32::from(slice.0).to_le_bytes());
         hash.update(&member.name);
         (member.capacity, minus_log2(first_eight(&hash.finalize())))
     };
     let mut best = (HostId(0), (0, 1));
-    for (number, member) in members.iter().enumerate() {
+    for member in members {
         let this = score(member);
         if compare(this, best.1) == Ordering::Greater {
-            best = (HostId(number as u16), this);
+            best = (member.number, this);
         }
     }
     best.0
@@ -162,6 +202,7 @@ mod tests {
 
     fn members(count: usize) -> Vec<Member> {
         let member = |n| Member {
+            number: HostId(n as u16),
             name: format!("hv{n:03}"),
             address: format!("10.0.0.{n}:7420"),
             capacity: 1,
@@ -169,10 +210,8 @@ mod tests {
         (0..count).map(member).collect()
     }
 
-    fn print(first: u8, second: u8) -> Fingerprint {
-        let mut bytes = [7; Fingerprint::LEN];
-        (bytes[0], bytes[1]) = (first, second);
-        Fingerprint(bytes)
+    fn share(map: &PartitionMap, host: u16) -> usize {
+        map.slices(HostId(host)).len()
     }
 
     #[test]
@@ -188,40 +227,65 @@ mod tests {
     fn every_host_comes_to_the_same_map() {
         let mut turned = members(5);
         turned.reverse();
-        let (a, b) = (PartitionMap::new(members(5)).unwrap(), PartitionMap::new(turned).unwrap());
-        assert_eq!((a.epoch, &a.owners), (b.epoch, &b.owners));
+        let fixed = |members| PartitionMap::fixed(members).unwrap();
+        let a = fixed(members(5));
+        assert_eq!(a, fixed(turned));
         assert_eq!(a.host("hv003"), Some(HostId(3)));
         assert_eq!(a.host("hv"), None);
         let mut moved = members(5);
         moved[2].address = "192.0.2.1:1".into();
-        assert_eq!(PartitionMap::new(moved).unwrap().epoch, a.epoch);
+        assert_eq!(fixed(moved).digest(), a.digest());
         let mut larger = members(5);
         larger[2].capacity = 2;
-        assert_ne!(PartitionMap::new(larger).unwrap().epoch, a.epoch);
+        assert_ne!(fixed(larger).digest(), a.digest());
+        // Numbers do not decide who owns what.
+        let mut numbered = members(5);
+        numbered.iter_mut().for_each(|member| member.number.0 = 200 - member.number.0);
+        let b = PartitionMap::at(MapEpoch(7), numbered).unwrap();
+        for (slice, (a, b)) in a.owners.iter().zip(&b.owners).enumerate() {
+            assert_eq!(a.0, 200 - b.0, "{slice}");
+        }
+        assert_eq!((b.epoch(), b.digest()), (MapEpoch(7), 0));
     }
 
     #[test]
     fn shares_follow_capacities() {
         let mut hosts = members(10);
         hosts[4].capacity = 3;
-        let map = PartitionMap::new(hosts).unwrap();
-        let shares: Vec<usize> = (0..10).map(|n| map.share(HostId(n)).0).collect();
-        assert_eq!(shares.iter().sum::<usize>(), SLICES);
+        let map = PartitionMap::fixed(hosts).unwrap();
+        let shares: Vec<usize> = (0..10).map(|n| share(&map, n)).collect();
+        assert_eq!(shares.iter().sum::<usize>(), Slice::COUNT);
         for (host, share) in shares.iter().enumerate() {
-            let fair = SLICES * if host == 4 { 3 } else { 1 } / 12;
+            let fair = Slice::COUNT * if host == 4 { 3 } else { 1 } / 12;
             assert!(share.abs_diff(fair) < fair / 3, "{shares:?}");
         }
     }
 
     #[test]
-    fn a_join_or_a_leave_moves_only_its_own_share() {
-        let (before, after) =
-            (PartitionMap::new(members(9)).unwrap(), PartitionMap::new(members(10)).unwrap());
-        for (first, second) in (0..=255).flat_map(|a| (0..=255).step_by(16).map(move |b| (a, b))) {
-            let (old, new) =
-                (before.owner(&print(first, second)), after.owner(&print(first, second)));
-            assert!(old == new || new == HostId(9), "{first} {second}: {old:?} {new:?}");
+    fn a_join_a_leave_or_a_drain_moves_only_its_own_share() {
+        let mut drained = members(10);
+        drained[9].capacity = 0;
+        let [before, after, drained] = [members(9), members(10), drained]
+            .map(|members| PartitionMap::at(MapEpoch(1), members).unwrap());
+        assert_eq!(before.owners, drained.owners);
+        assert_eq!(share(&drained, 9), 0);
+        for (old, new) in before.owners.iter().zip(&after.owners) {
+            assert!(old == new || *new == HostId(9), "{old:?} {new:?}");
         }
+    }
+
+    #[test]
+    fn a_fingerprint_is_in_one_slice() {
+        for (first, second) in (0..=255).flat_map(|a| (0..=255).map(move |b| (a, b))) {
+            let mut bytes = [7; Fingerprint::LEN];
+            (bytes[0], bytes[1]) = (first, second);
+            let number = (u16::from(first) << 8 | u16::from(second)) / 16;
+            assert_eq!(Slice::of(&Fingerprint(bytes)), Slice(number));
+        }
+        let set: Slices = Slice::all().filter(|slice| slice.0 % 3 == 0).collect();
+        assert!(Slice::all().all(|slice| set.contains(slice) == (slice.0 % 3 == 0)));
+        assert_eq!(set.len(), Slice::COUNT.div_ceil(3));
+        assert!(set.without(&set).is_empty());
     }
 
     #[test]
@@ -229,8 +293,15 @@ mod tests {
         let twice = [members(2), members(1)].concat();
         let mut idle = members(2);
         idle[1].capacity = 0;
-        for wrong in [Vec::new(), twice, idle, members(MAX_HOSTS + 1)] {
-            assert_eq!(PartitionMap::new(wrong).unwrap_err().kind(), Kind::Usage);
+        for wrong in [Vec::new(), twice.clone(), idle.clone(), members(MAX_HOSTS + 1)] {
+            assert_eq!(PartitionMap::fixed(wrong).unwrap_err().kind(), Kind::Usage);
+        }
+        assert!(PartitionMap::at(MapEpoch(1), idle.clone()).is_ok());
+        idle[0].capacity = 0;
+        let mut numbered = members(2);
+        numbered[1].number = HostId(0);
+        for wrong in [twice, idle, numbered] {
+            assert_eq!(PartitionMap::at(MapEpoch(1), wrong).unwrap_err().kind(), Kind::Usage);
         }
     }
 }

@@ -7,28 +7,35 @@
 //! A process that ends takes what it was asked with it; a host that is silent for [`SILENCE`] is given
 //! up. Then the sessions of that time are *cut* from it: what they asked it they write themselves, and
 //! count as undetected. Detection is a hint, so that costs space and never bytes.
+//!
+//! Who owns what can change ([`placement`]): then a host fills its index for what it gains from the
+//! store, and holds the questions about that until it is done.
 
 pub mod frame;
+mod held;
+mod links;
 pub mod map;
 pub mod outbox;
 mod peer;
+mod placement;
 
-use std::collections::HashMap;
-use std::path::Path;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
-use self::frame::{FrameReader, Message};
-use self::map::PartitionMap;
-use self::outbox::{FrameNumber, Share};
-use self::peer::{Peer, RemoteAsker};
-use crate::detect::{JournalPosition, Verdict};
+use self::frame::Message;
+use self::held::Held;
+use self::map::{MapEpoch, Member, PartitionMap};
+use self::outbox::Share;
+use self::peer::Peer;
+use self::placement::{Late, Moves, Placement};
+use crate::detect::JournalPosition;
 use crate::error::Result;
-use crate::ids::{Address, Fingerprint, HostId, Sequence, SessionId};
+use crate::ids::{Address, Fingerprint, HostId, Sequence, SessionId, Slices};
 use crate::owner::{Owner, Wake};
 use crate::session::answers::Answers;
-use crate::session::event::{Claim, Event};
+use crate::session::event::Claim;
 use crate::session::registry::Registry;
 
 /// How long a host may take nothing of what waits for it: an engine starts anew in less.
@@ -40,14 +47,22 @@ pub struct Instance(pub u64);
 
 /// The other hosts, as this one sees them.
 pub struct Cluster {
-    map: PartitionMap,
     us: HostId,
     instance: Instance,
     owner: Owner,
     registry: Arc<Registry>,
-    /// By number; none for ourselves.
-    peers: Vec<Option<Arc<Peer>>>,
+    placement: RwLock<Placement>,
+    /// Questions about what we own and have not filled in yet, or that came by a map that is
+    /// newer than ours.
+    early: Mutex<Held>,
+    /// Questions of ours that came back from who does not own them any more, until we have that map.
+    late: Mutex<Late>,
+    peers: RwLock<BTreeMap<HostId, Arc<Peer>>>,
     sessions: Mutex<HashMap<SessionId, Asking>>,
+    share: Arc<Share>,
+    dir: PathBuf,
+    ready: Box<dyn Fn(HostId) -> Box<dyn Fn() + Send + Sync> + Send + Sync>,
+    moved: Moves,
 }
 
 /// A session of this host that asks others, too.
@@ -60,42 +75,46 @@ struct Asking {
 /// What a host is like at the moment, for people.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HostView {
-    /// Its name.
-    pub name: String,
-    /// Its slices, and all there are.
-    pub share: (usize, usize),
-    /// It is us, or we have a link to it.
-    pub linked: bool,
+    /// What the map says of it.
+    pub member: Member,
+    /// Slices that it owns, of [`crate::ids::Slice::COUNT`].
+    pub slices: usize,
     /// It was given up, and has not come back.
     pub lost: bool,
 }
 
 impl Cluster {
-    /// This host, number `us` of the map. What waits for others takes `memory` bytes, and spills into
-    /// `dir`; `ready` makes what is called when something waits for a host.
+    /// This host, number `us` of the map; `filled` is what its index has of its part. What waits for
+    /// others takes `memory` bytes, and spills into `dir`; `ready` makes what is called when something
+    /// waits for a host.
     pub fn new(
-        map: PartitionMap,
-        us: HostId,
+        (map, us, filled): (PartitionMap, HostId, bool),
         instance: Instance,
         (owner, registry): (Owner, Arc<Registry>),
         (dir, memory): (&Path, usize),
-        ready: impl Fn(HostId) -> Box<dyn Fn() + Send + Sync>,
+        ready: impl Fn(HostId) -> Box<dyn Fn() + Send + Sync> + Send + Sync + 'static,
     ) -> Arc<Self> {
-        let share = Share::new(memory);
-        let peer = |host| Arc::new(Peer::new(host, dir, &share, ready(host), Instant::now()));
-        let hosts = (0..map.members().len()).map(|n| HostId(n as u16));
-        let peers = hosts.map(|host| (host != us).then(|| peer(host))).collect();
-        let sessions = Mutex::default();
-        Arc::new(Cluster { map, us, instance, owner, registry, peers, sessions })
+        let filling = if filled { Slices::default() } else { map.slices(us) };
+        let cluster = Cluster {
+            us,
+            instance,
+            owner,
+            registry,
+            placement: RwLock::new(Placement { map: Arc::new(map.clone()), filling }),
+            early: Mutex::new(Held::new(dir)),
+            late: Mutex::new(Late::new(dir)),
+            peers: RwLock::default(),
+            sessions: Mutex::default(),
+            share: Share::new(memory),
+            dir: dir.into(),
+            ready: Box::new(ready),
+            moved: Moves::new(!filled),
+        };
+        cluster.meet_members(&map);
+        Arc::new(cluster)
     }
 
-    /// The partition map.
-    #[must_use]
-    pub fn map(&self) -> &PartitionMap {
-        &self.map
-    }
-
-    /// Our number in it.
+    /// Our number in the map.
     #[must_use]
     pub fn us(&self) -> HostId {
         self.us
@@ -108,36 +127,33 @@ impl Cluster {
     }
 
     /// The other hosts' numbers.
-    pub fn others(&self) -> impl Iterator<Item = HostId> + '_ {
-        self.peers.iter().flatten().map(|peer| peer.host)
-    }
-
-    /// Whether we answer for a fingerprint.
     #[must_use]
-    pub fn owns(&self, fingerprint: &Fingerprint) -> bool {
-        self.map.owner(fingerprint) == self.us
+    pub fn others(&self) -> Vec<HostId> {
+        self.peers().keys().copied().collect()
     }
 
     /// All hosts.
     #[must_use]
     pub fn view(&self) -> Vec<HostView> {
-        let hosts = self.map.members().iter().zip(&self.peers).enumerate();
-        let view = |(n, (member, peer)): (usize, (&map::Member, &Option<Arc<Peer>>))| {
-            let (linked, lost) = match peer {
-                Some(peer) => {
-                    let link = peer.link();
-                    (link.connected, link.lost)
-                }
-                None => (true, false),
-            };
-            let share = self.map.share(HostId(n as u16));
-            HostView { name: member.name.clone(), share, linked, lost }
+        let map = self.map();
+        let view = |member: &Member| HostView {
+            slices: map.slices(member.number).len(),
+            lost: self.peer(member.number).is_some_and(|peer| peer.link().lost),
+            member: member.clone(),
         };
-        hosts.map(view).collect()
+        map.members().iter().map(view).collect()
     }
 
-    fn peer(&self, host: HostId) -> Option<&Arc<Peer>> {
-        self.peers.get(usize::from(host.0)).and_then(Option::as_ref)
+    fn peers(&self) -> RwLockReadGuard<'_, BTreeMap<HostId, Arc<Peer>>> {
+        self.peers.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn all_peers(&self) -> Vec<Arc<Peer>> {
+        self.peers().values().cloned().collect()
+    }
+
+    fn peer(&self, host: HostId) -> Option<Arc<Peer>> {
+        self.peers().get(&host).cloned()
     }
 
     fn sessions(&self) -> MutexGuard<'_, HashMap<SessionId, Asking>> {
@@ -150,46 +166,87 @@ impl Cluster {
     pub fn register(&self, session: SessionId, answers: &Arc<Answers>, wake: &Wake) {
         let asking = Asking { answers: Arc::clone(answers), wake: Arc::clone(wake) };
         self.sessions().insert(session, asking);
-        for peer in self.peers.iter().flatten().filter(|peer| peer.link().lost) {
+        for peer in self.all_peers().iter().filter(|peer| peer.link().lost) {
             answers.cut(peer.host);
         }
     }
 
-    /// Asks another host.
-    pub fn ask(&self, host: HostId, session: SessionId, asked: Vec<(Fingerprint, Sequence)>) {
+    /// Asks whoever owns what is asked about.
+    ///
+    /// # Errors
+    /// When the engine is ending, or what must wait cannot be kept.
+    pub fn ask(&self, session: SessionId, asked: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        let map = self.map();
+        for (host, asked) in split(&map, asked) {
+            if host == self.us {
+                self.ask_here(session, map.epoch(), asked)?;
+            } else {
+                self.ask_there(host, session, map.epoch(), asked);
+            }
+        }
+        Ok(())
+    }
+
+    fn ask_there(
+        &self,
+        host: HostId,
+        session: SessionId,
+        epoch: MapEpoch,
+        asked: Vec<(Fingerprint, Sequence)>,
+    ) {
         let asking = self.sessions().get(&session).cloned();
         let (Some(asking), Some((_, first))) = (asking, asked.first()) else { return };
         if asking.answers.expect(host, *first, asked.len() as u64) {
-            self.put(host, &Message::Ask(session, asked));
+            self.put(host, &Message::Ask(session, epoch, asked));
         } else {
             (asking.wake)();
         }
     }
 
-    /// Gives grants back to another host.
-    pub fn release(&self, host: HostId, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) {
-        self.put(host, &Message::Release(session, grants));
+    /// Gives grants back to whoever owns them.
+    ///
+    /// # Errors
+    /// When the engine is ending.
+    pub fn release(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        for (host, grants) in split(&self.map(), grants) {
+            if host == self.us {
+                self.owner.release(session, grants)?;
+            } else {
+                self.put(host, &Message::Release(session, grants));
+            }
+        }
+        Ok(())
     }
 
     /// Tells all others whether a session waits for nothing but answers.
     pub fn waiting(&self, session: SessionId, waiting: bool) {
-        self.others().for_each(|host| self.put(host, &Message::Waiting(session, waiting)));
+        let message = Message::Waiting(session, waiting);
+        self.others().iter().for_each(|host| self.put(*host, &message));
     }
 
-    /// Tells another host of its blocks in a container that is sealed and in the journal.
+    /// Tells everybody of a container that is sealed and in the journal: its blocks to who owns
+    /// them, and to the others that it is there, so that none sees a gap.
+    ///
+    /// # Errors
+    /// When the engine is ending.
     pub fn learn(
         &self,
-        host: HostId,
         entries: Vec<(Fingerprint, Address)>,
         position: JournalPosition,
-    ) {
-        self.put(host, &Message::Learn(position, entries));
+    ) -> Result<()> {
+        let mut by_owner = split(&self.map(), entries);
+        let ours = by_owner.remove(&self.us).unwrap_or_default();
+        for host in self.others() {
+            let theirs = by_owner.remove(&host).unwrap_or_default();
+            self.put(host, &Message::Learn(position, theirs));
+        }
+        self.owner.learn(ours, position)
     }
 
     /// A session of ours has ended.
     pub fn withdraw(&self, session: SessionId) {
         if self.sessions().remove(&session).is_some() {
-            self.others().for_each(|host| self.put(host, &Message::Withdraw(session)));
+            self.others().iter().for_each(|host| self.put(*host, &Message::Withdraw(session)));
         }
     }
 
@@ -219,218 +276,34 @@ impl Cluster {
             return;
         }
         if let Err(error) = peer.outbox.put(message) {
-            self.lose(peer, &error.to_string());
+            self.lose(&peer, &error.to_string());
         }
     }
 
-    // What links say.
-
-    /// What waits for a host, from a frame on.
-    ///
-    /// # Errors
-    /// When it cannot be read back; the host is given up.
-    pub fn next(&self, host: HostId, from: FrameNumber) -> Result<Option<(FrameNumber, Vec<u8>)>> {
-        let Some(peer) = self.peer(host) else { return Ok(None) };
-        let next = peer.outbox.next(from);
-        if let Err(error) = &next {
-            self.lose(peer, &error.to_string());
-        }
-        next
+    /// Whether something waits for a host, or is awaited of it: then there is to be a link.
+    #[must_use]
+    pub fn needs(&self, host: HostId) -> bool {
+        let Some(peer) = self.peer(host) else { return false };
+        !peer.outbox.is_empty() || self.sessions().values().any(|s| s.answers.waits_for(host))
     }
-
-    /// A host has taken everything up to a frame, or answered at least.
-    pub fn taken(&self, host: HostId, number: FrameNumber) {
-        if let Some(peer) = self.peer(host) {
-            peer.outbox.taken(number);
-            peer.link().heard = Instant::now();
-        }
-    }
-
-    /// We have a link to a host's process, which has taken frames up to `received`. Gives the number to go
-    /// on from.
-    pub fn connected(
-        &self,
-        host: HostId,
-        instance: Instance,
-        received: FrameNumber,
-    ) -> FrameNumber {
-        let Some(peer) = self.peer(host) else { return FrameNumber(1) };
-        self.meet(peer, instance);
-        peer.link().connected = true;
-        peer.outbox.taken(received);
-        FrameNumber(received.0 + 1)
-    }
-
-    /// A host's process says something, whichever way. What the process before it was asked is gone
-    /// with that one, and what it was to be told is for nobody.
-    fn meet(&self, peer: &Peer, instance: Instance) {
-        let mut link = peer.link();
-        let known = link.instance.replace(instance);
-        (link.lost, link.heard) = (false, Instant::now());
-        drop(link);
-        if known.is_some_and(|known| known != instance) {
-            eprintln!("fleece-engine: {} was started anew", self.name(peer.host));
-            peer.outbox.restart();
-            self.cut(peer.host);
-        }
-    }
-
-    /// The link to a host has ended.
-    pub fn disconnected(&self, host: HostId) {
-        if let Some(peer) = self.peer(host) {
-            peer.link().connected = false;
-        }
-    }
-
-    /// A host's process begins to send. Gives the last of its frames that we took.
-    pub fn greeted(&self, host: HostId, instance: Instance) -> FrameNumber {
-        let Some(peer) = self.peer(host) else { return FrameNumber(0) };
-        // Before anything of it is answered.
-        self.meet(peer, instance);
-        let mut link = peer.link();
-        if link.theirs.replace(instance) != Some(instance) {
-            link.received = FrameNumber(0);
-            let ended = std::mem::take(&mut link.sessions);
-            drop(link);
-            ended.into_iter().for_each(|session| self.owner.withdraw(session));
-            return FrameNumber(0);
-        }
-        link.received
-    }
-
-    /// Takes a frame of a host in; one that was taken before is passed over. Frames of a host come one
-    /// after the other.
-    ///
-    /// # Errors
-    /// [`crate::error::Kind::Usage`] for a frame that no engine writes; when this engine is ending.
-    pub fn take(&self, host: HostId, number: FrameNumber, frame: &[u8]) -> Result<()> {
-        let Some(peer) = self.peer(host) else { return Ok(()) };
-        if number <= peer.link().received {
-            return Ok(());
-        }
-        let mut reader = FrameReader::new(frame);
-        let mut answered = Vec::new();
-        while let Some(message) = reader.read_next()? {
-            self.obey(peer, message, &mut answered)?;
-        }
-        answered.dedup();
-        for session in answered {
-            if let Some(asking) = self.sessions().get(&session) {
-                (asking.wake)();
-            }
-        }
-        peer.link().received = number;
-        Ok(())
-    }
-
-    fn obey(
-        &self,
-        peer: &Arc<Peer>,
-        message: Message,
-        answered: &mut Vec<SessionId>,
-    ) -> Result<()> {
-        match message {
-            Message::Ask(session, asked) => {
-                self.enter(peer, session)?;
-                self.owner.ask(session, asked)
-            }
-            Message::Release(session, grants) => {
-                self.enter(peer, session)?;
-                self.owner.release(session, grants)
-            }
-            Message::Waiting(session, waiting) => {
-                if peer.link().sessions.contains(&session) {
-                    self.owner.waiting(session, waiting)?;
-                }
-                Ok(())
-            }
-            Message::Withdraw(session) => {
-                if peer.link().sessions.remove(&session) {
-                    self.owner.withdraw(session);
-                }
-                Ok(())
-            }
-            Message::Learn(position, mut entries) => {
-                entries.retain(|(fingerprint, _)| self.owns(fingerprint));
-                self.owner.learn(entries, position)
-            }
-            Message::Verdict(session, sequence, verdict) => {
-                self.answer(peer, (session, sequence, verdict), answered);
-                Ok(())
-            }
-            Message::Failed(session, reason) => {
-                let name = self.name(peer.host);
-                eprintln!("fleece-engine: {name} cannot answer, so blocks are missed: {reason}");
-                if let Some(asking) = self.sessions().get(&session) {
-                    asking.answers.cut(peer.host);
-                    answered.push(session);
-                }
-                Ok(())
-            }
-            Message::Advanced => {
-                self.owner.figures().progress.fetch_add(1, Ordering::Release);
-                self.wake_all();
-                Ok(())
-            }
-            Message::GiveUp { to, writer, claims } => {
-                // A session that is gone or overloaded says nothing: the other one asks again.
-                if let Some(writer) = self.registry.events_of(writer) {
-                    let _ = writer.try_send(Event::GiveUp { to, claims });
-                }
-                Ok(())
-            }
-            Message::GaveUp { from, to } => {
-                if let Some(waiter) = self.registry.events_of(to) {
-                    let _ = waiter.try_send(Event::GaveUp { from });
-                }
-                Ok(())
-            }
-            Message::Reset => {
-                let ended = std::mem::take(&mut peer.link().sessions);
-                ended.into_iter().for_each(|session| self.owner.withdraw(session));
-                self.cut(peer.host);
-                self.owner.refill()
-            }
-        }
-    }
-
-    /// An answer to a session of ours.
-    fn answer(
-        &self,
-        peer: &Peer,
-        (session, sequence, verdict): (SessionId, Sequence, Verdict),
-        answered: &mut Vec<SessionId>,
-    ) {
-        let asking = self.sessions().get(&session).cloned();
-        let Some(asking) = asking else { return };
-        if let Err(error) = asking.answers.put(peer.host, sequence, &verdict) {
-            asking.answers.fail(&error);
-        }
-        answered.push(session);
-    }
-
-    /// A session of another host, known to our owner from its first word on.
-    fn enter(&self, peer: &Arc<Peer>, session: SessionId) -> Result<()> {
-        if session.host() != peer.host || !peer.link().sessions.insert(session) {
-            return Ok(());
-        }
-        self.owner.register(session, Arc::new(RemoteAsker::new(session, Arc::clone(peer))))
-    }
-
-    // Time.
 
     /// Gives hosts up that take nothing for too long. Called every second or so.
     pub fn look(&self, now: Instant) {
-        for peer in self.peers.iter().flatten() {
-            let link = peer.link();
+        for peer in self.all_peers() {
+            let needed = self.needs(peer.host);
+            let mut link = peer.link();
+            if !needed {
+                // It has no reason to say anything.
+                link.heard = now;
+            }
             let silent = now.saturating_duration_since(link.heard) > SILENCE;
-            let waits = !link.connected || !peer.outbox.is_empty();
-            let lost = !link.lost && silent && waits;
+            let lost = !link.lost && silent;
             drop(link);
             if lost {
-                self.lose(peer, &format!("it took nothing for {} s", SILENCE.as_secs()));
+                self.lose(&peer, &format!("it took nothing for {} s", SILENCE.as_secs()));
             }
         }
+        self.give_late_up(now);
     }
 
     /// Gives a host up until it has a link again.
@@ -460,7 +333,20 @@ impl Cluster {
         wakes.iter().for_each(|wake| wake());
     }
 
-    fn name(&self, host: HostId) -> &str {
-        self.map.members().get(usize::from(host.0)).map_or("?", |member| &member.name)
+    fn name(&self, host: HostId) -> String {
+        let map = self.map();
+        map.member(host).map_or_else(|| format!("host {}", host.0), |member| member.name.clone())
     }
+}
+
+/// What is whose.
+fn split<T>(
+    map: &PartitionMap,
+    all: Vec<(Fingerprint, T)>,
+) -> BTreeMap<HostId, Vec<(Fingerprint, T)>> {
+    let mut split = BTreeMap::<HostId, Vec<_>>::new();
+    for one in all {
+        split.entry(map.owner(&one.0)).or_default().push(one);
+    }
+    split
 }

@@ -72,7 +72,7 @@ pub(super) fn run_number(name: &str) -> Option<u64> {
 pub(super) struct Identity {
     pub(super) store: StoreId,
     pub(super) partition_bits: u8,
-    pub(super) map_epoch: u64,
+    pub(super) part: u64,
     pub(super) gc_epoch: u64,
 }
 
@@ -81,7 +81,7 @@ impl Identity {
         Identity {
             store: options.store,
             partition_bits: options.partition_bits,
-            map_epoch: options.map_epoch,
+            part: options.part,
             gc_epoch: options.gc_epoch,
         }
     }
@@ -89,7 +89,7 @@ impl Identity {
     pub(super) fn encode(&self, encoder: &mut Encoder) {
         encoder.store(self.store);
         encoder.u8(self.partition_bits);
-        encoder.u64(self.map_epoch);
+        encoder.u64(self.part);
         encoder.u64(self.gc_epoch);
     }
 
@@ -97,7 +97,7 @@ impl Identity {
         Some(Identity {
             store: decoder.store()?,
             partition_bits: decoder.u8()?,
-            map_epoch: decoder.u64()?,
+            part: decoder.u64()?,
             gc_epoch: decoder.u64()?,
         })
     }
@@ -113,8 +113,10 @@ impl Identity {
                 1_u32 << bits.min(31),
                 1_u32 << wanted.min(31)
             ))
+        } else if self.part != wanted.part {
+            Some("is of another part of the fingerprints: the hosts of the cluster changed".into())
         } else if self != wanted {
-            Some("is outdated: the partition map or the garbage collection went on".into())
+            Some("is outdated: the garbage collection went on".into())
         } else {
             None
         }
@@ -267,7 +269,7 @@ mod tests {
 
     fn current() -> Current {
         let store = StoreId(Uuid::from_u128(5));
-        let identity = Identity { store, partition_bits: 4, map_epoch: 1, gc_epoch: 2 };
+        let identity = Identity { store, partition_bits: 4, part: 1, gc_epoch: 2 };
         let mut current = Current::new(identity, 77);
         current.watermark.raise(Incarnation(4), 1 << 40);
         let levels = [Level::Base(Partition(0)), Level::Delta(Partition(15)), Level::Young];

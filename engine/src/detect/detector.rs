@@ -355,14 +355,23 @@ impl Detector {
 
     /// Begins a new index beside the present one; until it is installed or dropped no merge runs.
     pub fn rebuild(&mut self) -> Result<Rebuild> {
+        self.rebuild_as(self.options.part)
+    }
+
+    /// The same for another part of the fingerprints.
+    pub fn rebuild_as(&mut self, part: u64) -> Result<Rebuild> {
         let begun = self.index.begin_rebuild()?;
-        Ok(Rebuild::new(&self.index.dir, &self.scratch, self.options.clone(), begun))
+        let options = DetectOptions { part, ..self.options.clone() };
+        Ok(Rebuild::new(&self.index.dir, &self.scratch, options, begun))
     }
 
     /// Puts the new index in place of the present one, but for what was learned since
     /// [`Detector::rebuild`].
     pub fn install(&mut self, rebuilt: Rebuilt) -> Result<()> {
-        let Rebuilt { bases, watermark, .. } = rebuilt;
-        self.index.install(&bases, &watermark).context(|| "cannot install the rebuilt index".into())
+        let Rebuilt { bases, watermark, part, .. } = rebuilt;
+        let installed = self.index.install(&bases, &watermark, part);
+        installed.context(|| "cannot install the rebuilt index".into())?;
+        self.options.part = part;
+        Ok(())
     }
 }

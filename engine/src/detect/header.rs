@@ -60,9 +60,11 @@ impl Header {
         })
     }
 
-    /// Whether it is the header of that run.
+    /// Whether it is the header of that run. A run outlives a change of the part that the index is
+    /// of: CURRENT alone says what the index is complete for.
     pub(super) fn fits(&self, identity: &Identity, run: &RunMeta) -> bool {
         let own = (self.number, self.level, self.entries);
-        self.identity == *identity && own == (run.number, run.level, run.entries)
+        let identity = Identity { part: self.identity.part, ..*identity };
+        self.identity == identity && own == (run.number, run.level, run.entries)
     }
 }

@@ -279,7 +279,13 @@ impl Index {
 
     /// Puts new bases in place of all runs there were when the rebuild began. Later young runs and
     /// the memtable stay: they have what was learned since.
-    pub(super) fn install(&mut self, bases: &[RunMeta], watermark: &Watermark) -> Result<()> {
+    /// Of `part` they are from now on.
+    pub(super) fn install(
+        &mut self,
+        bases: &[RunMeta],
+        watermark: &Watermark,
+        part: u64,
+    ) -> Result<()> {
         let mut applied = Applied::up_to(watermark.clone());
         applied.add_all(&self.since);
         let before = std::mem::replace(&mut self.applied, applied);
@@ -287,6 +293,7 @@ impl Index {
             index.freeze()?;
             let mut next = index.current.clone();
             next.watermark = index.applied.mark().clone();
+            next.identity.part = part;
             let since = index.rebuilt_from;
             next.runs.retain(|run| run.level == Level::Young && run.number > since);
             next.runs.extend(bases.iter().cloned());

@@ -18,8 +18,8 @@ pub struct DetectOptions {
     pub store: StoreId,
     /// Leading bits of a fingerprint that name its partition, at most 8.
     pub partition_bits: u8,
-    /// Generation of the partition map; an index of another one is set aside.
-    pub map_epoch: u64,
+    /// Which part of all fingerprints is indexed; an index of another part is set aside.
+    pub part: u64,
     /// Garbage collections the index has seen; an older index is set aside.
     pub gc_epoch: u64,
     /// Bytes a pass may take: three quarters sort runs, one quarter merge windows.
@@ -49,7 +49,7 @@ impl DetectOptions {
         DetectOptions {
             store,
             partition_bits: 4,
-            map_epoch: 0,
+            part: 0,
             gc_epoch: 0,
             pass_memory: 8 << 20,
             pass_requests: 256 << 10,

@@ -31,6 +31,8 @@ pub struct Rebuild {
 pub struct Rebuilt {
     pub(super) bases: Vec<RunMeta>,
     pub(super) watermark: Watermark,
+    /// What it is complete for.
+    pub(super) part: u64,
     entries: u64,
     duplicates: u64,
     _token: Arc<()>,
@@ -95,7 +97,8 @@ impl Rebuild {
             entries += base.entries;
             bases.push(base);
         }
-        Ok(Rebuilt { bases, watermark, entries, duplicates: newest.duplicates, _token: token })
+        let (part, duplicates) = (options.part, newest.duplicates);
+        Ok(Rebuilt { bases, watermark, part, entries, duplicates, _token: token })
     }
 }
 

@@ -1,9 +1,12 @@
 //! The links of a cluster: frames from outboxes to other hosts, and theirs to our owner.
 //!
-//! Each host calls the others to send; a link that breaks is made again, and goes on with the first
-//! frame that was not taken. All that blocks happens on one thread, frame by frame.
+//! Each host calls another one while it has something to send to it, or waits for its answers. A link
+//! that breaks is made again, and goes on with the first frame that was not taken. However many hosts
+//! there are, [`LINKS`] links at most are open each way: the rest wait. All that blocks happens on one
+//! thread, frame by frame.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -16,7 +19,8 @@ use futures::stream::FuturesOrdered;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 
@@ -31,8 +35,11 @@ use crate::ids::{HostId, StoreId};
 const IN_FLIGHT: usize = 4;
 /// How long a connection may take, with its greeting, and a frame until it is taken.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Between two signs of life on a link that has nothing else to say.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
+/// Links at a time, each way: with TLS each takes some 100 KiB here and as much in the kernel.
+const LINKS: usize = 16;
+/// Between two signs of life on a link that has nothing else to say. One that is not needed any more
+/// ends after as long: what comes next often comes at once.
+const IDLE: Duration = Duration::from_secs(2);
 /// Before a link is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
 /// Frames that wait for the thread that takes them.
@@ -49,9 +56,13 @@ struct Arrived {
 /// This engine among the others.
 pub struct Peers {
     cluster: Arc<Cluster>,
+    /// Our name, which our certificate proves.
+    name: String,
     store: StoreId,
     identity: Identity,
     arrived: mpsc::Sender<Arrived>,
+    outgoing: Semaphore,
+    incoming: Arc<Semaphore>,
 }
 
 impl Peers {
@@ -61,6 +72,7 @@ impl Peers {
     /// [`Kind::Key`] for a bad bundle; when no thread can be started.
     pub fn start(
         cluster: Arc<Cluster>,
+        name: &str,
         store: StoreId,
         bundle: &std::path::Path,
     ) -> Result<Rc<Self>> {
@@ -75,7 +87,9 @@ impl Peers {
                 }
             })
             .context(|| "cannot start the thread that takes frames".into())?;
-        Ok(Rc::new(Peers { cluster, store, identity, arrived }))
+        let (outgoing, incoming) = (Semaphore::new(LINKS), Arc::new(Semaphore::new(LINKS)));
+        let name = name.to_owned();
+        Ok(Rc::new(Peers { cluster, name, store, identity, arrived, outgoing, incoming }))
     }
 
     /// Keeps a link to every other host, rung by `bells`, and takes theirs at `listen`, for ever.
@@ -86,33 +100,60 @@ impl Peers {
     pub async fn run(self: Rc<Self>, listen: &str, bells: &[Arc<Notify>]) -> Result<()> {
         let failed = || format!("cannot listen for other hosts at {listen}");
         let listener = TcpListener::bind(listen).await.context(failed)?;
-        for host in self.cluster.others() {
-            let bell = bells.get(usize::from(host.0)).cloned().unwrap_or_default();
-            tokio::task::spawn_local(keep_link(Rc::clone(&self), host, bell));
-        }
+        let mut links = HashMap::new();
         let mut second = tokio::time::interval(Duration::from_secs(1));
         loop {
+            // Who comes later waits in the kernel, without memory of ours.
+            let place = Arc::clone(&self.incoming).acquire_owned();
             tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, from)) => {
-                        tokio::task::spawn_local(Rc::clone(&self).serve(stream, from));
+                accepted = async { (place.await, listener.accept().await) } => match accepted {
+                    (place, Ok((stream, from))) => {
+                        let serve = Rc::clone(&self).serve(stream, from);
+                        tokio::task::spawn_local(async move {
+                            let _place = place;
+                            serve.await;
+                        });
                     }
-                    Err(error) => {
+                    (_, Err(error)) => {
                         eprintln!("fleece-engine: accept: {error}");
                         tokio::time::sleep(AGAIN).await;
                     }
                 },
-                _ = second.tick() => self.cluster.look(Instant::now()),
+                _ = second.tick() => {
+                    self.cluster.look(Instant::now());
+                    self.keep_links(&mut links, bells);
+                }
             }
         }
     }
 
+    /// One task for each of the hosts that there are now.
+    fn keep_links(
+        self: &Rc<Self>,
+        links: &mut HashMap<HostId, JoinHandle<()>>,
+        bells: &[Arc<Notify>],
+    ) {
+        let hosts = self.cluster.others();
+        links.retain(|host, task| {
+            let stays = hosts.contains(host);
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        for host in hosts {
+            links.entry(host).or_insert_with(|| {
+                let bell = bells.get(usize::from(host.0)).cloned().unwrap_or_default();
+                tokio::task::spawn_local(keep_link(Rc::clone(self), host, bell))
+            });
+        }
+    }
+
     fn greet(&self, mut greeting: greeting::Builder<'_>) {
-        let members = self.cluster.map().members();
-        let us = members.get(usize::from(self.cluster.us().0));
-        greeting.set_host(us.map_or("", |member| &member.name));
+        let map = self.cluster.map();
+        greeting.set_host(&self.name);
         greeting.set_store(self.store.0.as_bytes());
-        greeting.set_map_epoch(self.cluster.map().epoch());
+        greeting.set_map_digest(map.digest());
         greeting.set_instance(self.cluster.instance().0);
         greeting.set_protocol(PEER_PROTOCOL);
         greeting.set_version(env!("CARGO_PKG_VERSION"));
@@ -131,10 +172,11 @@ impl Peers {
         if greeting.get_store()? != self.store.0.as_bytes() {
             return refused(format!("{name} has another store"));
         }
-        if greeting.get_map_epoch() != self.cluster.map().epoch() {
+        let map = self.cluster.map();
+        if greeting.get_map_digest() != map.digest() {
             return refused(format!("{name} has another list of hosts in cluster.static"));
         }
-        match self.cluster.map().host(name).filter(|host| *host != self.cluster.us()) {
+        match map.host(name).filter(|host| *host != self.cluster.us()) {
             Some(host) => Ok((host, Instance(greeting.get_instance()))),
             None => refused(format!("{name} is no other host of this cluster")),
         }
@@ -221,28 +263,36 @@ where
     )
 }
 
-/// Makes a link to a host again and again, for ever.
+/// Makes a link to a host whenever one is needed, for ever.
 async fn keep_link(peers: Rc<Peers>, host: HostId, bell: Arc<Notify>) {
     let mut said = String::new();
     loop {
+        while !peers.cluster.needs(host) {
+            // Answers that are awaited ring no bell.
+            let _ = timeout(AGAIN, bell.notified()).await;
+        }
+        let Ok(_place) = peers.outgoing.acquire().await else { return };
         let ended = link(&peers, host, &bell).await;
         peers.cluster.disconnected(host);
-        if let Err(error) = ended {
-            // Once for each reason: a host may be away for days.
-            let why = error.to_string();
-            if why != said {
-                eprintln!("fleece-engine: {why}");
-                said = why;
+        match ended {
+            Ok(()) => said.clear(),
+            Err(error) => {
+                // Once for each reason: a host may be away for days.
+                let why = error.to_string();
+                if why != said {
+                    eprintln!("fleece-engine: {why}");
+                    said = why;
+                }
+                tokio::time::sleep(AGAIN).await;
             }
         }
-        tokio::time::sleep(AGAIN).await;
     }
 }
 
-/// One link, from its beginning until it breaks.
+/// One link, until it is not needed any more or breaks.
 async fn link(peers: &Peers, host: HostId, bell: &Notify) -> Result<()> {
-    let member = peers.cluster.map().members().get(usize::from(host.0));
-    let Some(member) = member else { return Ok(()) };
+    let map = peers.cluster.map();
+    let Some(member) = map.member(host) else { return Ok(()) };
     let what = || format!("no link to {} at {}", member.name, member.address);
     let late = || Error::new(Kind::Failed, format!("{}: no answer", what()));
     let name = ServerName::try_from(member.name.clone()).context(what)?;
@@ -294,6 +344,7 @@ async fn send(
     mut next: FrameNumber,
 ) -> Result<()> {
     let mut in_flight = FuturesOrdered::new();
+    let mut needed = Instant::now();
     loop {
         while in_flight.len() < IN_FLIGHT
             && let Some((number, frame)) = peers.cluster.next(host, next)?
@@ -306,8 +357,13 @@ async fn send(
                 peers.cluster.taken(host, taken?);
             }
             () = bell.notified(), if in_flight.len() < IN_FLIGHT => {}
-            () = tokio::time::sleep(SIGN_OF_LIFE), if in_flight.is_empty() => {
-                in_flight.push_back(deliver(client, FrameNumber(0), &[]));
+            () = tokio::time::sleep(IDLE), if in_flight.is_empty() => {
+                if peers.cluster.needs(host) {
+                    needed = Instant::now();
+                    in_flight.push_back(deliver(client, FrameNumber(0), &[]));
+                } else if needed.elapsed() > IDLE {
+                    return Ok(());
+                }
             }
         }
     }

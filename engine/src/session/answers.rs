@@ -18,6 +18,7 @@ const RECORD: usize = 8 + 1 + 12;
 const STORED: u8 = 0;
 const GRANT: u8 = 1;
 const SAME_AS: u8 = 2;
+const NOBODY: u8 = 3;
 
 /// The answers to one session's requests.
 pub struct Answers {
@@ -109,6 +110,38 @@ impl Answers {
         !cut
     }
 
+    /// Whether a host owes answers.
+    #[must_use]
+    pub fn waits_for(&self, host: HostId) -> bool {
+        let sheets = self.sheets();
+        let owes = |one: &Elsewhere| one.host == host && one.answered < one.asked;
+        !sheets.cut.contains(&host) && sheets.open.iter().any(|s| s.elsewhere.iter().any(owes))
+    }
+
+    /// A host does not answer for `count` blocks from `first` on that it was asked about.
+    pub fn expect_less(&self, host: HostId, first: Sequence, count: u64) {
+        let mut sheets = self.sheets();
+        let sheet = sheets.at(first);
+        let one = sheet.and_then(|sheet| sheet.elsewhere.iter_mut().find(|one| one.host == host));
+        if let Some(one) = one {
+            one.asked = one.asked.saturating_sub(count);
+        }
+    }
+
+    /// Nobody will answer this.
+    ///
+    /// # Errors
+    /// When the answers cannot be spilled.
+    pub fn put_nobody(&self, sequence: Sequence) -> Result<()> {
+        let mut record = [0; RECORD];
+        record[..8].copy_from_slice(&sequence.0.to_be_bytes());
+        record[8] = NOBODY;
+        let mut sheets = self.sheets();
+        let Some(sheet) = sheets.at(sequence) else { return Ok(()) };
+        sheet.answered += 1;
+        sheet.sorter.push(&record)
+    }
+
     /// No answer of a host counts any more, and none is waited for.
     pub fn cut(&self, host: HostId) {
         let mut sheets = self.sheets();
@@ -180,21 +213,20 @@ impl Answers {
 /// The answers of a round by ascending sequence.
 pub struct AnswerStream {
     sorted: Sorted<RECORD>,
-    peeked: Option<(Sequence, Verdict)>,
+    peeked: Option<(Sequence, Option<Verdict>)>,
     /// Some answers never come.
     cut: bool,
 }
 
 impl AnswerStream {
-    /// The answer to `sequence`; sequences are asked for in ascending order. `None`: its owner is cut
-    /// off.
+    /// The answer to `sequence`; sequences are asked for in ascending order. `None`: nobody answers.
     ///
     /// # Errors
     /// When a spilled answer cannot be read, or one is missing.
     pub fn answer(&mut self, sequence: Sequence) -> Result<Option<Verdict>> {
         while let Some((at, verdict)) = self.next()? {
             if at == sequence {
-                return Ok(Some(verdict));
+                return Ok(verdict);
             }
             if at > sequence {
                 self.peeked = Some((at, verdict));
@@ -207,7 +239,7 @@ impl AnswerStream {
         Err(Error::new(Kind::Failed, format!("no answer to request {}", sequence.0)))
     }
 
-    fn next(&mut self) -> Result<Option<(Sequence, Verdict)>> {
+    fn next(&mut self) -> Result<Option<(Sequence, Option<Verdict>)>> {
         if let Some(peeked) = self.peeked.take() {
             return Ok(Some(peeked));
         }
@@ -219,10 +251,14 @@ impl AnswerStream {
             STORED => {
                 let mut address = [0; Address::LEN];
                 address.copy_from_slice(&record[9..9 + Address::LEN]);
-                Verdict::Stored(Address::from_bytes(address))
+                Some(Verdict::Stored(Address::from_bytes(address)))
             }
-            GRANT => Verdict::Grant,
-            _ => Verdict::SameAs(SessionId(number(9..13) as u32), Sequence(number(13..21))),
+            GRANT => Some(Verdict::Grant),
+            NOBODY => None,
+            _ => {
+                let writer = SessionId(number(9..13) as u32);
+                Some(Verdict::SameAs(writer, Sequence(number(13..21))))
+            }
         };
         Ok(Some((Sequence(number(0..8)), verdict)))
     }

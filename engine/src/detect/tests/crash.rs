@@ -320,8 +320,8 @@ fn a_foreign_or_outdated_index_is_set_aside() {
     let others = [
         DetectOptions { store, ..options.clone() },
         DetectOptions { store, partition_bits: 3, ..options.clone() },
-        DetectOptions { store, partition_bits: 3, map_epoch: 1, ..options.clone() },
-        DetectOptions { store, partition_bits: 3, map_epoch: 1, gc_epoch: 1, ..options },
+        DetectOptions { store, partition_bits: 3, part: 1, ..options.clone() },
+        DetectOptions { store, partition_bits: 3, part: 1, gc_epoch: 1, ..options },
     ];
     for other in others {
         let (mut detector, report) = open(dir.path(), &other, &journal);

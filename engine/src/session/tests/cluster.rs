@@ -5,10 +5,11 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
-use crate::cluster::map::{Member, PartitionMap};
+use crate::cluster::map::{MapEpoch, Member, PartitionMap};
 use crate::cluster::outbox::FrameNumber;
 use crate::cluster::{Cluster, Instance, SILENCE};
-use crate::ids::HostId;
+use crate::ids::{HostId, Slice};
+use crate::moving;
 use crate::session::registry::Registry;
 
 /// One of the engines.
@@ -16,6 +17,7 @@ struct Engine {
     context: Context,
     cluster: Arc<Cluster>,
     thread: Option<std::thread::JoinHandle<()>>,
+    mover: Option<std::thread::JoinHandle<()>>,
 }
 
 /// All of them, and what carries their frames.
@@ -28,13 +30,22 @@ struct Hosts {
     _dir: tempfile::TempDir,
 }
 
-fn map(count: usize) -> PartitionMap {
-    let member = |n| Member { name: format!("hv{n}"), address: String::new(), capacity: 1 };
-    PartitionMap::new((0..count).map(member).collect()).unwrap()
+/// All hosts go by a new map this long after one of them at the latest.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// A map of these hosts.
+fn map(epoch: u64, hosts: &[u16]) -> PartitionMap {
+    let member = |n: &u16| Member {
+        number: HostId(*n),
+        name: format!("hv{n}"),
+        address: String::new(),
+        capacity: 1,
+    };
+    PartitionMap::at(MapEpoch(epoch), hosts.iter().map(member).collect()).unwrap()
 }
 
 impl Engine {
-    fn open(dir: &Path, location: &Location, key: StoreKey, us: HostId, count: usize) -> Self {
+    fn open(dir: &Path, location: &Location, key: StoreKey, us: HostId, map: PartitionMap) -> Self {
         let home = dir.join(format!("hv{}", us.0));
         let work_dir = home.join("sessions");
         std::fs::create_dir_all(&work_dir).unwrap();
@@ -43,8 +54,8 @@ impl Engine {
         let store =
             Store::open_objects(objects, location, key, Some(&state), StoreOptions::default())
                 .unwrap();
-        let map = map(count);
-        let options = DetectOptions { map_epoch: map.epoch(), ..DetectOptions::new(store.id()) };
+        let part = map.slices(us).digest();
+        let options = DetectOptions { part, ..DetectOptions::new(store.id()) };
         let (mut detector, report) = Detector::open(&home.join("index"), options).unwrap();
         let ours = map.clone();
         let owns = move |fingerprint: &_| ours.owner(fingerprint) == us;
@@ -61,7 +72,8 @@ impl Engine {
         let parts = (owner.clone(), Arc::clone(&registry));
         let instance = Instance(start.into());
         let spill = (work_dir.as_path(), 64 << 10);
-        let cluster = Cluster::new(map, us, instance, parts, spill, |_| Box::new(|| ()));
+        let place = (map, us, true);
+        let cluster = Cluster::new(place, instance, parts, spill, |_| Box::new(|| ()));
         let context = Context {
             manifests: Manifests::of(&store, &work_dir),
             damage: Arc::new(Damage::load(&store).unwrap()),
@@ -74,7 +86,9 @@ impl Engine {
             rebuilding: Arc::default(),
             patience: Duration::from_millis(300),
         };
-        Engine { context, cluster, thread: Some(thread) }
+        let moved = context.clone();
+        let mover = std::thread::spawn(move || moving::keep_filled(&moved, SETTLE));
+        Engine { context, cluster, thread: Some(thread), mover: Some(mover) }
     }
 
     fn backup(&self, vm: u128, image: &[u8]) -> Manifest {
@@ -84,6 +98,8 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
+        self.cluster.end_moves();
+        self.mover.take().unwrap().join().unwrap();
         self.context.owners.here().stop();
         self.thread.take().unwrap().join().unwrap();
     }
@@ -92,6 +108,9 @@ impl Drop for Engine {
 /// Carries the frames that wait, from one host to another, and says how many these were.
 fn carry(from: &Engine, to: &Engine) -> usize {
     let (a, b) = (from.cluster.us(), to.cluster.us());
+    if !to.cluster.others().contains(&a) || !from.cluster.others().contains(&b) {
+        return 0;
+    }
     let received = to.cluster.greeted(a, from.cluster.instance());
     let mut next = from.cluster.connected(b, to.cluster.instance(), received);
     let mut carried = 0;
@@ -106,13 +125,22 @@ fn carry(from: &Engine, to: &Engine) -> usize {
 
 impl Hosts {
     fn new(count: usize) -> Self {
+        let all: Vec<u16> = (0..count as u16).collect();
+        Self::with(&vec![map(1, &all); count])
+    }
+
+    /// Hosts that begin with a map each.
+    fn with(maps: &[PartitionMap]) -> Self {
+        let count = maps.len();
         let dir = tempfile::tempdir().unwrap();
         let location = Location::Directory(dir.path().join("store"));
         let key = Store::init(&location, &InitOptions::default(), |_| Ok(())).unwrap();
         let text = key.to_text().to_string();
         let key = || StoreKey::from_text(&text).unwrap();
-        let engine = |n| Engine::open(dir.path(), &location, key(), HostId(n as u16), count);
-        let engines: Vec<_> = (0..count).map(|n| Arc::new(engine(n))).collect();
+        let engine = |(n, map): (usize, &PartitionMap)| {
+            Engine::open(dir.path(), &location, key(), HostId(n as u16), map.clone())
+        };
+        let engines: Vec<_> = maps.iter().enumerate().map(|n| Arc::new(engine(n))).collect();
         let up = || (0..count).map(|_| AtomicBool::new(true)).collect();
         let links: Arc<Vec<Vec<AtomicBool>>> = Arc::new((0..count).map(|_| up()).collect());
         let stop = Arc::new(AtomicBool::new(false));
@@ -191,8 +219,8 @@ fn what_any_host_has_stored_no_other_one_stores_again() {
     // Each host knows its own part, and no other.
     for engine in &hosts.engines {
         let here = engine.context.owners.figures().unique_blocks.load(Ordering::Relaxed);
-        let (share, of) = engine.cluster.map().share(engine.cluster.us());
-        let fair = distinct(&all) * share / of;
+        let share = engine.cluster.map().slices(engine.cluster.us()).len();
+        let fair = distinct(&all) * share / Slice::COUNT;
         assert!(here.abs_diff(fair as u64) < fair as u64 / 4, "{here} instead of {fair}");
     }
 }
@@ -246,8 +274,9 @@ fn a_host_that_is_silent_is_given_up_and_comes_back() {
     let during = image(12, 1500, 1500);
     let second = std::thread::scope(|scope| {
         let backup = scope.spawn(|| hosts.engines[1].backup(2, &during));
-        let late = Instant::now() + SILENCE + Duration::from_secs(1);
+        let mut late = Instant::now();
         wait_until("the end of the backup", || {
+            late += SILENCE + Duration::from_secs(1);
             hosts.engines.iter().for_each(|engine| engine.cluster.look(late));
             backup.is_finished()
         });
@@ -271,4 +300,78 @@ fn a_host_that_is_silent_is_given_up_and_comes_back() {
     let doubles = stored - distinct(&[&before, &during]);
     assert!(doubles as u64 * BLOCK as u64 <= done[1].0.counts.undetected, "{doubles}");
     hosts.must_be_whole(&done);
+}
+
+fn wait_filled(hosts: &[&Arc<Engine>]) {
+    wait_until("the indexes", || hosts.iter().all(|engine| engine.cluster.filling() == 0));
+}
+
+#[test]
+fn a_host_that_joins_takes_over_its_share_and_nothing_is_stored_twice() {
+    let (two, three) = (map(1, &[0, 1]), map(2, &[0, 1, 2]));
+    let hosts = Hosts::with(&[two.clone(), two.clone(), two]);
+    let [first, second, third] = [0, 1, 2].map(|n| &hosts.engines[n]);
+    let old = image(31, 3000, 2500);
+    let before = first.backup(1, &old);
+    assert_eq!(before.counts.undetected, 0);
+    // One is under way while the others come to know the map; its questions come back to it.
+    let during = image(32, 3000, 2500);
+    let running = begin_in(&second.context, 2, "", &during).unwrap();
+    std::thread::scope(|scope| {
+        third.cluster.adopt(three.clone()).unwrap();
+        first.cluster.adopt(three.clone()).unwrap();
+        let scan = scope.spawn(|| running.scan_all().unwrap());
+        second.cluster.adopt(three.clone()).unwrap();
+        scan.join().unwrap();
+    });
+    running.write_all().unwrap();
+    let running = running.commit().unwrap();
+    assert_eq!(running.counts.undetected, 0);
+    wait_filled(&[first, second, third]);
+    // All that is known is known: whoever has it now.
+    for (vm, (engine, image)) in
+        [(third, &old), (first, &during), (second, &old)].iter().enumerate()
+    {
+        let again = engine.backup(10 + vm as u128, image);
+        assert_eq!((again.counts.new, again.counts.undetected), (0, 0), "{vm}");
+    }
+    hosts.must_be_exact(&[&old, &during]);
+    hosts.must_be_whole(&[(before, &old), (running, &during)]);
+}
+
+#[test]
+fn what_a_host_that_left_answered_for_the_others_answer_for() {
+    let hosts = Hosts::new(3);
+    let [first, second, third] = [0, 1, 2].map(|n| &hosts.engines[n]);
+    let old = image(41, 3000, 2500);
+    let before = third.backup(1, &old);
+    hosts.must_be_exact(&[&old]);
+    hosts.link(2, false);
+    let left = map(2, &[0, 1]);
+    // A session that waits for it goes on as soon as the map says that it is gone.
+    let waiting = image(42, 2000, 1500);
+    let during = std::thread::scope(|scope| {
+        let backup = scope.spawn(|| first.backup(2, &waiting));
+        wait_until("its questions", || first.cluster.needs(HostId(2)));
+        first.cluster.adopt(left.clone()).unwrap();
+        second.cluster.adopt(left).unwrap();
+        backup.join().unwrap()
+    });
+    wait_filled(&[first, second]);
+    for (vm, engine) in [first, second].iter().enumerate() {
+        let again = engine.backup(10 + vm as u128, &old);
+        assert_eq!((again.counts.new, again.counts.undetected), (0, 0), "{vm}");
+        let again = engine.backup(20 + vm as u128, &waiting);
+        assert_eq!((again.counts.new, again.counts.undetected), (0, 0), "{vm}");
+    }
+    // What nobody answered was written without an answer, and nothing else.
+    let doubles = stored_slots_in(&first.context) - distinct(&[&old, &waiting]);
+    assert!(doubles as u64 * BLOCK as u64 <= during.counts.undetected, "{doubles}");
+    for engine in [first, second] {
+        for (manifest, image) in [(&before, &old), (&during, &waiting)] {
+            assert!(restore_in(&engine.context, manifest).unwrap() == *image, "it differs");
+        }
+        let (clean, said) = verify_in(&engine.context);
+        assert!(clean, "{said}");
+    }
 }

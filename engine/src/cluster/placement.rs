@@ -1,0 +1,307 @@
+//! Who owns what, and how that changes.
+//!
+//! A host adopts a newer map at once, and asks by it. For what it gains it builds its index anew from
+//! the store, a little later, when all hosts have that map; until then questions about it are held.
+//! What it has lost it sends back, with the epoch by which that is so. So at any time one host at most
+//! answers for a fingerprint, but for what was granted before: a block that is being written while
+//! its slice moves can be stored twice.
+
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
+
+use super::frame::Message;
+use super::held::Held;
+use super::map::{MapEpoch, PartitionMap};
+use super::peer::Peer;
+use super::{Cluster, SILENCE};
+use crate::detect::JournalPosition;
+use crate::error::Result;
+use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slice, Slices};
+
+/// The map, and what of it we cannot answer for yet.
+pub(super) struct Placement {
+    pub(super) map: Arc<PartitionMap>,
+    /// Ours, and not in the index yet.
+    pub(super) filling: Slices,
+}
+
+/// Questions that wait for a newer map.
+pub(super) struct Late {
+    held: Held,
+    since: Option<Instant>,
+}
+
+impl Late {
+    pub(super) fn new(dir: &Path) -> Self {
+        Late { held: Held::new(dir), since: None }
+    }
+
+    fn take(&mut self) -> Held {
+        self.since = None;
+        self.held.take()
+    }
+}
+
+/// That our part has changed.
+pub(super) struct Moves {
+    waiting: Mutex<Waiting>,
+    rung: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    changed: bool,
+    ending: bool,
+}
+
+impl Moves {
+    pub(super) fn new(changed: bool) -> Self {
+        let waiting = Mutex::new(Waiting { changed, ending: false });
+        Moves { waiting, rung: Condvar::new() }
+    }
+
+    fn ring(&self, change: impl FnOnce(&mut Waiting)) {
+        change(&mut self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+        self.rung.notify_all();
+    }
+
+    /// Waits for a change, and then until there was none for `settle`; false at the end.
+    fn wait(&self, settle: Duration) -> bool {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = |waiting: &mut Waiting| !waiting.changed && !waiting.ending;
+        let mut waiting =
+            self.rung.wait_while(waiting, idle).unwrap_or_else(PoisonError::into_inner);
+        while std::mem::take(&mut waiting.changed) && !waiting.ending {
+            let calm = self.rung.wait_timeout_while(waiting, settle, idle);
+            waiting = calm.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        !waiting.ending
+    }
+}
+
+impl Cluster {
+    fn placement(&self) -> RwLockReadGuard<'_, Placement> {
+        self.placement.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn placement_mut(&self) -> RwLockWriteGuard<'_, Placement> {
+        self.placement.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn early(&self) -> MutexGuard<'_, Held> {
+        self.early.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn late(&self) -> MutexGuard<'_, Late> {
+        self.late.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The partition map.
+    #[must_use]
+    pub fn map(&self) -> Arc<PartitionMap> {
+        Arc::clone(&self.placement().map)
+    }
+
+    /// Whether we answer for a fingerprint.
+    #[must_use]
+    pub fn owns(&self, fingerprint: &Fingerprint) -> bool {
+        self.placement().map.owner(fingerprint) == self.us
+    }
+
+    /// Slices that are ours, and not in our index yet.
+    #[must_use]
+    pub fn filling(&self) -> usize {
+        self.placement().filling.len()
+    }
+
+    /// Goes by another map from here on, if it is a newer one.
+    ///
+    /// # Errors
+    /// When the engine is ending, or what must wait cannot be kept.
+    pub fn adopt(&self, map: PartitionMap) -> Result<()> {
+        let map = Arc::new(map);
+        let changed = {
+            let mut placement = self.placement_mut();
+            if map.epoch() <= placement.map.epoch() {
+                return Ok(());
+            }
+            let (before, ours) = (placement.map.slices(self.us), map.slices(self.us));
+            let mut filling = placement.filling.clone();
+            filling.extend(&ours.without(&before));
+            placement.filling = filling.without(&filling.without(&ours));
+            placement.map = Arc::clone(&map);
+            before != ours
+        };
+        self.meet_members(&map);
+        let late = self.late().take();
+        late.each(|session, asked| self.ask(session, asked))?;
+        self.look_at_early()?;
+        if changed {
+            self.moved.ring(|waiting| waiting.changed = true);
+        }
+        Ok(())
+    }
+
+    /// Waits until our part has changed and all hosts can have heard of it, `settle` later. `None` when
+    /// the engine ends.
+    pub fn next_move(&self, settle: Duration) -> Option<Arc<PartitionMap>> {
+        self.moved.wait(settle).then(|| self.map())
+    }
+
+    /// What [`Cluster::next_move`] gave could not be done: it is given again.
+    pub fn move_again(&self) {
+        self.moved.ring(|waiting| waiting.changed = true);
+    }
+
+    /// The engine ends: nobody waits for moves any more.
+    pub fn end_moves(&self) {
+        self.moved.ring(|waiting| waiting.ending = true);
+    }
+
+    /// Our index has all that is ours by that map.
+    ///
+    /// # Errors
+    /// When the engine is ending, or what must wait still cannot be kept.
+    pub fn filled(&self, epoch: MapEpoch) -> Result<()> {
+        {
+            let mut placement = self.placement_mut();
+            if placement.map.epoch() != epoch {
+                return Ok(());
+            }
+            placement.filling = Slices::default();
+        }
+        self.look_at_early()
+    }
+
+    fn look_at_early(&self) -> Result<()> {
+        let early = self.early().take();
+        let epoch = self.map().epoch();
+        early.each(|session, asked| self.ask_here(session, epoch, asked))
+    }
+
+    /// Takes hosts of the map in, and forgets those that it no longer has.
+    pub(super) fn meet_members(&self, map: &PartitionMap) {
+        let mut gone = Vec::new();
+        {
+            let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+            peers.retain(|host, peer| {
+                let stays = map.member(*host).is_some();
+                if !stays {
+                    gone.push(Arc::clone(peer));
+                }
+                stays
+            });
+            for member in map.members().iter().filter(|member| member.number != self.us) {
+                peers.entry(member.number).or_insert_with(|| {
+                    let ready = (self.ready)(member.number);
+                    let now = Instant::now();
+                    Arc::new(Peer::new(member.number, &self.dir, &self.share, ready, now))
+                });
+            }
+        }
+        for peer in gone {
+            let ended = {
+                let mut link = peer.link();
+                link.lost = true;
+                std::mem::take(&mut link.sessions)
+            };
+            peer.outbox.clear();
+            ended.into_iter().for_each(|session| self.owner.withdraw(session));
+            self.cut(peer.host);
+        }
+    }
+
+    /// Questions to our own owner, by the map of that epoch.
+    pub(super) fn ask_here(
+        &self,
+        session: SessionId,
+        epoch: MapEpoch,
+        asked: Vec<(Fingerprint, Sequence)>,
+    ) -> Result<()> {
+        let (mut ready, mut early, mut moved) = (Vec::new(), Vec::new(), Vec::new());
+        let ours = {
+            let placement = self.placement();
+            for one in asked {
+                if placement.map.owner(&one.0) != self.us {
+                    let newer = epoch > placement.map.epoch();
+                    if newer { early.push(one) } else { moved.push(one) }
+                } else if placement.filling.contains(Slice::of(&one.0)) {
+                    early.push(one);
+                } else {
+                    ready.push(one);
+                }
+            }
+            placement.map.epoch()
+        };
+        if !early.is_empty() {
+            self.early().push(session, &early)?;
+            // It may all have been filled in just now.
+            if self.filling() == 0 && self.map().epoch() >= epoch {
+                self.look_at_early()?;
+            }
+        }
+        if !moved.is_empty() {
+            if session.host() == self.us {
+                self.ask(session, moved)?;
+            } else {
+                self.put(session.host(), &Message::Moved(session, ours, moved));
+            }
+        }
+        if ready.is_empty() { Ok(()) } else { self.owner.ask(session, ready) }
+    }
+
+    /// Questions of ours that came back: asked again by the map of that epoch, once we have it.
+    pub(super) fn ask_again(
+        &self,
+        session: SessionId,
+        epoch: MapEpoch,
+        asked: Vec<(Fingerprint, Sequence)>,
+    ) -> Result<()> {
+        {
+            // Under the lock: whoever adopts a map looks here afterwards.
+            let mut late = self.late();
+            if self.map().epoch() < epoch {
+                late.since.get_or_insert_with(Instant::now);
+                return late.held.push(session, &asked);
+            }
+        }
+        self.ask(session, asked)
+    }
+
+    /// Questions that have waited too long for a newer map: nobody answers them.
+    pub(super) fn give_late_up(&self, now: Instant) {
+        let late = {
+            let mut late = self.late();
+            let since = late.since.filter(|at| now.saturating_duration_since(*at) > SILENCE);
+            if since.is_none() {
+                return;
+            }
+            late.take()
+        };
+        let given_up = late.each(|session, asked| {
+            let Some(asking) = self.sessions().get(&session).cloned() else { return Ok(()) };
+            asked.iter().try_for_each(|(_, sequence)| asking.answers.put_nobody(*sequence))?;
+            (asking.wake)();
+            Ok(())
+        });
+        if let Err(error) = given_up {
+            eprintln!("fleece-engine: questions that nobody answers are lost: {error}");
+        }
+    }
+
+    /// Another host tells of its blocks. What is not ours by a map that it does not have yet goes on to
+    /// its owner.
+    pub(super) fn learn_from(
+        &self,
+        position: JournalPosition,
+        entries: Vec<(Fingerprint, Address)>,
+    ) -> Result<()> {
+        let mut by_owner = super::split(&self.map(), entries);
+        let ours = by_owner.remove(&self.us).unwrap_or_default();
+        for (host, theirs) in by_owner {
+            self.put(host, &Message::Learn(position, theirs));
+        }
+        self.owner.learn(ours, position)
+    }
+}

@@ -1,0 +1,408 @@
+//! Who is in the cluster, by etcd: the only file that knows it.
+//!
+//! | key below `fleece/<store>/` | says | lives |
+//! |---|---|---|
+//! | `hosts/<name>` | where its engine listens, and its capacity | with the engine's lease |
+//! | `drained/<name>` | it shall own nothing | until it is taken back |
+//! | `map` | the partition map | for ever; it is replaced by a transaction on its revision |
+//!
+//! Every engine looks once a second. Whoever sees that the map does not fit the hosts computes the next
+//! one and tries to put it; etcd lets one of them win, and all compute the same. With etcd away
+//! everybody goes on with the map that it has, an engine that starts with the one it had last.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use etcd_client::{
+    Client, Compare, CompareOp, ConnectOptions, GetOptions, LeaseKeepAliveStream, LeaseKeeper,
+    PutOptions, Txn, TxnOp,
+};
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+
+use crate::cluster::Cluster;
+use crate::cluster::map::{MAX_HOSTS, MapEpoch, Member, PartitionMap};
+use crate::config::ClusterConfig;
+use crate::error::{Context as _, Error, Kind, Result};
+use crate::ids::{HostId, StoreId};
+
+/// A host that says nothing for so long is out: longer than an engine needs to start anew.
+const LEASE: Duration = Duration::from_secs(15);
+/// Between two looks.
+const LOOK: Duration = Duration::from_secs(1);
+/// One request to etcd.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// An engine that starts waits so long for etcd before it takes the map that it had last.
+const START: Duration = Duration::from_secs(10);
+/// Transactions that an engine may lose in a row before it looks again a second later.
+const TRIES: usize = 8;
+
+/// The partition map, as it is kept.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+struct Document {
+    version: u32,
+    epoch: MapEpoch,
+    hosts: Vec<Member>,
+    /// The number of every host that was ever in: sessions carry it, so nobody else gets it.
+    numbers: BTreeMap<String, HostId>,
+}
+
+/// Documents of this version are read.
+const VERSION: u32 = 1;
+
+/// What a host says of itself.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+struct Announcement {
+    address: String,
+    capacity: u32,
+}
+
+/// What is in etcd.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct Seen {
+    hosts: BTreeMap<String, Announcement>,
+    drained: BTreeSet<String>,
+    /// With its revision, 0 for none.
+    map: Option<Document>,
+    revision: i64,
+}
+
+impl Seen {
+    /// The map that fits the hosts; `None` if the one there does.
+    fn next(&self) -> Option<Document> {
+        let mut numbers = self.map.as_ref().map(|map| map.numbers.clone()).unwrap_or_default();
+        let mut hosts = Vec::new();
+        for (name, announced) in &self.hosts {
+            let number = match numbers.get(name) {
+                Some(number) => *number,
+                None => {
+                    let used: BTreeSet<HostId> = numbers.values().copied().collect();
+                    let free = (0..MAX_HOSTS as u16).map(HostId).find(|n| !used.contains(n))?;
+                    numbers.insert(name.clone(), free);
+                    free
+                }
+            };
+            let capacity = if self.drained.contains(name) { 0 } else { announced.capacity };
+            let (name, address) = (name.clone(), announced.address.clone());
+            hosts.push(Member { number, name, address, capacity });
+        }
+        hosts.sort_by_key(|member| member.number);
+        // Somebody has to own everything.
+        if hosts.iter().all(|member| member.capacity == 0) {
+            return None;
+        }
+        let before = self.map.as_ref();
+        if before.is_some_and(|map| map.hosts == hosts) {
+            return None;
+        }
+        let epoch = MapEpoch(before.map_or(0, |map| map.epoch.0) + 1);
+        Some(Document { version: VERSION, epoch, hosts, numbers })
+    }
+}
+
+impl Document {
+    fn map(&self) -> Result<PartitionMap> {
+        PartitionMap::at(self.epoch, self.hosts.clone())
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self> {
+        let document: Document = serde_json::from_slice(bytes)
+            .map_err(|e| Error::caused(Kind::Failed, "the partition map in etcd", e))?;
+        if document.version != VERSION {
+            let version = document.version;
+            let what = format!("the partition map in etcd is of version {version}");
+            return Err(Error::new(Kind::Failed, format!("{what}: upgrade this engine")));
+        }
+        Ok(document)
+    }
+}
+
+/// This host's place in the cluster.
+#[derive(Clone)]
+pub struct Membership {
+    endpoints: Vec<String>,
+    prefix: String,
+    name: String,
+    announcement: Announcement,
+    /// Where the map that we had last is.
+    kept: PathBuf,
+}
+
+/// A connection to etcd, with our lease.
+struct Registered {
+    client: Client,
+    keeper: LeaseKeeper,
+    alive: LeaseKeepAliveStream,
+    lease: i64,
+}
+
+impl Membership {
+    /// Of a configuration with `cluster.etcd`; the last map is kept in `state_dir`.
+    #[must_use]
+    pub fn new(config: &ClusterConfig, store: StoreId, state_dir: &Path) -> Self {
+        let address = config.address.clone().unwrap_or_default();
+        Membership {
+            endpoints: config.etcd.clone(),
+            prefix: format!("fleece/{store}/"),
+            name: config.name.clone(),
+            announcement: Announcement { address, capacity: config.capacity },
+            kept: state_dir.join("map.json"),
+        }
+    }
+
+    /// Joins, and gives the map with this host in it; the one that it had last if etcd does not answer.
+    ///
+    /// # Errors
+    /// When there is neither.
+    pub fn join(&self) -> Result<PartitionMap> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context(|| "cannot start the runtime".into())?;
+        let joined = runtime.block_on(async {
+            let deadline = Instant::now() + START;
+            loop {
+                match Box::pin(self.try_join()).await {
+                    Ok(document) => break Ok(document),
+                    Err(error) if Instant::now() >= deadline => break Err(error),
+                    Err(_) => tokio::time::sleep(LOOK).await,
+                }
+            }
+        });
+        match joined {
+            Ok(document) => {
+                self.keep(&document);
+                document.map()
+            }
+            Err(error) => {
+                let bytes = std::fs::read(&self.kept).map_err(|_| error)?;
+                let document = Document::decode(&bytes)?;
+                eprintln!("fleece-engine: etcd does not answer: on with the map that was last");
+                document.map()
+            }
+        }
+    }
+
+    async fn try_join(&self) -> Result<Document> {
+        let mut registered = self.register().await?;
+        for _ in 0..TRIES {
+            let seen = self.look(&mut registered).await?;
+            let document = match seen.next() {
+                Some(next) => {
+                    if !self.put(&mut registered, &seen, &next).await? {
+                        continue;
+                    }
+                    next
+                }
+                None => seen.map.ok_or_else(|| self.failed("no map, and none can be made"))?,
+            };
+            if document.hosts.iter().any(|member| member.name == self.name) {
+                return Ok(document);
+            }
+        }
+        Err(self.failed("others change the map all the time"))
+    }
+
+    fn failed(&self, what: &str) -> Error {
+        Error::new(Kind::Failed, format!("etcd at {}: {what}", self.endpoints.join(", ")))
+    }
+
+    /// Waits for an answer of etcd.
+    async fn answer<T>(
+        &self,
+        request: impl Future<Output = std::result::Result<T, etcd_client::Error>>,
+    ) -> Result<T> {
+        let late = |_| self.failed("no answer");
+        let failed = |error: etcd_client::Error| {
+            Error::caused(Kind::Failed, format!("etcd at {}", self.endpoints.join(", ")), error)
+        };
+        timeout(PATIENCE, request).await.map_err(late)?.map_err(failed)
+    }
+
+    /// Connects, takes a lease and announces this host.
+    async fn register(&self) -> Result<Registered> {
+        let options = ConnectOptions::new().with_connect_timeout(PATIENCE).with_timeout(PATIENCE);
+        let connect = Client::connect(&self.endpoints, Some(options));
+        let mut client = self.answer(connect).await?;
+        let granted = client.lease_grant(LEASE.as_secs() as i64, None);
+        let lease = self.answer(granted).await?.id();
+        let (keeper, alive) = self.answer(client.lease_keep_alive(lease)).await?;
+        let key = format!("{}hosts/{}", self.prefix, self.name);
+        let value = serde_json::to_vec(&self.announcement)
+            .map_err(|error| Error::caused(Kind::Failed, "cannot announce this host", error))?;
+        let options = PutOptions::new().with_lease(lease);
+        self.answer(client.put(key, value, Some(options))).await?;
+        Ok(Registered { client, keeper, alive, lease })
+    }
+
+    /// Keeps the lease, and reads all that is there.
+    async fn look(&self, registered: &mut Registered) -> Result<Seen> {
+        self.answer(registered.keeper.keep_alive()).await?;
+        let alive = self.answer(registered.alive.message()).await?;
+        if alive.is_none_or(|alive| alive.ttl() <= 0) {
+            return Err(self.failed(&format!("the lease {} has ended", registered.lease)));
+        }
+        let all = GetOptions::new().with_prefix();
+        let answer = self.answer(registered.client.get(self.prefix.clone(), Some(all))).await?;
+        let mut seen = Seen::default();
+        for pair in answer.kvs() {
+            let key = String::from_utf8_lossy(pair.key());
+            let Some(key) = key.strip_prefix(&self.prefix) else { continue };
+            if let Some(name) = key.strip_prefix("hosts/") {
+                // What a later version says of itself beyond this is no concern of ours.
+                if let Ok(announced) = serde_json::from_slice(pair.value()) {
+                    seen.hosts.insert(name.into(), announced);
+                }
+            } else if let Some(name) = key.strip_prefix("drained/") {
+                seen.drained.insert(name.into());
+            } else if key == "map" {
+                seen.revision = pair.mod_revision();
+                seen.map = Some(Document::decode(pair.value())?);
+            }
+        }
+        Ok(seen)
+    }
+
+    /// Puts the next map in the place of the one that was seen; false if another host was quicker.
+    async fn put(&self, registered: &mut Registered, seen: &Seen, next: &Document) -> Result<bool> {
+        let key = format!("{}map", self.prefix);
+        let value = serde_json::to_vec(next)
+            .map_err(|error| Error::caused(Kind::Failed, "cannot write the map", error))?;
+        let same = Compare::mod_revision(key.clone(), CompareOp::Equal, seen.revision);
+        let replace = Txn::new().when([same]).and_then([TxnOp::put(key, value, None)]);
+        Ok(self.answer(registered.client.txn(replace)).await?.succeeded())
+    }
+
+    /// Keeps the map for a start without etcd. That it cannot be kept matters then only.
+    fn keep(&self, document: &Document) {
+        let kept = serde_json::to_vec(document).map_err(std::io::Error::other).and_then(|bytes| {
+            let next = self.kept.with_extension("new");
+            std::fs::write(&next, bytes)?;
+            std::fs::rename(&next, &self.kept)
+        });
+        if let Err(error) = kept {
+            eprintln!("fleece-engine: the partition map cannot be kept: {error}");
+        }
+    }
+
+    /// Stays a member and goes by every newer map, for ever. Runs on a `LocalSet`.
+    pub async fn run(self: Rc<Self>, cluster: std::sync::Arc<Cluster>) {
+        let mut registered = None;
+        let mut said = false;
+        let mut tick = interval(LOOK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            match self.step(&mut registered, &cluster).await {
+                Ok(()) => {
+                    if std::mem::take(&mut said) {
+                        eprintln!("fleece-engine: etcd answers again");
+                    }
+                }
+                Err(error) => {
+                    registered = None;
+                    if !std::mem::replace(&mut said, true) {
+                        eprintln!("fleece-engine: {error}; on with the map that there is");
+                    }
+                }
+            }
+        }
+    }
+
+    async fn step(
+        &self,
+        registered: &mut Option<Registered>,
+        cluster: &std::sync::Arc<Cluster>,
+    ) -> Result<()> {
+        let registered = match registered {
+            Some(registered) => registered,
+            none => none.insert(self.register().await?),
+        };
+        let seen = self.look(registered).await?;
+        if let Some(next) = seen.next() {
+            // Whoever loses sees the winner's a second later.
+            self.put(registered, &seen, &next).await?;
+            return Ok(());
+        }
+        let Some(document) = seen.map else { return Ok(()) };
+        if document.epoch > cluster.map().epoch() {
+            let (cluster, map) = (std::sync::Arc::clone(cluster), document.map()?);
+            let (epoch, hosts) = (document.epoch.0, document.hosts.len());
+            eprintln!("fleece-engine: partition map {epoch}: {hosts} hosts");
+            // Its locks and files are not for this thread.
+            let adopted = tokio::task::spawn_blocking(move || cluster.adopt(map)).await;
+            adopted.map_err(|error| Error::caused(Kind::Failed, "the map", error))??;
+            self.keep(&document);
+        }
+        Ok(())
+    }
+
+    /// Says that a host shall own nothing, or takes that back.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for a host that is not in the cluster; when etcd does not answer.
+    pub async fn drain(&self, host: &str, drain: bool) -> Result<()> {
+        let mut registered = self.register().await?;
+        let seen = self.look(&mut registered).await?;
+        if !seen.hosts.contains_key(host) && !seen.drained.contains(host) {
+            return Err(Error::new(Kind::NotFound, format!("there is no host {host}")));
+        }
+        let key = format!("{}drained/{host}", self.prefix);
+        if drain {
+            self.answer(registered.client.put(key, "", None)).await?;
+        } else {
+            self.answer(registered.client.delete(key, None)).await?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn seen(hosts: &[&str], drained: &[&str], map: Option<Document>) -> Seen {
+        let announce = |name: &&str| {
+            ((*name).to_owned(), Announcement { address: format!("{name}:1"), capacity: 1 })
+        };
+        Seen {
+            hosts: hosts.iter().map(announce).collect(),
+            drained: drained.iter().map(|name| (*name).to_owned()).collect(),
+            map,
+            revision: 0,
+        }
+    }
+
+    #[test]
+    fn a_map_follows_its_hosts_and_numbers_stay() {
+        let first = seen(&["b", "c"], &[], None).next().unwrap();
+        assert_eq!(first.epoch, MapEpoch(1));
+        let fits = seen(&["b", "c"], &[], Some(first.clone()));
+        assert_eq!(fits.next(), None);
+        let joined = seen(&["a", "b", "c"], &[], Some(first)).next().unwrap();
+        let number = |map: &Document, name: &str| map.numbers[name].0;
+        assert_eq!(["a", "b", "c"].map(|name| number(&joined, name)), [2, 0, 1]);
+        let left = seen(&["a", "c"], &[], Some(joined)).next().unwrap();
+        assert_eq!((left.epoch, left.hosts.len()), (MapEpoch(3), 2));
+        // Its number is nobody else's, and its own again.
+        let other = seen(&["a", "c", "d"], &[], Some(left)).next().unwrap();
+        assert_eq!(number(&other, "d"), 3);
+        let back = seen(&["a", "b", "c", "d"], &[], Some(other)).next().unwrap();
+        assert_eq!(number(&back, "b"), 0);
+        let text = serde_json::to_vec(&back).unwrap();
+        assert_eq!(Document::decode(&text).unwrap(), back);
+        let later = Document { version: 2, ..back };
+        assert!(Document::decode(&serde_json::to_vec(&later).unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_drained_host_owns_nothing_unless_all_are() {
+        let map = seen(&["a", "b"], &["b"], None).next().unwrap();
+        let map = map.map().unwrap();
+        assert!(map.slices(map.host("b").unwrap()).is_empty());
+        assert_eq!(seen(&["a", "b"], &["a", "b"], None).next(), None);
+    }
+}
