@@ -36,6 +36,12 @@ interface Engine {
   repair @10 (dryRun :Bool, events :EventSink) -> (whole :Bool);
   # Puts good copies in the place of what is marked as damaged. `whole`: every
   # snapshot can be restored (dryRun: could be, after it).
+
+  hosts @11 () -> (reports :List(Text), owners :Data);
+  # All hosts of the cluster, this one first, as JSON (engine/src/hosts.rs); those that do not answer
+  # in time are `silent`. owners: the number of the host that owns each slice of the fingerprints.
+  drain @12 (host :Text, drain :Bool) -> ();
+  # The host shall own nothing (or its share again); its backups go on.
 }
 
 enum Fate { committed @0; ended @1; }
@@ -202,6 +208,9 @@ struct Status {
   undetectedBlocks @14 :UInt64;
   damagedBlocks @15 :UInt64;
   version @16 :Text;
+  hosts @17 :UInt32;         # of the cluster
+  hostsSilent @18 :UInt32;   # of them those that did not say what they have: uniqueBlocks lacks it
+  doubleBlocks @19 :UInt64;  # met under a second address since the engines started
 }
 
 struct SessionStatus {

@@ -13,6 +13,9 @@ interface Peer {
   # A frame of messages (engine/src/cluster/frame.rs), numbered from 1 in each process of the
   # sender. Answered once it was taken in; a number that was taken before is passed over. Number
   # 0 is a sign of life without a frame.
+
+  describe @2 () -> (report :Text);
+  # How it is with the host, as JSON (engine/src/hosts.rs).
 }
 
 struct Greeting {

@@ -10,6 +10,7 @@ pub mod fingerprint;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod hosts;
 pub mod ids;
 pub mod jobs;
 pub mod membership;

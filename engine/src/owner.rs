@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use crate::detect::{Detector, JournalPosition, Partition, Rebuild, Rebuilt, Verdict};
 use crate::error::{Error, Kind, Result};
+use crate::hosts::PartitionReport;
 use crate::ids::{Address, Fingerprint, Sequence, SessionId};
 
 /// Commands that wait for the owner: a batch of requests is at most 160 KiB, so this
@@ -54,6 +55,7 @@ enum Command {
     Learn { entries: Vec<(Fingerprint, Address)>, position: JournalPosition },
     Withdraw { session: SessionId },
     Refill,
+    Describe { reply: Sender<Vec<PartitionReport>> },
     Entries { partition: Partition, after: Option<Fingerprint>, reply: Sender<Result<Vec<Entry>>> },
     Rebuild { part: Option<u64>, reply: Sender<Result<Rebuild>> },
     Install { rebuilt: Rebuilt, reply: Sender<Result<()>> },
@@ -67,6 +69,8 @@ type Entry = (Fingerprint, Address);
 pub struct Figures {
     /// Distinct fingerprints.
     pub unique_blocks: AtomicU64,
+    /// Fingerprints that were learned under a second address.
+    pub double_blocks: AtomicU64,
     /// Bytes of the index's files.
     pub index_bytes: AtomicU64,
     /// Grows whenever blocks were sealed or a session ended: questions may have new answers.
@@ -99,6 +103,7 @@ impl Owner {
             sessions: HashMap::new(),
             waiting: HashSet::new(),
             figures: Arc::clone(&figures),
+            last_passes: HashMap::new(),
             failed_passes: 0,
             refill,
             refill_at: None,
@@ -184,6 +189,16 @@ impl Owner {
         self.send(Command::Refill)
     }
 
+    /// How it is with each partition.
+    ///
+    /// # Errors
+    /// When the engine is ending.
+    pub fn describe(&self) -> Result<Vec<PartitionReport>> {
+        let (reply, answer) = bounded(1);
+        self.send(Command::Describe { reply })?;
+        answer.recv().map_err(|_| stopped())
+    }
+
     /// Up to 4096 entries of a partition, ascending, after a fingerprint; empty at the end.
     ///
     /// # Errors
@@ -257,6 +272,7 @@ struct OwnerThread {
     sessions: HashMap<SessionId, Arc<dyn Asker>>,
     waiting: HashSet<SessionId>,
     figures: Arc<Figures>,
+    last_passes: HashMap<Partition, Instant>,
     failed_passes: u32,
     refill: Refill,
     /// When the index is to be brought up to the journals again.
@@ -362,6 +378,7 @@ impl OwnerThread {
                 Ok(())
             },
         )?;
+        self.last_passes.insert(partition, Instant::now());
         for session in touched {
             if let Some(asker) = self.sessions.get(&session) {
                 asker.answered();
@@ -414,6 +431,10 @@ impl OwnerThread {
                 self.refill_at = Some(Instant::now());
                 Ok(())
             }
+            Command::Describe { reply } => {
+                let _ = reply.send(self.describe());
+                Ok(())
+            }
             Command::Entries { partition, after, reply } => {
                 let _ = reply.send(self.entries(partition, after));
                 Ok(())
@@ -449,9 +470,25 @@ impl OwnerThread {
         self.detector.export(partition, after, EXPORT_ENTRIES)
     }
 
+    fn describe(&self) -> Vec<PartitionReport> {
+        let report = |partition: Partition| {
+            let (entries, bytes) = self.detector.size_of(partition);
+            let last = self.last_passes.get(&partition);
+            PartitionReport {
+                partition: partition.0,
+                entries,
+                bytes,
+                waiting: self.detector.waiting(partition),
+                last_pass_ms: last.map(|at| at.elapsed().as_millis() as u64),
+            }
+        };
+        self.detector.partitions().map(report).collect()
+    }
+
     fn publish_figures(&self) {
         let unique = self.detector.entries();
         self.figures.unique_blocks.store(unique, Ordering::Relaxed);
+        self.figures.double_blocks.store(self.detector.duplicates(), Ordering::Relaxed);
         self.figures.index_bytes.store(self.detector.index_bytes(), Ordering::Relaxed);
     }
 

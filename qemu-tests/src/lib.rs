@@ -4,13 +4,16 @@
 //! Nothing here knows Fleece's insides: only its three programs and what they print.
 
 pub mod bench;
+pub mod cluster;
 pub mod content;
+pub mod etcd;
 pub mod fixture;
 pub mod guest;
 pub mod held;
 pub mod image;
 pub mod memory;
 pub mod mount;
+pub mod network;
 pub mod process;
 pub mod proxy;
 pub mod qmp;

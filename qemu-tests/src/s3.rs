@@ -34,8 +34,16 @@ impl S3 {
     /// # Errors
     /// When `ci/setup` has not built it, or it does not come up.
     pub fn start(folder: &Path) -> Result<Self> {
+        Self::start_at(folder, "127.0.0.1")
+    }
+
+    /// The same at another address of this machine.
+    ///
+    /// # Errors
+    /// As [`S3::start`].
+    pub fn start_at(folder: &Path, ip: &str) -> Result<Self> {
         fs::create_dir_all(folder.join(BUCKET))?;
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let address = TcpListener::bind((ip, 0))?.local_addr()?;
         let mut s3 = S3 { folder: folder.into(), address, server: None };
         s3.start_again()?;
         Ok(s3)
@@ -49,7 +57,8 @@ impl S3 {
         let program = tools::cache().join("tools/bin/s3s-fs");
         ensure!(program.exists(), "{} is missing: run ci/setup", program.display());
         let mut command = Command::new(program);
-        command.args(["--host", "127.0.0.1", "--port", &self.address.port().to_string()]);
+        let (ip, port) = (self.address.ip().to_string(), self.address.port().to_string());
+        command.args(["--host", &ip, "--port", &port]);
         command.args(["--access-key", KEY_ID, "--secret-key", SECRET]).arg(&self.folder);
         let mut server = Running::start("s3s-fs", &mut command)?;
         wait_until(SOON, "the S3 server", || {

@@ -145,7 +145,10 @@ async fn listen(config: &Config, started: &start::Started) -> Result<()> {
         config.socket.display(),
         config.memory_budget,
     );
+    let (peers, listening) = keep_peers(config, started)?;
     let services = rpc::Services {
+        peers,
+        membership: started.membership.clone().map(Rc::new),
         readers: Arc::new(Semaphore::new(context.budget.sessions)),
         messages: Arc::new(Semaphore::new(context.budget.messages >> 10)),
         restores: Arc::new(Semaphore::new(RESTORES)),
@@ -153,11 +156,10 @@ async fn listen(config: &Config, started: &start::Started) -> Result<()> {
         allowed_uids: config.allowed_uids.clone(),
         store_name: config.store.clone(),
     };
-    let peers = keep_peers(config, started)?;
     let served = async {
         tokio::select! {
             served = rpc::serve(Rc::new(services), &config.socket, stopped) => served,
-            ended = peers => ended,
+            ended = listening => ended,
         }
     };
     served.await.map_err(|error| match error.kind() {
@@ -166,11 +168,11 @@ async fn listen(config: &Config, started: &start::Started) -> Result<()> {
     })
 }
 
-/// The links to the other hosts, if there are any.
+/// The other hosts, if there are any, and what keeps the links to them.
 fn keep_peers(
     config: &Config,
     started: &start::Started,
-) -> Result<impl Future<Output = Result<()>>> {
+) -> Result<(Option<Rc<rpc::Peers>>, impl Future<Output = Result<()>>)> {
     let context = &started.context;
     let peers = match (context.owners.cluster(), &config.cluster) {
         (Some(cluster), Some(settings)) => {
@@ -179,17 +181,19 @@ fn keep_peers(
                 let cluster = Arc::clone(cluster);
                 tokio::task::spawn_local(Rc::new(membership).run(cluster));
             }
-            let (cluster, store) = (Arc::clone(cluster), context.store.id());
-            let peers = rpc::Peers::start(cluster, &settings.name, store, &settings.identity)?;
-            Some((peers, listen))
+            let (name, identity) = (&settings.name, &settings.identity);
+            let cluster = Arc::clone(cluster);
+            Some((rpc::Peers::start(cluster, context.clone(), name, identity)?, listen))
         }
         _ => None,
     };
+    let kept = peers.as_ref().map(|(peers, _)| Rc::clone(peers));
     let bells = started.bells.clone();
-    Ok(async move {
+    let listening = async move {
         match peers {
             Some((peers, listen)) => peers.run(&listen, &bells).await,
             None => std::future::pending().await,
         }
-    })
+    };
+    Ok((kept, listening))
 }

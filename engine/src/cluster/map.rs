@@ -87,7 +87,7 @@ impl PartitionMap {
         if members.iter().all(|member| member.capacity == 0) {
             return wrong("no host of the cluster has a capacity".into());
         }
-        let owners = Slice::all().map(|slice| owner_of(slice, &members)).collect();
+        let owners = Slice::all().map(|slice| winner_of(slice, &members)).collect();
         Ok(PartitionMap { epoch, digest: 0, members, owners })
     }
 
@@ -124,13 +124,19 @@ impl PartitionMap {
     /// Who answers for a fingerprint.
     #[must_use]
     pub fn owner(&self, fingerprint: &Fingerprint) -> HostId {
-        self.owners[usize::from(Slice::of(fingerprint).0)]
+        self.owner_of(Slice::of(fingerprint))
+    }
+
+    /// Who owns a slice.
+    #[must_use]
+    pub fn owner_of(&self, slice: Slice) -> HostId {
+        self.owners[usize::from(slice.0)]
     }
 
     /// What a host owns.
     #[must_use]
     pub fn slices(&self, host: HostId) -> Slices {
-        Slice::all().filter(|slice| self.owners[usize::from(slice.0)] == host).collect()
+        Slice::all().filter(|slice| self.owner_of(*slice) == host).collect()
     }
 }
 
@@ -149,7 +155,7 @@ fn digest(members: &[Member]) -> u64 {
     first_eight(&hash.finalize())
 }
 
-fn owner_of(slice: Slice, members: &[Member]) -> HostId {
+fn winner_of(slice: Slice, members: &[Member]) -> HostId {
     let score = |member: &Member| {
         let mut hash = Sha256::new();
         hash.update(u32::from(slice.0).to_le_bytes());

@@ -94,13 +94,17 @@ impl Cluster {
         (dir, memory): (&Path, usize),
         ready: impl Fn(HostId) -> Box<dyn Fn() + Send + Sync> + Send + Sync + 'static,
     ) -> Arc<Self> {
-        let filling = if filled { Slices::default() } else { map.slices(us) };
+        let (filling, index) = if filled {
+            (Slices::default(), map.epoch())
+        } else {
+            (map.slices(us), MapEpoch::default())
+        };
         let cluster = Cluster {
             us,
             instance,
             owner,
             registry,
-            placement: RwLock::new(Placement { map: Arc::new(map.clone()), filling }),
+            placement: RwLock::new(Placement { map: Arc::new(map.clone()), filling, index }),
             early: Mutex::new(Held::new(dir)),
             late: Mutex::new(Late::new(dir)),
             peers: RwLock::default(),

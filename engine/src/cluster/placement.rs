@@ -24,6 +24,8 @@ pub(super) struct Placement {
     pub(super) map: Arc<PartitionMap>,
     /// Ours, and not in the index yet.
     pub(super) filling: Slices,
+    /// The epoch whose part of ours the index has, and nothing else.
+    pub(super) index: MapEpoch,
 }
 
 /// Questions that wait for a newer map.
@@ -115,6 +117,12 @@ impl Cluster {
         self.placement().filling.len()
     }
 
+    /// The epoch by which the index has all that is ours, and nothing else.
+    #[must_use]
+    pub fn index_epoch(&self) -> MapEpoch {
+        self.placement().index
+    }
+
     /// Goes by another map from here on, if it is a newer one.
     ///
     /// # Errors
@@ -126,10 +134,17 @@ impl Cluster {
             if map.epoch() <= placement.map.epoch() {
                 return Ok(());
             }
-            let (before, ours) = (placement.map.slices(self.us), map.slices(self.us));
+            let ours = map.slices(self.us);
+            // By a map that we never had others may have answered for what is ours, and learned of it.
+            let missed = map.epoch().0 != placement.map.epoch().0 + 1;
+            let before = if missed { Slices::default() } else { placement.map.slices(self.us) };
             let mut filling = placement.filling.clone();
             filling.extend(&ours.without(&before));
             placement.filling = filling.without(&filling.without(&ours));
+            // Another map by which we own the same is no change for the index.
+            if before == ours && placement.index == placement.map.epoch() {
+                placement.index = map.epoch();
+            }
             placement.map = Arc::clone(&map);
             before != ours
         };
@@ -170,6 +185,7 @@ impl Cluster {
                 return Ok(());
             }
             placement.filling = Slices::default();
+            placement.index = epoch;
         }
         self.look_at_early()
     }

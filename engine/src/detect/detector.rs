@@ -288,6 +288,12 @@ impl Detector {
         self.index.duplicates
     }
 
+    /// Entries and bytes of a partition; of what all partitions share its part.
+    #[must_use]
+    pub fn size_of(&self, partition: Partition) -> (u64, u64) {
+        self.index.size_of(partition)
+    }
+
     /// Bytes of the index's files.
     #[must_use]
     pub fn index_bytes(&self) -> u64 {

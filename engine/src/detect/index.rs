@@ -313,6 +313,18 @@ impl Index {
         self.current.runs.iter().map(|run| run.entries).sum::<u64>() + self.memtable.len() as u64
     }
 
+    /// Entries and bytes of a partition's runs, and its part of the young ones and of the memtable.
+    pub(super) fn size_of(&self, partition: Partition) -> (u64, u64) {
+        let partitions = u64::from(self.options.partitions());
+        let mut size = (self.memtable.len() as u64 / partitions, 0);
+        for run in self.current.runs.iter().filter(|run| run.touches(partition)) {
+            let share = if run.level == Level::Young { partitions } else { 1 };
+            size.0 += run.entries / share;
+            size.1 += run.bytes / share;
+        }
+        size
+    }
+
     /// Bytes of all runs.
     pub(super) fn bytes(&self) -> u64 {
         self.current.runs.iter().map(|run| run.bytes).sum()

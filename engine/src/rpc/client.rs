@@ -12,6 +12,7 @@ use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 
 use super::{MESSAGE_WORDS, from_wire};
 use crate::error::{Error, Kind, Result};
+use crate::hosts::HostReport;
 use crate::session::registry::StageName;
 
 /// A connection to the engine of this host. Lives on a `LocalSet`.
@@ -52,6 +53,12 @@ pub struct Status {
     pub undetected_blocks: u64,
     /// Blocks known to be damaged.
     pub damaged_blocks: u64,
+    /// Hosts of the cluster.
+    pub hosts: u32,
+    /// Of them those that did not say what they have: `unique_blocks` lacks it.
+    pub hosts_silent: u32,
+    /// Blocks met under a second address since the engines started.
+    pub double_blocks: u64,
     /// The engine's version.
     pub version: String,
     /// Backups that run.
@@ -172,6 +179,9 @@ impl EngineClient {
             peak_anonymous: status.get_peak_anonymous(),
             undetected_blocks: status.get_undetected_blocks(),
             damaged_blocks: status.get_damaged_blocks(),
+            hosts: status.get_hosts(),
+            hosts_silent: status.get_hosts_silent(),
+            double_blocks: status.get_double_blocks(),
             version: wire_text(status.get_version())?,
             sessions: sessions(status.get_sessions()?)?,
         })
@@ -187,6 +197,34 @@ impl EngineClient {
             sessions(response.get()?.get_sessions()?)
         };
         work.await.map_err(|e: capnp::Error| from_wire(&e))
+    }
+
+    /// All hosts, the engine's own first, and the number of the host that owns each slice.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub async fn hosts(&self) -> Result<(Vec<HostReport>, Vec<u8>)> {
+        let work = async {
+            let response = self.engine.hosts_request().send().promise.await?;
+            let response = response.get()?;
+            let reports = response.get_reports()?.iter().map(|text| {
+                serde_json::from_slice(text?.as_bytes())
+                    .map_err(|error| capnp::Error::failed(error.to_string()))
+            });
+            Ok((reports.collect::<capnp::Result<_>>()?, response.get_owners()?.to_vec()))
+        };
+        work.await.map_err(|e: capnp::Error| from_wire(&e))
+    }
+
+    /// A host shall own nothing, or its share again.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub async fn drain(&self, host: &str, drain: bool) -> Result<()> {
+        let mut request = self.engine.drain_request();
+        request.get().set_host(host);
+        request.get().set_drain(drain);
+        request.send().promise.await.map(drop).map_err(|e| from_wire(&e))
     }
 
     /// Verifies; `each` gets every event as a line of JSON. `true`: nothing is wrong.

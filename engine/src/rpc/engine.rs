@@ -13,6 +13,7 @@ use super::image::ImageServer;
 use super::server::Services;
 use super::{convert, to_wire};
 use crate::error::{Error, Kind, Result};
+use crate::hosts::{self, HostReport};
 use crate::ids::{SnapshotId, VmId};
 use crate::jobs::usage::usage;
 use crate::session::Context;
@@ -62,6 +63,20 @@ impl EngineServer {
                 self.uid
             ),
         )))
+    }
+}
+
+impl EngineServer {
+    /// How it is with all hosts.
+    async fn reports(
+        &self,
+        context: &Context,
+    ) -> std::result::Result<Vec<HostReport>, capnp::Error> {
+        if let Some(peers) = &self.services.peers {
+            return peers.reports().await;
+        }
+        let context = context.clone();
+        Ok(vec![blocking(move || hosts::own(&context)).await?])
     }
 }
 
@@ -260,8 +275,10 @@ impl engine::Server for EngineServer {
         let reading = context.clone();
         let usage = blocking(move || usage(&reading.store, &reading.manifests)).await?;
         let store = &context.store;
-        let figures = context.owners.figures();
-        let unique = figures.unique_blocks.load(std::sync::atomic::Ordering::Relaxed);
+        let reports = self.reports(&context).await?;
+        let sum = |of: fn(&HostReport) -> u64| reports.iter().map(of).sum::<u64>();
+        let (unique, doubles) = (sum(|host| host.unique_blocks), sum(|host| host.double_blocks));
+        let silent = reports.iter().filter(|host| host.state == "silent").count();
         let mut status = results.get().init_status();
         status.set_logical_bytes(usage.logical_bytes);
         status.set_unique_blocks(unique);
@@ -269,7 +286,10 @@ impl engine::Server for EngineServer {
         status.set_stored_bytes(usage.stored_bytes);
         status.set_snapshots(usage.snapshots);
         status.set_vms(usage.vms);
-        status.set_index_bytes(figures.index_bytes.load(std::sync::atomic::Ordering::Relaxed));
+        status.set_hosts(reports.len() as u32);
+        status.set_hosts_silent(silent as u32);
+        status.set_double_blocks(doubles);
+        status.set_index_bytes(reports.first().map_or(0, |own| own.index_bytes));
         status.set_host(&context.host);
         status.set_store(&self.services.store_name);
         status.set_store_id(store.id().0.as_bytes());
@@ -285,6 +305,36 @@ impl engine::Server for EngineServer {
             convert::set_session(sessions.reborrow().get(i as u32), session);
         }
         Ok(())
+    }
+
+    async fn hosts(
+        self: Rc<Self>,
+        _: engine::HostsParams,
+        mut results: engine::HostsResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let reports = self.reports(&context).await?;
+        let mut results = results.get();
+        let mut list = results.reborrow().init_reports(reports.len() as u32);
+        for (i, report) in reports.iter().enumerate() {
+            let text = serde_json::to_string(report);
+            list.set(i as u32, text.map_err(|e| capnp::Error::failed(e.to_string()))?);
+        }
+        results.set_owners(&hosts::owners(&context));
+        Ok(())
+    }
+
+    async fn drain(self: Rc<Self>, params: engine::DrainParams, _: engine::DrainResults) -> Answer {
+        self.context()?;
+        let params = params.get()?;
+        let host = of_params(convert::text(params.get_host(), "the host"))?;
+        let Some(membership) = &self.services.membership else {
+            let what = "only a cluster with etcd drains hosts: with cluster.static take the host \
+                        out of the list everywhere";
+            return Err(to_wire(&Error::new(Kind::Usage, what)));
+        };
+        let draining = Box::pin(membership.drain(&host, params.get_drain()));
+        of_params(draining.await)
     }
 
     async fn sessions(

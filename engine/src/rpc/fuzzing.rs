@@ -58,6 +58,8 @@ impl Rig {
         let context = self.started.as_ref()?.context.clone();
         let budget = context.budget;
         Some(Services {
+            peers: None,
+            membership: None,
             context,
             readers: Arc::new(Semaphore::new(budget.sessions)),
             messages: Arc::new(Semaphore::new(2048)),

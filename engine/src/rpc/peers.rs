@@ -25,11 +25,14 @@ use tokio::time::timeout;
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 
 use super::MESSAGE_WORDS;
+use super::blocking::blocking;
 use super::tls::{Identity, proves};
 use crate::cluster::outbox::FrameNumber;
 use crate::cluster::{Cluster, Instance};
 use crate::error::{Context as _, Error, Kind, Result};
+use crate::hosts::{self, HostReport};
 use crate::ids::{HostId, StoreId};
+use crate::session::Context;
 
 /// Frames on their way to one host: enough to hide a round trip.
 const IN_FLIGHT: usize = 4;
@@ -40,6 +43,8 @@ const LINKS: usize = 16;
 /// Between two signs of life on a link that has nothing else to say. One that is not needed any more
 /// ends after as long: what comes next often comes at once.
 const IDLE: Duration = Duration::from_secs(2);
+/// How long a host may take to say how it is: its owner may be in the middle of a pass.
+const REPORT: Duration = Duration::from_secs(5);
 /// Before a link is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
 /// Frames that wait for the thread that takes them.
@@ -56,6 +61,7 @@ struct Arrived {
 /// This engine among the others.
 pub struct Peers {
     cluster: Arc<Cluster>,
+    context: Context,
     /// Our name, which our certificate proves.
     name: String,
     store: StoreId,
@@ -72,8 +78,8 @@ impl Peers {
     /// [`Kind::Key`] for a bad bundle; when no thread can be started.
     pub fn start(
         cluster: Arc<Cluster>,
+        context: Context,
         name: &str,
-        store: StoreId,
         bundle: &std::path::Path,
     ) -> Result<Rc<Self>> {
         let identity = Identity::load(bundle)?;
@@ -88,8 +94,9 @@ impl Peers {
             })
             .context(|| "cannot start the thread that takes frames".into())?;
         let (outgoing, incoming) = (Semaphore::new(LINKS), Arc::new(Semaphore::new(LINKS)));
-        let name = name.to_owned();
-        Ok(Rc::new(Peers { cluster, name, store, identity, arrived, outgoing, incoming }))
+        let (name, store) = (name.to_owned(), context.store.id());
+        let peers = Peers { cluster, context, name, store, identity, arrived, outgoing, incoming };
+        Ok(Rc::new(peers))
     }
 
     /// Keeps a link to every other host, rung by `bells`, and takes theirs at `listen`, for ever.
@@ -242,6 +249,21 @@ impl peer::Server for Server {
         self.peers.arrived.send(arrived).await.map_err(|_| ending(()))?;
         outcome.await.map_err(|_| ending(()))?.map_err(|error| super::to_wire(&error))
     }
+
+    async fn describe(
+        self: Rc<Self>,
+        _: peer::DescribeParams,
+        mut results: peer::DescribeResults,
+    ) -> capnp::Result<()> {
+        if self.host.borrow().is_none() {
+            return Err(capnp::Error::failed("greet first".into()));
+        }
+        let context = self.peers.context.clone();
+        let report = blocking(move || hosts::own(&context)).await?;
+        let text = serde_json::to_string(&report).map_err(|e| capnp::Error::failed(e.to_string()));
+        results.get().set_report(text?);
+        Ok(())
+    }
 }
 
 fn network<R, W>(
@@ -291,8 +313,22 @@ async fn keep_link(peers: Rc<Peers>, host: HostId, bell: Arc<Notify>) {
 
 /// One link, until it is not needed any more or breaks.
 async fn link(peers: &Peers, host: HostId, bell: &Notify) -> Result<()> {
+    with_host(peers, host, async |client, instance, received| {
+        let next = peers.cluster.connected(host, instance, received);
+        send(peers, host, &client, bell, next).await
+    })
+    .await
+}
+
+/// Connects to a host, and runs `work` with it.
+async fn with_host<T>(
+    peers: &Peers,
+    host: HostId,
+    work: impl AsyncFnOnce(peer::Client, Instance, FrameNumber) -> Result<T>,
+) -> Result<T> {
     let map = peers.cluster.map();
-    let Some(member) = map.member(host) else { return Ok(()) };
+    let gone = || Error::new(Kind::NotFound, format!("host {} is not in the cluster", host.0));
+    let member = map.member(host).ok_or_else(gone)?;
     let what = || format!("no link to {} at {}", member.name, member.address);
     let late = || Error::new(Kind::Failed, format!("{}: no answer", what()));
     let name = ServerName::try_from(member.name.clone()).context(what)?;
@@ -313,12 +349,47 @@ async fn link(peers: &Peers, host: HostId, bell: &Notify) -> Result<()> {
         let answer = answer.map_err(|error| Error::caused(Kind::Failed, what(), error))?;
         let (instance, received) = greeting_of(peers, host, &answer)
             .map_err(|error| Error::caused(Kind::Failed, what(), error))?;
-        let next = peers.cluster.connected(host, instance, received);
-        send(peers, host, &client, bell, next).await
+        work(client.clone(), instance, received).await
+    };
+    let broken = |error: Option<capnp::Error>| match error {
+        Some(error) => Error::caused(Kind::Failed, what(), error),
+        None => Error::new(Kind::Failed, format!("{}: it hung up", what())),
     };
     tokio::select! {
-        ended = &mut system => ended.map_err(|error| Error::caused(Kind::Failed, what(), error)),
+        ended = &mut system => Err(broken(ended.err())),
         ended = talk => ended,
+    }
+}
+
+impl Peers {
+    /// How it is with all hosts, this one first; one that does not answer in time is silent.
+    ///
+    /// # Errors
+    /// When the engine is ending.
+    pub(super) async fn reports(&self) -> capnp::Result<Vec<HostReport>> {
+        let context = self.context.clone();
+        let own = blocking(move || hosts::own(&context)).await?;
+        let others = hosts::known(&self.context).into_iter().skip(1);
+        let asked = others.map(|known| async {
+            match timeout(REPORT, self.report(HostId(known.number))).await {
+                // What it says of itself but what we know of the map.
+                Ok(Ok(report)) => HostReport { state: "answers".into(), ..report },
+                _ => known,
+            }
+        });
+        let others = futures::stream::iter(asked).buffered(LINKS).collect::<Vec<_>>().await;
+        Ok(std::iter::once(own).chain(others).collect())
+    }
+
+    async fn report(&self, host: HostId) -> Result<HostReport> {
+        let failed = |error: capnp::Error| super::from_wire(&error);
+        with_host(self, host, async |client, _, _| {
+            let answer = client.describe_request().send().promise.await.map_err(failed)?;
+            let text = answer.get().and_then(|answer| answer.get_report()).map_err(failed)?;
+            serde_json::from_slice(text.as_bytes())
+                .map_err(|error| Error::caused(Kind::Failed, "a host's report", error))
+        })
+        .await
     }
 }
 

@@ -17,7 +17,9 @@ use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 use super::MESSAGE_WORDS;
 use super::engine::EngineServer;
 use super::flow::{Bounded, Counted, Flow};
+use super::peers::Peers;
 use crate::error::{Context as _, Error, Kind, Result};
+use crate::membership::Membership;
 use crate::session::Context;
 
 /// The socket's mode: its owner and its group.
@@ -46,6 +48,10 @@ pub struct Services {
     pub allowed_uids: Vec<u32>,
     /// The store's name for people.
     pub store_name: String,
+    /// The other hosts, if there are any.
+    pub peers: Option<Rc<Peers>>,
+    /// This host's place in a cluster that etcd knows.
+    pub membership: Option<Rc<Membership>>,
 }
 
 impl Services {

@@ -1,6 +1,7 @@
 //! The admin's tool: store and engine.
 
 mod cluster;
+mod hosts;
 mod init;
 mod key;
 mod report;
@@ -37,6 +38,22 @@ enum Verb {
     Status,
     /// The backups that run now.
     Sessions,
+    /// The hosts of the cluster: what each owns and holds.
+    Hosts,
+    /// The partitions of all hosts' indexes.
+    Partitions {
+        /// Draw who owns which slice of the fingerprints.
+        #[arg(long)]
+        map: bool,
+    },
+    /// Let a host own nothing, so that it can go; its backups go on.
+    Drain {
+        /// Its name.
+        host: String,
+        /// Give it its share again.
+        #[arg(long)]
+        undo: bool,
+    },
     /// Check everything that restoring needs, or what one VM or snapshot needs.
     Verify {
         /// VM or VM@SNAPSHOT; everything if absent.
@@ -100,6 +117,11 @@ fn run(options: Options) -> Result<ExitCode> {
             .context(|| "cannot print".into())?,
         Verb::Status => report::status(&socket(&options)?, options.json)?,
         Verb::Sessions => report::sessions(&socket(&options)?, options.json)?,
+        Verb::Hosts => hosts::hosts(&socket(&options)?, options.json)?,
+        Verb::Partitions { map } => hosts::partitions(&socket(&options)?, map, options.json)?,
+        Verb::Drain { ref host, undo } => {
+            hosts::drain(&socket(&options)?, host, undo, options.json)?;
+        }
         Verb::Verify { ref what } => {
             return report::verify(&socket(&options)?, what.as_deref(), options.json);
         }

@@ -11,7 +11,10 @@ use serde::Serialize;
 use serde_json::Value;
 
 /// Connects, and runs `work` with the connection.
-fn with_engine<T>(socket: &Path, work: impl AsyncFnOnce(EngineClient) -> Result<T>) -> Result<T> {
+pub(crate) fn with_engine<T>(
+    socket: &Path,
+    work: impl AsyncFnOnce(EngineClient) -> Result<T>,
+) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -26,7 +29,7 @@ fn with_engine<T>(socket: &Path, work: impl AsyncFnOnce(EngineClient) -> Result<
 }
 
 /// A value as a line of JSON with its type.
-fn print_json(message_type: &str, value: &impl Serialize) -> Result<()> {
+pub(crate) fn print_json(message_type: &str, value: &impl Serialize) -> Result<()> {
     let mut value =
         serde_json::to_value(value).map_err(|e| Error::caused(Kind::Failed, "cannot print", e))?;
     if let Value::Object(fields) = &mut value {
@@ -85,6 +88,16 @@ pub(crate) fn status(socket: &Path, json: bool) -> Result<()> {
         human(status.peak_anonymous),
         human(status.memory_budget)
     );
+    if status.hosts > 1 {
+        let silent = match status.hosts_silent {
+            0 => String::new(),
+            silent => format!(", {silent} of them SILENT: what they know is missing in unique"),
+        };
+        println!("cluster    {} hosts{silent}", status.hosts);
+    }
+    if status.double_blocks > 0 {
+        println!("double     {} blocks were found stored twice", status.double_blocks);
+    }
     if status.undetected_blocks > 0 {
         println!("undetected {} blocks were stored twice", status.undetected_blocks);
     }

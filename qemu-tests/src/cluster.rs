@@ -1,0 +1,296 @@
+//! Several engines on one store: on this machine's loopback by a fixed list, or each on a host of
+//! its own with etcd and S3.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+
+use crate::etcd::Etcd;
+use crate::fixture::{Fixture, Places, snapshot_id};
+use crate::network::Network;
+use crate::process::{Finished, Running};
+use crate::s3::{BUCKET, S3};
+use crate::wait::{LONG, SOON, wait_until};
+use crate::{MIB, Result, image, tools};
+
+/// The port of every host that has an address of its own.
+const PORT: u16 = 7420;
+
+/// One host's engine.
+struct Host {
+    name: String,
+    config: PathBuf,
+    socket: PathBuf,
+    engine: Option<Running>,
+}
+
+/// A cluster.
+pub struct Cluster {
+    /// Its folder, its store, its CA.
+    pub fixture: Fixture,
+    /// Where hosts have addresses of their own.
+    pub network: Option<Network>,
+    /// Who is in it, if no list says that.
+    pub etcd: Option<Etcd>,
+    /// The store, if it is no directory.
+    pub s3: Option<S3>,
+    hosts: Vec<Host>,
+    _home: tempfile::TempDir,
+}
+
+impl Cluster {
+    /// Hosts by a fixed list, each with a port of its own at the loopback.
+    ///
+    /// # Errors
+    /// When one does not come up.
+    pub fn of_a_list(count: usize) -> Result<Self> {
+        let home = tempfile::tempdir()?;
+        let fixture = Fixture::without_engine()?;
+        let mut cluster = Cluster {
+            fixture,
+            network: None,
+            etcd: None,
+            s3: None,
+            hosts: Vec::new(),
+            _home: home,
+        };
+        cluster.make_ca()?;
+        // Held until all are known, so that no port comes twice.
+        let ports: Vec<TcpListener> =
+            (0..count).map(|_| Ok(TcpListener::bind("127.0.0.1:0")?)).collect::<Result<_>>()?;
+        let mut list = String::new();
+        for (n, port) in ports.iter().enumerate() {
+            let address = port.local_addr()?;
+            list += &format!("{{ name = \"hv{n}\", address = \"{address}\" }}, ");
+        }
+        (0..count).try_for_each(|_| cluster.describe(&format!("static = [{list}]")))?;
+        drop(ports);
+        (0..count).try_for_each(|host| cluster.start(host))?;
+        Ok(cluster)
+    }
+
+    /// Hosts in namespaces, with etcd and a store in S3.
+    ///
+    /// # Errors
+    /// When one does not come up.
+    pub fn of_etcd(count: usize) -> Result<Self> {
+        let home = tempfile::Builder::new().prefix("fleece-cluster").tempdir()?;
+        let network = Network::new()?;
+        let etcd = Etcd::start(&home.path().join("etcd"), &network.ours())?;
+        let s3 = S3::start_at(&home.path().join("s3"), &network.ours())?;
+        let credentials = home.path().join("credentials.toml");
+        S3::write_credentials(&credentials)?;
+        let init = [
+            "--s3-endpoint".to_owned(),
+            format!("http://{}", s3.address()),
+            "--s3-region=us-east-1".to_owned(),
+            format!("--s3-credentials={}", credentials.display()),
+        ];
+        let store = Some(PathBuf::from(format!("s3://{BUCKET}/cluster")));
+        let fixture = Fixture::at(Places { store, init: init.into(), ..Places::default() })?;
+        let (network, etcd, s3) = (Some(network), Some(etcd), Some(s3));
+        let mut cluster = Cluster { fixture, network, etcd, s3, hosts: Vec::new(), _home: home };
+        cluster.make_ca()?;
+        (0..count).try_for_each(|_| cluster.join().map(drop))?;
+        cluster.wait_members(count)?;
+        Ok(cluster)
+    }
+
+    fn make_ca(&self) -> Result {
+        let ca = self.fixture.text("ca");
+        self.fixture.fleecectl(&["cluster", "init", "--dir", &ca]).map(drop)
+    }
+
+    /// Adds a host to a cluster of etcd, and starts its engine. Gives its number.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn join(&mut self) -> Result<usize> {
+        let host = self.hosts.len();
+        let network = self.network.as_mut().context("hosts of a list cannot join")?;
+        network.add_host()?;
+        let address = format!("{}:{PORT}", network.address(host));
+        let etcd = self.etcd.as_ref().context("there is no etcd")?.endpoint();
+        let more = format!("etcd = [\"{etcd}\"]\naddress = \"{address}\"");
+        self.describe(&more)?;
+        self.start(host)?;
+        Ok(host)
+    }
+
+    /// Writes the configuration of the next host.
+    fn describe(&mut self, cluster: &str) -> Result {
+        let (fixture, name) = (&self.fixture, format!("hv{}", self.hosts.len()));
+        let (ca, identity) = (fixture.text("ca"), fixture.text(&format!("{name}.pem")));
+        fixture.fleecectl(&["cluster", "invite", &name, "--dir", &ca, "--out", &identity])?;
+        let config = fixture.path(&format!("{name}.toml"));
+        let base = fs::read_to_string(fixture.path("engine.toml"))?;
+        let own = format!("[cluster]\nname = \"{name}\"\nidentity = \"{identity}\"");
+        fs::write(&config, format!("{base}\n{own}\n{cluster}\n"))?;
+        let socket = fixture.path(&format!("{name}.sock"));
+        self.hosts.push(Host { name, config, socket, engine: None });
+        Ok(())
+    }
+
+    /// A host's configuration.
+    #[must_use]
+    pub fn config(&self, host: usize) -> &Path {
+        &self.hosts[host].config
+    }
+
+    /// Starts a host's engine and waits until it answers.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn start(&mut self, host: usize) -> Result {
+        let here = &self.hosts[host];
+        let mut command = tools::fleece("fleece-engine")?;
+        command.arg("--config").arg(&here.config).arg("--socket").arg(&here.socket);
+        command.arg("--state-dir").arg(self.fixture.path(&format!("state-{}", here.name)));
+        let mut command = match &self.network {
+            Some(network) => network.on(host, &command),
+            None => command,
+        };
+        let mut engine = Running::start(&here.name, &mut command)?;
+        let socket = here.socket.clone();
+        wait_until(SOON, "the engine's socket", || {
+            Ok(engine.ended()?.is_some() || UnixStream::connect(&socket).is_ok())
+        })?;
+        ensure!(engine.ended()?.is_none(), "{}", engine.finish(SOON)?.printed());
+        self.hosts[host].engine = Some(engine);
+        Ok(())
+    }
+
+    /// SIGKILLs a host's engine.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn kill(&mut self, host: usize) -> Result {
+        self.hosts[host].engine.take().context("no engine runs")?.kill()
+    }
+
+    /// Hosts whose engines run.
+    #[must_use]
+    pub fn running(&self) -> Vec<usize> {
+        (0..self.hosts.len()).filter(|host| self.hosts[*host].engine.is_some()).collect()
+    }
+
+    /// Starts a program that talks to a host's engine.
+    ///
+    /// # Errors
+    /// When it cannot start.
+    pub fn begin(&self, host: usize, program: &str, arguments: &[&str]) -> Result<Running> {
+        let mut command = tools::fleece(program)?;
+        command.env("FLEECE_ENGINE", &self.hosts[host].socket).args(arguments);
+        let name = format!("{program} {} on hv{host}", arguments.join(" "));
+        Running::start(&name, &mut command)
+    }
+
+    /// Runs `fleecectl` on a host; gives its lines of JSON.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn ask(&self, host: usize, arguments: &[&str]) -> Result<Vec<Value>> {
+        let arguments: Vec<&str> = arguments.iter().copied().chain(["--json"]).collect();
+        self.begin(host, "fleecectl", &arguments)?.finish(LONG)?.code(0)?.json()
+    }
+
+    /// Starts a backup of an image on a host.
+    ///
+    /// # Errors
+    /// When it cannot start.
+    pub fn backup(&self, host: usize, vm: &str, path: &Path) -> Result<Running> {
+        let disk = format!("--image=vda={}", path.display());
+        self.begin(host, "fleece", &["backup", vm, &disk])
+    }
+
+    /// A figure of a host's `fleecectl status`, which is of all hosts.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn figure(&self, host: usize, name: &str) -> Result<u64> {
+        let status = self.ask(host, &["status"])?;
+        let status = status.first().context("status printed nothing")?;
+        status[name].as_u64().with_context(|| format!("no {name} in {status}"))
+    }
+
+    /// Waits until every running host goes by one map of so many hosts, and has filled its index.
+    ///
+    /// # Errors
+    /// When that takes too long.
+    pub fn wait_members(&self, count: usize) -> Result {
+        wait_until(LONG, &format!("a map of {count} hosts"), || {
+            for host in self.running() {
+                let hosts = self.ask(host, &["hosts"])?;
+                let of_one_map = |other: &Value| {
+                    other["state"] != "silent" && other["map_epoch"] == hosts[0]["map_epoch"]
+                };
+                let settled = |other: &Value| other["index_epoch"] == other["map_epoch"];
+                if hosts.len() != count || !hosts.iter().all(|one| of_one_map(one) && settled(one))
+                {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })
+    }
+
+    /// Every running host restores every snapshot, bit for bit, and finds nothing wrong.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn must_be_whole(&self, snapshots: &[(String, &Path)]) -> Result {
+        for host in self.running() {
+            for (snapshot, path) in snapshots {
+                let to = self.fixture.text("restored.raw");
+                let arguments = ["restore", snapshot, "--to", &to, "-O", "raw", "--force"];
+                self.begin(host, "fleece", &arguments)?.finish(LONG)?.code(0)?;
+                image::same(path, Path::new(&to))?;
+            }
+            self.begin(host, "fleecectl", &["verify"])?.finish(LONG)?.code(0)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for host in &self.hosts {
+                let printed = host.engine.as_ref().map(Running::printed).unwrap_or_default();
+                eprintln!("--- {} printed:\n{printed}", host.name);
+            }
+        }
+    }
+}
+
+/// `VM@ID` of a backup that has ended.
+///
+/// # Errors
+/// When it did not commit.
+pub fn snapshot(vm: &str, finished: &Finished) -> Result<String> {
+    Ok(format!("{vm}@{}", snapshot_id(&finished.printed())?))
+}
+
+/// An image per host: blocks that all have, that two have, and its own.
+///
+/// # Errors
+/// The system's.
+pub fn images(folder: &Path, count: u64) -> Result<Vec<PathBuf>> {
+    (0..count)
+        .map(|n| {
+            let path = folder.join(format!("image{n}.raw"));
+            let ranges = [
+                (n * 4 * MIB, 20 * MIB, 1),
+                (40 * MIB, 12 * MIB, 10 + n),
+                (56 * MIB, 12 * MIB, 10 + (n + 1) % count),
+                (72 * MIB, 8 * MIB, 20 + n),
+            ];
+            image::raw(&path, 96 * MIB, &ranges)?;
+            Ok(path)
+        })
+        .collect()
+}

@@ -1,0 +1,125 @@
+//! Hosts with addresses of their own: network namespaces at one bridge.
+
+use std::process::{self, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::Context;
+
+use crate::{Result, tools};
+
+/// Networks of this process: each has a number, and so addresses, of its own.
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// A bridge, and the namespaces at it; all of it goes with this.
+pub struct Network {
+    /// What all names begin with.
+    tag: String,
+    /// `10.a.b`.
+    subnet: String,
+    hosts: usize,
+}
+
+fn ip(arguments: &str) -> Result {
+    tools::run(tools::as_root("ip").args(arguments.split(' '))).map(drop)
+}
+
+impl Network {
+    /// A bridge of our side, and no host yet.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn new() -> Result<Self> {
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let id = process::id();
+        let tag = format!("f{id:x}{n}");
+        // Test processes run beside one another.
+        let subnet = format!("10.{}.{}", 64 + id % 128, (id / 128 * 8 + n) % 256);
+        let network = Network { tag, subnet, hosts: 0 };
+        ip(&format!("link add {} type bridge", network.tag))?;
+        ip(&format!("addr add {}/24 dev {}", network.ours(), network.tag))?;
+        ip(&format!("link set {} up", network.tag))?;
+        Ok(network)
+    }
+
+    /// Our address at the bridge.
+    #[must_use]
+    pub fn ours(&self) -> String {
+        format!("{}.1", self.subnet)
+    }
+
+    /// A host's address.
+    #[must_use]
+    pub fn address(&self, host: usize) -> String {
+        format!("{}.{}", self.subnet, host + 10)
+    }
+
+    fn namespace(&self, host: usize) -> String {
+        format!("{}h{host}", self.tag)
+    }
+
+    /// Our end of a host's cable.
+    fn cable(&self, host: usize) -> String {
+        format!("{}v{host}", self.tag)
+    }
+
+    /// Adds the next host.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn add_host(&mut self) -> Result {
+        let (namespace, cable) = (self.namespace(self.hosts), self.cable(self.hosts));
+        ip(&format!("netns add {namespace}"))?;
+        self.hosts += 1;
+        ip(&format!("link add {cable} type veth peer name eth0 netns {namespace}"))?;
+        ip(&format!("link set {cable} master {} up", self.tag))?;
+        let address = self.address(self.hosts - 1);
+        ip(&format!("-n {namespace} addr add {address}/24 dev eth0"))?;
+        ip(&format!("-n {namespace} link set eth0 up"))?;
+        ip(&format!("-n {namespace} link set lo up"))
+    }
+
+    /// The same command on a host.
+    #[must_use]
+    pub fn on(&self, host: usize, command: &Command) -> Command {
+        let mut on = tools::as_root("ip");
+        on.args(["netns", "exec", &self.namespace(host)]).arg(command.get_program());
+        on.args(command.get_args());
+        for (name, value) in command.get_envs() {
+            if let Some(value) = value {
+                on.env(name, value);
+            }
+        }
+        on
+    }
+
+    /// Pulls a host's cable out, or puts it in again.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn plug(&self, host: usize, plugged: bool) -> Result {
+        ip(&format!("link set {} {}", self.cable(host), if plugged { "up" } else { "down" }))
+    }
+
+    /// What a host sends goes at this rate (`20mbit`) from here on; what does not fit into a short queue
+    /// is lost. (A delay would need netem, which not every kernel has.)
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn slow(&self, host: usize, rate: &str) -> Result {
+        let namespace = self.namespace(host);
+        let mut tc = tools::as_root("ip");
+        tc.args(["netns", "exec", &namespace, "tc", "qdisc", "replace", "dev", "eth0", "root"]);
+        tc.args(["tbf", "rate", rate, "burst", "16k", "latency", "5ms"]);
+        tools::run(&mut tc).map(drop).context("tc")
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for host in 0..self.hosts {
+            // Its end of the cable goes with it.
+            let _ = ip(&format!("netns del {}", self.namespace(host)));
+        }
+        let _ = ip(&format!("link del {}", self.tag));
+    }
+}

@@ -1,0 +1,155 @@
+//! A cluster with etcd and a store in S3, each host in a network namespace of its own: hosts join, are
+//! drained, are killed and cut off; etcd goes and comes back. What is stored stays stored once, unless
+//! a fault explains it, and every host restores every snapshot.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use qemu_tests::cluster::{Cluster, images, snapshot};
+use qemu_tests::process::{Finished, Running};
+use qemu_tests::wait::{LONG, wait_until};
+use qemu_tests::{Result, image};
+
+/// A backup that finds everything stored already.
+fn is_all_known(finished: &Finished) -> Result {
+    let printed = finished.printed();
+    ensure!(printed.contains("new 0 B") && printed.contains("undetected 0"), "{printed}");
+    Ok(())
+}
+
+/// Backs every image up at once, one on each host.
+fn all_at_once(cluster: &Cluster, round: &str, paths: &[PathBuf]) -> Result<Vec<Finished>> {
+    let start = |(host, path): (usize, &PathBuf)| {
+        let vm = format!("{round}{host}");
+        cluster.backup(host, &vm, path)
+    };
+    let running: Vec<Running> = paths.iter().enumerate().map(start).collect::<Result<_>>()?;
+    running.into_iter().map(|one| one.finish(LONG)?.code(0)).collect()
+}
+
+#[test]
+fn hosts_join_and_are_drained_and_a_block_stays_stored_once() -> Result {
+    let mut cluster = Cluster::of_etcd(3)?;
+    let paths = images(cluster.fixture.folder(), 3)?;
+    let all: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+    let mut snapshots = Vec::new();
+    for (host, finished) in all_at_once(&cluster, "first", &paths)?.iter().enumerate() {
+        ensure!(finished.printed().contains("undetected 0"), "{}", finished.printed());
+        snapshots.push((snapshot(&format!("first{host}"), finished)?, all[host]));
+    }
+    let expected = image::distinct_blocks(&all)?;
+    wait_until(LONG, "what the owners learn", || {
+        Ok(cluster.figure(1, "unique_blocks")? == expected)
+    })?;
+
+    let fourth = cluster.join()?;
+    cluster.wait_members(4)?;
+    ensure!(cluster.figure(fourth, "unique_blocks")? == expected, "not exact after a join");
+    let again = cluster.backup(fourth, "fourth", all[0])?.finish(LONG)?.code(0)?;
+    is_all_known(&again)?;
+    snapshots.push((snapshot("fourth", &again)?, all[0]));
+
+    cluster.ask(0, &["drain", "hv1"])?;
+    wait_until(LONG, "hv1 to own nothing", || {
+        let hosts = cluster.ask(2, &["hosts"])?;
+        let drained = hosts.iter().find(|host| host["name"] == "hv1").context("no hv1")?;
+        Ok(drained["slices"] == 0 && drained["unique_blocks"] == 0)
+    })?;
+    cluster.wait_members(4)?;
+    ensure!(cluster.figure(0, "unique_blocks")? == expected, "not exact after a drain");
+    // Its backups go on.
+    is_all_known(&cluster.backup(1, "drained", all[2])?.finish(LONG)?.code(0)?)?;
+    ensure!(cluster.figure(0, "double_blocks")? == 0, "something was stored twice");
+    cluster.must_be_whole(&snapshots)
+}
+
+#[test]
+fn what_a_killed_host_answered_for_the_others_answer_for() -> Result {
+    let mut cluster = Cluster::of_etcd(4)?;
+    let paths = images(cluster.fixture.folder(), 4)?;
+    let all: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+    let first = cluster.backup(2, "vm0", all[0])?.finish(LONG)?.code(0)?;
+    cluster.kill(2)?;
+    // At once: it waits for the dead host until its lease has ended, and commits.
+    let during = cluster.backup(0, "vm1", all[1])?.finish(LONG)?.code(0)?;
+    cluster.wait_members(3)?;
+    for (host, vm, path) in [(1, "again0", all[0]), (3, "again1", all[1])] {
+        is_all_known(&cluster.backup(host, vm, path)?.finish(LONG)?.code(0)?)?;
+    }
+    // It comes back, with an index that is old.
+    cluster.start(2)?;
+    cluster.wait_members(4)?;
+    let back = cluster.backup(2, "back", all[1])?.finish(LONG)?.code(0)?;
+    is_all_known(&back)?;
+    let distinct = image::distinct_blocks(&all[..2])?;
+    let unique = cluster.figure(3, "unique_blocks")?;
+    ensure!(unique == distinct, "{unique} blocks, {distinct} are distinct");
+    cluster.must_be_whole(&[
+        (snapshot("vm0", &first)?, all[0]),
+        (snapshot("vm1", &during)?, all[1]),
+        (snapshot("back", &back)?, all[1]),
+    ])
+}
+
+#[test]
+fn a_host_that_is_cut_off_holds_up_nobody_for_long() -> Result {
+    let cluster = Cluster::of_etcd(3)?;
+    let network = cluster.network.as_ref().context("no network")?;
+    let paths = images(cluster.fixture.folder(), 3)?;
+    let all: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+    network.plug(2, false)?;
+    let during = cluster.backup(0, "vm0", all[0])?.finish(LONG)?.code(0)?;
+    // Without its store it can do nothing; it fails and says so.
+    let cut = cluster.backup(2, "vm2", all[2])?;
+    let cut = cut.finish(LONG)?;
+    ensure!(cut.code == 1, "{}", cut.printed());
+    network.plug(2, true)?;
+    cluster.wait_members(3)?;
+    let after = cluster.backup(2, "vm2", all[0])?.finish(LONG)?.code(0)?;
+    is_all_known(&after)?;
+    cluster
+        .must_be_whole(&[(snapshot("vm0", &during)?, all[0]), (snapshot("vm2", &after)?, all[0])])
+}
+
+#[test]
+fn without_etcd_everything_goes_on_and_engines_start() -> Result {
+    let mut cluster = Cluster::of_etcd(3)?;
+    let paths = images(cluster.fixture.folder(), 3)?;
+    let all: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+    cluster.etcd.as_mut().context("no etcd")?.kill()?;
+    let first = cluster.backup(0, "vm0", all[0])?.finish(LONG)?.code(0)?;
+    ensure!(first.printed().contains("undetected 0"), "{}", first.printed());
+    cluster.kill(1)?;
+    cluster.start(1)?;
+    let second = cluster.backup(1, "vm1", all[0])?.finish(LONG)?.code(0)?;
+    is_all_known(&second)?;
+    cluster.etcd.as_mut().context("no etcd")?.start_again()?;
+    cluster.wait_members(3)?;
+    let third = cluster.backup(2, "vm2", all[1])?.finish(LONG)?.code(0)?;
+    ensure!(third.printed().contains("undetected 0"), "{}", third.printed());
+    cluster.must_be_whole(&[
+        (snapshot("vm0", &first)?, all[0]),
+        (snapshot("vm1", &second)?, all[0]),
+        (snapshot("vm2", &third)?, all[1]),
+    ])
+}
+
+#[test]
+fn a_link_that_is_slow_and_loses_packets_changes_nothing() -> Result {
+    let cluster = Cluster::of_etcd(3)?;
+    let network = cluster.network.as_ref().context("no network")?;
+    network.slow(1, "100mbit")?;
+    network.slow(2, "20mbit")?;
+    let paths = images(cluster.fixture.folder(), 3)?;
+    let all: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+    let mut snapshots = Vec::new();
+    for (host, finished) in all_at_once(&cluster, "vm", &paths)?.iter().enumerate() {
+        ensure!(finished.printed().contains("undetected 0"), "{}", finished.printed());
+        snapshots.push((snapshot(&format!("vm{host}"), finished)?, all[host]));
+    }
+    let expected = image::distinct_blocks(&all)?;
+    wait_until(LONG, "what the owners learn", || {
+        Ok(cluster.figure(0, "unique_blocks")? == expected)
+    })?;
+    cluster.must_be_whole(&snapshots)
+}
