@@ -12,6 +12,8 @@
 //! store, and holds the questions about that until it is done.
 
 pub mod frame;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod held;
 mod links;
 pub mod map;

@@ -6,18 +6,19 @@
 use std::path::PathBuf;
 use std::{env, fs};
 
-use super::{containers, indexes, objects, recipes, recordings};
+use super::{containers, conversations, indexes, objects, recipes, recordings};
 
 type Seeds = Vec<(&'static str, Vec<u8>)>;
 
 /// A target's name, and what it does with an input.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 5] = [
+const TARGETS: [Target; 6] = [
     ("small_objects", super::small_objects),
     ("container", super::container),
     ("recipe", super::recipe),
     ("index", super::index),
+    ("frames", super::frames),
     ("rpc", super::calls),
 ];
 
@@ -41,7 +42,8 @@ fn every_seed_is_taken_or_refused() {
 
 #[test]
 fn seeds_are_made_of_what_is_real() {
-    let made: [Seeds; 5] = [objects(), containers(), recipes(), indexes(), recordings()];
+    let made: [Seeds; 6] =
+        [objects(), containers(), recipes(), indexes(), conversations(), recordings()];
     for ((name, target), seeds) in TARGETS.into_iter().zip(made) {
         for (seed, bytes) in seeds {
             println!("{name}/{seed}");

@@ -375,3 +375,28 @@ fn what_a_host_that_left_answered_for_the_others_answer_for() {
         assert!(clean, "{said}");
     }
 }
+
+#[test]
+fn a_host_that_missed_a_map_fills_its_index_again() {
+    let hosts = Hosts::new(3);
+    let [first, second, third] = [0, 1, 2].map(|n| &hosts.engines[n]);
+    // It is out and back, and never heard of that; others answered for its part meanwhile.
+    hosts.link(2, false);
+    let without = map(2, &[0, 1]);
+    first.cluster.adopt(without.clone()).unwrap();
+    second.cluster.adopt(without).unwrap();
+    wait_filled(&[first, second]);
+    let during = image(51, 2000, 1500);
+    let made = first.backup(1, &during);
+    assert_eq!(made.counts.undetected, 0);
+    let back = map(3, &[0, 1, 2]);
+    for engine in [third, first, second] {
+        engine.cluster.adopt(back.clone()).unwrap();
+    }
+    hosts.link(2, true);
+    wait_filled(&[first, second, third]);
+    let again = third.backup(2, &during);
+    assert_eq!((again.counts.new, again.counts.undetected), (0, 0));
+    hosts.must_be_exact(&[&during]);
+    hosts.must_be_whole(&[(made, &during)]);
+}
