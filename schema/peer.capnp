@@ -22,7 +22,7 @@ struct Greeting {
   host @0 :Text;         # must be the name in the certificate
   store @1 :Data;        # the store's id: 16 bytes
   mapDigest @2 :UInt64;  # of cluster.static; 0 where etcd says who is in the cluster
-  instance @3 :UInt64;   # this process
+  instance @3 :UInt64;   # what this process says to that host; another one: it knows nothing of what was said
   protocol @4 :UInt16;
   version @5 :Text;
 }

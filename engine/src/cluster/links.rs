@@ -5,12 +5,13 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::frame::{FrameReader, Message};
+use super::map::MapEpoch;
 use super::outbox::FrameNumber;
 use super::peer::{Peer, RemoteAsker};
 use super::{Cluster, Instance};
 use crate::detect::Verdict;
 use crate::error::Result;
-use crate::ids::{HostId, Sequence, SessionId};
+use crate::ids::{Fingerprint, HostId, Sequence, SessionId};
 use crate::session::event::Event;
 
 impl Cluster {
@@ -123,14 +124,7 @@ impl Cluster {
                 self.enter(peer, session)?;
                 self.ask_here(session, epoch, asked)
             }
-            Message::Moved(session, epoch, asked) => {
-                let asking = self.sessions().get(&session).cloned();
-                let (Some(asking), Some((_, first))) = (asking, asked.first()) else {
-                    return Ok(());
-                };
-                asking.answers.expect_less(peer.host, *first, asked.len() as u64);
-                self.ask_again(session, epoch, asked)
-            }
+            Message::Moved(session, epoch, asked) => self.came_back(peer, (session, epoch, asked)),
             Message::Release(session, grants) => {
                 self.enter(peer, session)?;
                 self.owner.release(session, grants)
@@ -186,6 +180,18 @@ impl Cluster {
                 self.owner.refill()
             }
         }
+    }
+
+    /// Questions of ours come back from a host that does not own them.
+    fn came_back(
+        &self,
+        peer: &Peer,
+        (session, epoch, asked): (SessionId, MapEpoch, Vec<(Fingerprint, Sequence)>),
+    ) -> Result<()> {
+        let asking = self.sessions().get(&session).cloned();
+        let (Some(asking), Some((_, first))) = (asking, asked.first()) else { return Ok(()) };
+        asking.answers.expect_less(peer.host, *first, asked.len() as u64);
+        self.ask_again(session, epoch, asked)
     }
 
     /// An answer to a session of ours.

@@ -23,6 +23,7 @@ mod placement;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
@@ -43,14 +44,16 @@ use crate::session::registry::Registry;
 /// How long a host may take nothing of what waits for it: an engine starts anew in less.
 pub const SILENCE: Duration = Duration::from_secs(30);
 
-/// Distinguishes an engine's process from every other one.
+/// Distinguishes what an engine's process says to a host from what it, or another process there, said
+/// before: a host that was forgotten is told everything anew.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Instance(pub u64);
 
 /// The other hosts, as this one sees them.
 pub struct Cluster {
     us: HostId,
-    instance: Instance,
+    /// The instance of the next peer.
+    next_instance: AtomicU64,
     owner: Owner,
     registry: Arc<Registry>,
     placement: RwLock<Placement>,
@@ -86,7 +89,7 @@ pub struct HostView {
 }
 
 impl Cluster {
-    /// This host, number `us` of the map; `filled` is what its index has of its part. What waits for
+    /// This host, number `us` of the map; what it says is of `instance` and those after it; `filled` is what its index has of its part. What waits for
     /// others takes `memory` bytes, and spills into `dir`; `ready` makes what is called when something
     /// waits for a host.
     pub fn new(
@@ -103,7 +106,7 @@ impl Cluster {
         };
         let cluster = Cluster {
             us,
-            instance,
+            next_instance: AtomicU64::new(instance.0),
             owner,
             registry,
             placement: RwLock::new(Placement { map: Arc::new(map.clone()), filling, index }),
@@ -126,10 +129,10 @@ impl Cluster {
         self.us
     }
 
-    /// This process.
+    /// What we say to a host is of this instance.
     #[must_use]
-    pub fn instance(&self) -> Instance {
-        self.instance
+    pub fn instance(&self, host: HostId) -> Instance {
+        self.peer(host).map_or(Instance(0), |peer| peer.ours)
     }
 
     /// The other hosts' numbers.

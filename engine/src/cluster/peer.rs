@@ -17,6 +17,8 @@ use crate::owner::Asker;
 /// One other host.
 pub(super) struct Peer {
     pub(super) host: HostId,
+    /// What we say to it is of this instance.
+    pub(super) ours: Instance,
     pub(super) outbox: Outbox,
     link: Mutex<Link>,
     /// The owner's progress that it was told last.
@@ -41,7 +43,7 @@ pub(super) struct Link {
 
 impl Peer {
     pub(super) fn new(
-        host: HostId,
+        (host, ours): (HostId, Instance),
         dir: &Path,
         share: &Arc<Share>,
         ready: Box<dyn Fn() + Send + Sync>,
@@ -57,7 +59,7 @@ impl Peer {
             sessions: HashSet::new(),
         };
         let outbox = Outbox::new(dir, share, ready);
-        Peer { host, outbox, link: Mutex::new(link), advanced: AtomicU64::new(0) }
+        Peer { host, ours, outbox, link: Mutex::new(link), advanced: AtomicU64::new(0) }
     }
 
     pub(super) fn link(&self) -> MutexGuard<'_, Link> {

@@ -7,6 +7,7 @@
 //! its slice moves can be stored twice.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use super::frame::Message;
 use super::held::Held;
 use super::map::{MapEpoch, PartitionMap};
 use super::peer::Peer;
-use super::{Cluster, SILENCE};
+use super::{Cluster, Instance, SILENCE};
 use crate::detect::JournalPosition;
 use crate::error::Result;
 use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slice, Slices};
@@ -211,8 +212,9 @@ impl Cluster {
             for member in map.members().iter().filter(|member| member.number != self.us) {
                 peers.entry(member.number).or_insert_with(|| {
                     let ready = (self.ready)(member.number);
-                    let now = Instant::now();
-                    Arc::new(Peer::new(member.number, &self.dir, &self.share, ready, now))
+                    let ours = Instance(self.next_instance.fetch_add(1, Ordering::AcqRel));
+                    let who = (member.number, ours);
+                    Arc::new(Peer::new(who, &self.dir, &self.share, ready, Instant::now()))
                 });
             }
         }

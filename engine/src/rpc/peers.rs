@@ -156,12 +156,12 @@ impl Peers {
         }
     }
 
-    fn greet(&self, mut greeting: greeting::Builder<'_>) {
+    fn greet(&self, to: HostId, mut greeting: greeting::Builder<'_>) {
         let map = self.cluster.map();
         greeting.set_host(&self.name);
         greeting.set_store(self.store.0.as_bytes());
         greeting.set_map_digest(map.digest());
-        greeting.set_instance(self.cluster.instance().0);
+        greeting.set_instance(self.cluster.instance(to).0);
         greeting.set_protocol(PEER_PROTOCOL);
         greeting.set_version(env!("CARGO_PKG_VERSION"));
     }
@@ -226,7 +226,7 @@ impl peer::Server for Server {
         let received = self.peers.cluster.greeted(host, instance);
         *self.host.borrow_mut() = Some(host);
         results.get().set_received(received.0);
-        self.peers.greet(results.get().init_you());
+        self.peers.greet(host, results.get().init_you());
         Ok(())
     }
 
@@ -344,7 +344,7 @@ async fn with_host<T>(
     let client: peer::Client = system.bootstrap(rpc_twoparty_capnp::Side::Server);
     let talk = async {
         let mut request = client.greet_request();
-        peers.greet(request.get().init_us());
+        peers.greet(host, request.get().init_us());
         let answer = timeout(PATIENCE, request.send().promise).await.map_err(|_| late())?;
         let answer = answer.map_err(|error| Error::caused(Kind::Failed, what(), error))?;
         let (instance, received) = greeting_of(peers, host, &answer)

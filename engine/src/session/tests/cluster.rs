@@ -70,7 +70,7 @@ impl Engine {
         let start = STARTS.fetch_add(1, Ordering::Relaxed);
         let registry = Arc::new(Registry::on(us, start * 1000));
         let parts = (owner.clone(), Arc::clone(&registry));
-        let instance = Instance(start.into());
+        let instance = Instance(u64::from(start) << 32);
         let spill = (work_dir.as_path(), 64 << 10);
         let place = (map, us, true);
         let cluster = Cluster::new(place, instance, parts, spill, |_| Box::new(|| ()));
@@ -111,8 +111,8 @@ fn carry(from: &Engine, to: &Engine) -> usize {
     if !to.cluster.others().contains(&a) || !from.cluster.others().contains(&b) {
         return 0;
     }
-    let received = to.cluster.greeted(a, from.cluster.instance());
-    let mut next = from.cluster.connected(b, to.cluster.instance(), received);
+    let received = to.cluster.greeted(a, from.cluster.instance(b));
+    let mut next = from.cluster.connected(b, to.cluster.instance(a), received);
     let mut carried = 0;
     while let Some((number, frame)) = from.cluster.next(b, next).unwrap() {
         to.cluster.take(a, number, &frame).unwrap();
