@@ -210,7 +210,7 @@ struct Status {
   version @16 :Text;
   hosts @17 :UInt32;         # of the cluster
   hostsSilent @18 :UInt32;   # of them those that did not say what they have: uniqueBlocks lacks it
-  doubleBlocks @19 :UInt64;  # met under a second address since the engines started
+  doubleBlocks @19 :UInt64;  # found stored a second time
 }
 
 struct SessionStatus {

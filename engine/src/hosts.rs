@@ -30,7 +30,7 @@ pub struct HostReport {
     pub index_epoch: u64,
     /// Distinct blocks in its part of the index.
     pub unique_blocks: u64,
-    /// Blocks that it has met under a second address since its engine started.
+    /// Blocks of it that were found stored a second time.
     pub double_blocks: u64,
     /// Bytes of its index.
     pub index_bytes: u64,

@@ -26,8 +26,8 @@ pub fn keep_filled(context: &Context, settle: Duration) {
             }
             Err(error) => {
                 eprintln!("fleece-engine: the index is not filled yet: {error}");
+                cluster.not_filled(&error);
                 std::thread::park_timeout(AGAIN);
-                cluster.move_again();
             }
         }
     }

@@ -44,6 +44,60 @@ pub trait Asker: Send + Sync {
     fn advanced(&self, progress: u64);
 }
 
+/// The owner of this host's part of the fingerprints, as a cluster needs it. Errors: the engine is ending.
+pub trait Part: Send + Sync {
+    /// A session asks from now on.
+    fn register(&self, session: SessionId, asker: Arc<dyn Asker>) -> Result<()>;
+    /// Asks about blocks.
+    fn ask(&self, session: SessionId, asked: Vec<(Fingerprint, Sequence)>) -> Result<()>;
+    /// Gives grants back.
+    fn release(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()>;
+    /// Whether the session waits for nothing but answers.
+    fn waiting(&self, session: SessionId, waiting: bool) -> Result<()>;
+    /// A container is sealed and in the journal.
+    fn learn(&self, entries: Vec<Entry>, position: JournalPosition) -> Result<()>;
+    /// A session has ended.
+    fn withdraw(&self, session: SessionId);
+    /// Others may have said less than the journals do.
+    fn refill(&self) -> Result<()>;
+    /// Elsewhere blocks were sealed or a session ended.
+    fn advanced(&self);
+}
+
+impl Part for Owner {
+    fn register(&self, session: SessionId, asker: Arc<dyn Asker>) -> Result<()> {
+        self.register(session, asker)
+    }
+
+    fn ask(&self, session: SessionId, asked: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        self.ask(session, asked)
+    }
+
+    fn release(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        self.release(session, grants)
+    }
+
+    fn waiting(&self, session: SessionId, waiting: bool) -> Result<()> {
+        self.waiting(session, waiting)
+    }
+
+    fn learn(&self, entries: Vec<Entry>, position: JournalPosition) -> Result<()> {
+        self.learn(entries, position)
+    }
+
+    fn withdraw(&self, session: SessionId) {
+        self.withdraw(session);
+    }
+
+    fn refill(&self) -> Result<()> {
+        self.refill()
+    }
+
+    fn advanced(&self) {
+        self.figures.progress.fetch_add(1, Ordering::Release);
+    }
+}
+
 /// Brings an index up to the store's journals.
 pub type Refill = Box<dyn FnMut(&mut Detector) -> Result<()> + Send>;
 
@@ -62,7 +116,8 @@ enum Command {
     Stop,
 }
 
-type Entry = (Fingerprint, Address);
+/// A block and where it is.
+pub type Entry = (Fingerprint, Address);
 
 /// Figures of the index that others may read at any time.
 #[derive(Default)]

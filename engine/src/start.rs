@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 
 use crate::budget::Budget;
 use crate::cluster::map::{MAX_HOSTS, PartitionMap};
-use crate::cluster::{Cluster, Instance};
+use crate::cluster::{Cluster, Here, Instance};
 use crate::config::Config;
 use crate::damage::Damage;
 use crate::detect::{DetectOptions, Detector};
@@ -187,9 +187,13 @@ fn join(
         let bell = ringing.get(usize::from(host.0)).cloned().unwrap_or_default();
         Box::new(move || bell.notify_one())
     };
-    let parts = (owner.clone(), Arc::clone(&registry));
+    let here = Here {
+        owner: Box::new(owner.clone()),
+        registry: Arc::clone(&registry),
+        clock: Box::new(Instant::now),
+    };
     let place = (map, us, filled);
-    let cluster = Cluster::new(place, instance, parts, (work_dir, budget.peers), ready);
+    let cluster = Cluster::new(place, instance, here, (work_dir, budget.peers), ready);
     Ok((Owners::among(owner.clone(), cluster), registry))
 }
 

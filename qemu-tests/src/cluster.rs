@@ -48,28 +48,37 @@ impl Cluster {
     /// # Errors
     /// When one does not come up.
     pub fn of_a_list(count: usize) -> Result<Self> {
-        let home = tempfile::tempdir()?;
-        let fixture = Fixture::without_engine()?;
-        let mut cluster = Cluster {
-            fixture,
-            network: None,
-            etcd: None,
-            s3: None,
-            hosts: Vec::new(),
-            _home: home,
-        };
-        cluster.make_ca()?;
         // Held until all are known, so that no port comes twice.
         let ports: Vec<TcpListener> =
             (0..count).map(|_| Ok(TcpListener::bind("127.0.0.1:0")?)).collect::<Result<_>>()?;
-        let mut list = String::new();
-        for (n, port) in ports.iter().enumerate() {
-            let address = port.local_addr()?;
-            list += &format!("{{ name = \"hv{n}\", address = \"{address}\" }}, ");
-        }
-        (0..count).try_for_each(|_| cluster.describe(&format!("static = [{list}]")))?;
+        let addresses =
+            ports.iter().map(|port| Ok(port.local_addr()?.to_string())).collect::<Result<Vec<_>>>();
         drop(ports);
-        (0..count).try_for_each(|host| cluster.start(host))?;
+        Self::listed(None, &addresses?)
+    }
+
+    /// The same, each in a namespace: what goes over their cables is what they say to one another.
+    ///
+    /// # Errors
+    /// When one does not come up.
+    pub fn of_a_list_on_hosts(count: usize) -> Result<Self> {
+        let mut network = Network::new()?;
+        (0..count).try_for_each(|_| network.add_host())?;
+        let addresses: Vec<String> =
+            (0..count).map(|host| format!("{}:{PORT}", network.address(host))).collect();
+        Self::listed(Some(network), &addresses)
+    }
+
+    fn listed(network: Option<Network>, addresses: &[String]) -> Result<Self> {
+        let (home, fixture) = (tempfile::tempdir()?, Fixture::without_engine()?);
+        let (etcd, s3, hosts) = (None, None, Vec::new());
+        let mut cluster = Cluster { fixture, network, etcd, s3, hosts, _home: home };
+        cluster.make_ca()?;
+        let host = |(n, address)| format!("{{ name = \"hv{n}\", address = \"{address}\" }}");
+        let list: Vec<String> = addresses.iter().enumerate().map(host).collect();
+        let list = format!("static = [{}]", list.join(", "));
+        addresses.iter().try_for_each(|_| cluster.describe(&list))?;
+        (0..addresses.len()).try_for_each(|host| cluster.start(host))?;
         Ok(cluster)
     }
 
@@ -170,6 +179,14 @@ impl Cluster {
     /// When none runs.
     pub fn kill(&mut self, host: usize) -> Result {
         self.hosts[host].engine.take().context("no engine runs")?.kill()
+    }
+
+    /// The process of a host's engine.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn pid(&self, host: usize) -> Result<u32> {
+        Ok(self.hosts[host].engine.as_ref().context("no engine runs")?.pid())
     }
 
     /// Hosts whose engines run.

@@ -92,6 +92,15 @@ impl Network {
         on
     }
 
+    /// Bytes that a host has sent so far, with all headers.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn sent(&self, host: usize) -> Result<u64> {
+        let path = format!("/sys/class/net/{}/statistics/rx_bytes", self.cable(host));
+        Ok(std::fs::read_to_string(&path).context(path)?.trim().parse()?)
+    }
+
     /// Pulls a host's cable out, or puts it in again.
     ///
     /// # Errors

@@ -1,8 +1,6 @@
 //! What links between hosts say: frames to send, frames that came.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use super::frame::{FrameReader, Message};
 use super::map::MapEpoch;
@@ -32,7 +30,7 @@ impl Cluster {
     pub fn taken(&self, host: HostId, number: FrameNumber) {
         if let Some(peer) = self.peer(host) {
             peer.outbox.taken(number);
-            peer.link().heard = Instant::now();
+            peer.link().heard = self.now();
         }
     }
 
@@ -56,7 +54,7 @@ impl Cluster {
     fn meet(&self, peer: &Peer, instance: Instance) {
         let mut link = peer.link();
         let known = link.instance.replace(instance);
-        (link.lost, link.heard) = (false, Instant::now());
+        (link.lost, link.heard) = (false, self.now());
         drop(link);
         if known.is_some_and(|known| known != instance) {
             eprintln!("fleece-engine: {} was started anew", self.name(peer.host));
@@ -156,7 +154,7 @@ impl Cluster {
                 Ok(())
             }
             Message::Advanced => {
-                self.owner.figures().progress.fetch_add(1, Ordering::Release);
+                self.owner.advanced();
                 self.wake_all();
                 Ok(())
             }

@@ -20,6 +20,9 @@ pub mod map;
 pub mod outbox;
 mod peer;
 mod placement;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod simulation;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -36,7 +39,7 @@ use self::placement::{Late, Moves, Placement};
 use crate::detect::JournalPosition;
 use crate::error::Result;
 use crate::ids::{Address, Fingerprint, HostId, Sequence, SessionId, Slices};
-use crate::owner::{Owner, Wake};
+use crate::owner::{Part, Wake};
 use crate::session::answers::Answers;
 use crate::session::event::Claim;
 use crate::session::registry::Registry;
@@ -54,8 +57,9 @@ pub struct Cluster {
     us: HostId,
     /// The instance of the next peer.
     next_instance: AtomicU64,
-    owner: Owner,
+    owner: Box<dyn Part>,
     registry: Arc<Registry>,
+    clock: Clock,
     placement: RwLock<Placement>,
     /// Questions about what we own and have not filled in yet, or that came by a map that is
     /// newer than ours.
@@ -68,6 +72,19 @@ pub struct Cluster {
     dir: PathBuf,
     ready: Box<dyn Fn(HostId) -> Box<dyn Fn() + Send + Sync> + Send + Sync>,
     moved: Moves,
+}
+
+/// What time it is.
+pub type Clock = Box<dyn Fn() -> Instant + Send + Sync>;
+
+/// What a cluster works with on its own host.
+pub struct Here {
+    /// The owner of our part.
+    pub owner: Box<dyn Part>,
+    /// Our sessions.
+    pub registry: Arc<Registry>,
+    /// What time it is.
+    pub clock: Clock,
 }
 
 /// A session of this host that asks others, too.
@@ -95,7 +112,7 @@ impl Cluster {
     pub fn new(
         (map, us, filled): (PartitionMap, HostId, bool),
         instance: Instance,
-        (owner, registry): (Owner, Arc<Registry>),
+        Here { owner, registry, clock }: Here,
         (dir, memory): (&Path, usize),
         ready: impl Fn(HostId) -> Box<dyn Fn() + Send + Sync> + Send + Sync + 'static,
     ) -> Arc<Self> {
@@ -109,6 +126,7 @@ impl Cluster {
             next_instance: AtomicU64::new(instance.0),
             owner,
             registry,
+            clock,
             placement: RwLock::new(Placement { map: Arc::new(map.clone()), filling, index }),
             early: Mutex::new(Held::new(dir)),
             late: Mutex::new(Late::new(dir)),
@@ -296,8 +314,13 @@ impl Cluster {
         !peer.outbox.is_empty() || self.sessions().values().any(|s| s.answers.waits_for(host))
     }
 
+    fn now(&self) -> Instant {
+        (self.clock)()
+    }
+
     /// Gives hosts up that take nothing for too long. Called every second or so.
-    pub fn look(&self, now: Instant) {
+    pub fn look(&self) {
+        let now = self.now();
         for peer in self.all_peers() {
             let needed = self.needs(peer.host);
             let mut link = peer.link();

@@ -17,7 +17,7 @@ use super::map::{MapEpoch, PartitionMap};
 use super::peer::Peer;
 use super::{Cluster, Instance, SILENCE};
 use crate::detect::JournalPosition;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slice, Slices};
 
 /// The map, and what of it we cannot answer for yet.
@@ -165,8 +165,8 @@ impl Cluster {
         self.moved.wait(settle).then(|| self.map())
     }
 
-    /// What [`Cluster::next_move`] gave could not be done: it is given again.
-    pub fn move_again(&self) {
+    /// What [`Cluster::next_move`] gave is given again.
+    fn move_again(&self) {
         self.moved.ring(|waiting| waiting.changed = true);
     }
 
@@ -189,6 +189,25 @@ impl Cluster {
             placement.index = epoch;
         }
         self.look_at_early()
+    }
+
+    /// The index cannot be filled now. Who waits for that is told, and does without.
+    pub fn not_filled(&self, error: &Error) {
+        let early = self.early().take();
+        let told = early.each(|session, asked| {
+            if session.host() != self.us {
+                self.put(session.host(), &Message::Failed(session, error.to_string()));
+                return Ok(());
+            }
+            let Some(asking) = self.sessions().get(&session).cloned() else { return Ok(()) };
+            asked.iter().try_for_each(|(_, sequence)| asking.answers.put_nobody(*sequence))?;
+            (asking.wake)();
+            Ok(())
+        });
+        if let Err(error) = told {
+            eprintln!("fleece-engine: questions that nobody answers are lost: {error}");
+        }
+        self.move_again();
     }
 
     fn look_at_early(&self) -> Result<()> {
@@ -214,7 +233,7 @@ impl Cluster {
                     let ready = (self.ready)(member.number);
                     let ours = Instance(self.next_instance.fetch_add(1, Ordering::AcqRel));
                     let who = (member.number, ours);
-                    Arc::new(Peer::new(who, &self.dir, &self.share, ready, Instant::now()))
+                    Arc::new(Peer::new(who, &self.dir, &self.share, ready, self.now()))
                 });
             }
         }
@@ -280,7 +299,7 @@ impl Cluster {
             // Under the lock: whoever adopts a map looks here afterwards.
             let mut late = self.late();
             if self.map().epoch() < epoch {
-                late.since.get_or_insert_with(Instant::now);
+                late.since.get_or_insert_with(|| self.now());
                 return late.held.push(session, &asked);
             }
         }

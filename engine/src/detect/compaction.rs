@@ -24,6 +24,8 @@ pub(super) struct Work {
     output: Option<Output>,
     /// Runs that are written but that CURRENT does not name yet.
     done: Vec<RunMeta>,
+    /// Second addresses met so far.
+    duplicates: u64,
 }
 
 struct Output {
@@ -35,7 +37,7 @@ struct Output {
 
 impl Work {
     fn new(goal: Level, last: Partition, inputs: Vec<u64>) -> Self {
-        Work { goal, last, inputs, output: None, done: Vec::new() }
+        Work { goal, last, inputs, output: None, done: Vec::new(), duplicates: 0 }
     }
 
     /// Gives the merge up and removes what it wrote.
@@ -148,7 +150,7 @@ impl Index {
             *after = entry.map(|(fingerprint, _)| fingerprint).or(*after);
             Ok(entry)
         })?;
-        self.duplicates += merge.duplicates();
+        work.duplicates += merge.duplicates();
         if more {
             output.writer.sync()?;
             return Ok(true);
@@ -174,6 +176,7 @@ impl Index {
             return Ok(true);
         }
         let mut next = self.current.clone();
+        next.duplicates += work.duplicates;
         next.runs.retain(|run| work.inputs.binary_search(&run.number).is_err());
         next.runs.extend(work.done.iter().cloned());
         self.replace(next)?;

@@ -14,8 +14,8 @@ use crate::ids::{Fingerprint, StoreId};
 const NAME: &str = "CURRENT";
 const TEMPORARY: &str = "CURRENT.new";
 const MAGIC: &[u8; 8] = b"FLEECEIX";
-/// 2: runs hold groups of entries. An index of version 1 is set aside and refilled.
-const VERSION: u16 = 2;
+/// 2: runs hold groups of entries. 3: double blocks are counted. An older index is set aside and refilled.
+const VERSION: u16 = 3;
 /// More than 256 partitions with all their runs ever need; a larger file is not ours.
 const MAX_BYTES: u64 = 4 << 20;
 
@@ -133,6 +133,8 @@ pub(super) struct Current {
     pub(super) next_run: u64,
     /// What the runs have; the memtable is not in it.
     pub(super) watermark: Watermark,
+    /// Times that a fingerprint was found under a second address, in what the runs have.
+    pub(super) duplicates: u64,
     /// Ascending by number.
     pub(super) runs: Vec<RunMeta>,
 }
@@ -144,6 +146,7 @@ impl Current {
             instance,
             next_run: 1,
             watermark: Watermark::default(),
+            duplicates: 0,
             runs: Vec::new(),
         }
     }
@@ -185,6 +188,7 @@ impl Current {
         encoder.u64(self.instance);
         encoder.u64(self.next_run);
         encoder.watermark(&self.watermark);
+        encoder.u64(self.duplicates);
         encoder.u32(self.runs.len() as u32);
         for run in &self.runs {
             let (level, partition) = match run.level {
@@ -224,6 +228,7 @@ impl Current {
         let instance = decoder.u64()?;
         let next_run = decoder.u64()?;
         let watermark = decoder.watermark()?;
+        let duplicates = decoder.u64()?;
         let mut runs = Vec::new();
         for _ in 0..decoder.u32()? {
             let number = decoder.u64()?;
@@ -241,7 +246,7 @@ impl Current {
                 crc: decoder.u32()?,
             });
         }
-        Some(Current { identity, instance, next_run, watermark, runs })
+        Some(Current { identity, instance, next_run, watermark, duplicates, runs })
     }
 }
 

@@ -282,10 +282,10 @@ impl Detector {
         self.index.entries()
     }
 
-    /// Times that a fingerprint was found under a second address, since the opening.
+    /// Times that a fingerprint was found under a second address; what is not merged yet is not found.
     #[must_use]
     pub fn duplicates(&self) -> u64 {
-        self.index.duplicates
+        self.index.duplicates()
     }
 
     /// Entries and bytes of a partition; of what all partitions share its part.
@@ -374,8 +374,8 @@ impl Detector {
     /// Puts the new index in place of the present one, but for what was learned since
     /// [`Detector::rebuild`].
     pub fn install(&mut self, rebuilt: Rebuilt) -> Result<()> {
-        let Rebuilt { bases, watermark, part, .. } = rebuilt;
-        let installed = self.index.install(&bases, &watermark, part);
+        let Rebuilt { bases, watermark, part, duplicates, .. } = rebuilt;
+        let installed = self.index.install(&bases, &watermark, (part, duplicates));
         installed.context(|| "cannot install the rebuilt index".into())?;
         self.options.part = part;
         Ok(())

@@ -55,7 +55,8 @@ pub(super) struct Index {
     /// Runs whose checksum this process has seen to be right.
     checked: BTreeSet<u64>,
     pub(super) work: Option<Work>,
-    pub(super) duplicates: u64,
+    /// Second addresses met in the memtable: with it they become durable.
+    fresh_duplicates: u64,
     _lock: File,
 }
 
@@ -88,7 +89,7 @@ impl Index {
             rebuilt_from: 0,
             checked: BTreeSet::new(),
             work: None,
-            duplicates: 0,
+            fresh_duplicates: 0,
             _lock: lock,
         };
         Ok((index, useless))
@@ -109,7 +110,7 @@ impl Index {
             if self.memtable.len() + part.len() > capacity {
                 self.freeze()?;
             }
-            self.duplicates += self.memtable.insert(part);
+            self.fresh_duplicates += self.memtable.insert(part);
         }
         // Only now: a young run that was frozen above does not have all of this position yet.
         self.applied.add(position.incarnation, position.n, position.n);
@@ -126,6 +127,7 @@ impl Index {
         }
         let mut next = self.current.clone();
         next.watermark = self.applied.mark().clone();
+        next.duplicates += self.fresh_duplicates;
         if self.memtable.len() > 0 {
             let number = self.new_number();
             let entries = self.memtable.len();
@@ -141,6 +143,7 @@ impl Index {
         }
         self.replace(next)?;
         self.memtable.clear();
+        self.fresh_duplicates = 0;
         Ok(())
     }
 
@@ -284,7 +287,7 @@ impl Index {
         &mut self,
         bases: &[RunMeta],
         watermark: &Watermark,
-        part: u64,
+        (part, duplicates): (u64, u64),
     ) -> Result<()> {
         let mut applied = Applied::up_to(watermark.clone());
         applied.add_all(&self.since);
@@ -294,6 +297,7 @@ impl Index {
             let mut next = index.current.clone();
             next.watermark = index.applied.mark().clone();
             next.identity.part = part;
+            next.duplicates = duplicates;
             let since = index.rebuilt_from;
             next.runs.retain(|run| run.level == Level::Young && run.number > since);
             next.runs.extend(bases.iter().cloned());
@@ -306,6 +310,11 @@ impl Index {
         self.checked.extend(bases.iter().map(|run| run.number));
         self.rebuilding = Weak::new();
         Ok(())
+    }
+
+    /// Times that a fingerprint was found under a second address.
+    pub(super) fn duplicates(&self) -> u64 {
+        self.current.duplicates + self.fresh_duplicates
     }
 
     /// Entries in runs and memtable.

@@ -34,7 +34,7 @@ pub struct Rebuilt {
     /// What it is complete for.
     pub(super) part: u64,
     entries: u64,
-    duplicates: u64,
+    pub(super) duplicates: u64,
     _token: Arc<()>,
 }
 

@@ -57,7 +57,7 @@ pub struct Status {
     pub hosts: u32,
     /// Of them those that did not say what they have: `unique_blocks` lacks it.
     pub hosts_silent: u32,
-    /// Blocks met under a second address since the engines started.
+    /// Blocks that were found stored a second time.
     pub double_blocks: u64,
     /// The engine's version.
     pub version: String,

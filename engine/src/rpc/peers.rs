@@ -5,7 +5,7 @@
 //! there are, [`LINKS`] links at most are open each way: the rest wait. All that blocks happens on one
 //! thread, frame by frame.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -28,7 +28,7 @@ use super::MESSAGE_WORDS;
 use super::blocking::blocking;
 use super::tls::{Identity, proves};
 use crate::cluster::outbox::FrameNumber;
-use crate::cluster::{Cluster, Instance};
+use crate::cluster::{Cluster, Instance, SILENCE};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::hosts::{self, HostReport};
 use crate::ids::{HostId, StoreId};
@@ -127,7 +127,7 @@ impl Peers {
                     }
                 },
                 _ = second.tick() => {
-                    self.cluster.look(Instant::now());
+                    self.cluster.look();
                     self.keep_links(&mut links, bells);
                 }
             }
@@ -196,12 +196,22 @@ impl Peers {
             return;
         };
         let shown = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
-        let server = Server { peers: self, shown, host: RefCell::new(None) };
+        let heard = Rc::new(Cell::new(Instant::now()));
+        let server = Server { peers: self, shown, host: RefCell::new(None), heard: heard.clone() };
         let client: peer::Client = capnp_rpc::new_client(server);
         let (read, write) = tokio::io::split(stream);
         let network = network(read, write, rpc_twoparty_capnp::Side::Server);
-        // A link that ends is made again by the other side.
-        let _ = RpcSystem::new(Box::new(network), Some(client.client)).await;
+        let system = RpcSystem::new(Box::new(network), Some(client.client));
+        let silent = async {
+            while heard.get().elapsed() < SILENCE {
+                tokio::time::sleep(IDLE).await;
+            }
+        };
+        // A link that ends is made again by the other side. One whose host is gone would keep its place.
+        tokio::select! {
+            _ = system => {}
+            () = silent => {}
+        }
     }
 }
 
@@ -210,6 +220,8 @@ struct Server {
     peers: Rc<Peers>,
     shown: Option<Vec<rustls::pki_types::CertificateDer<'static>>>,
     host: RefCell<Option<HostId>>,
+    /// When it called last: whoever is there gives signs of life.
+    heard: Rc<Cell<Instant>>,
 }
 
 impl peer::Server for Server {
@@ -238,6 +250,7 @@ impl peer::Server for Server {
         let Some(host) = *self.host.borrow() else {
             return Err(capnp::Error::failed("greet first".into()));
         };
+        self.heard.set(Instant::now());
         let (number, frame) = (params.get()?.get_number(), params.get()?.get_frame()?.to_vec());
         if number == 0 {
             return Ok(());

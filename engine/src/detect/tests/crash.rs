@@ -332,7 +332,7 @@ fn a_foreign_or_outdated_index_is_set_aside() {
     }
     assert!(reasons[0].contains("belongs to store"), "{reasons:?}");
     assert!(reasons[1].contains("partitions"), "{reasons:?}");
-    assert!(reasons[2].contains("outdated"), "{reasons:?}");
+    assert!(reasons[2].contains("another part"), "{reasons:?}");
     assert!(reasons[3].contains("outdated"), "{reasons:?}");
 }
 

@@ -2,12 +2,12 @@
 //! to the other by hand.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::*;
 use crate::cluster::map::{MapEpoch, Member, PartitionMap};
 use crate::cluster::outbox::FrameNumber;
-use crate::cluster::{Cluster, Instance, SILENCE};
+use crate::cluster::{Cluster, Here, Instance, SILENCE};
 use crate::ids::{HostId, Slice};
 use crate::moving;
 use crate::session::registry::Registry;
@@ -18,6 +18,8 @@ struct Engine {
     cluster: Arc<Cluster>,
     thread: Option<std::thread::JoinHandle<()>>,
     mover: Option<std::thread::JoinHandle<()>>,
+    /// Seconds that its clock is ahead.
+    late: Arc<AtomicU64>,
 }
 
 /// All of them, and what carries their frames.
@@ -69,11 +71,19 @@ impl Engine {
         static STARTS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
         let start = STARTS.fetch_add(1, Ordering::Relaxed);
         let registry = Arc::new(Registry::on(us, start * 1000));
-        let parts = (owner.clone(), Arc::clone(&registry));
+        let late = Arc::new(AtomicU64::new(0));
+        let clock = Arc::clone(&late);
+        let here = Here {
+            owner: Box::new(owner.clone()),
+            registry: Arc::clone(&registry),
+            clock: Box::new(move || {
+                Instant::now() + Duration::from_secs(clock.load(Ordering::Acquire))
+            }),
+        };
         let instance = Instance(u64::from(start) << 32);
         let spill = (work_dir.as_path(), 64 << 10);
         let place = (map, us, true);
-        let cluster = Cluster::new(place, instance, parts, spill, |_| Box::new(|| ()));
+        let cluster = Cluster::new(place, instance, here, spill, |_| Box::new(|| ()));
         let context = Context {
             manifests: Manifests::of(&store, &work_dir),
             damage: Arc::new(Damage::load(&store).unwrap()),
@@ -88,7 +98,7 @@ impl Engine {
         };
         let moved = context.clone();
         let mover = std::thread::spawn(move || moving::keep_filled(&moved, SETTLE));
-        Engine { context, cluster, thread: Some(thread), mover: Some(mover) }
+        Engine { context, cluster, thread: Some(thread), mover: Some(mover), late }
     }
 
     fn backup(&self, vm: u128, image: &[u8]) -> Manifest {
@@ -274,10 +284,12 @@ fn a_host_that_is_silent_is_given_up_and_comes_back() {
     let during = image(12, 1500, 1500);
     let second = std::thread::scope(|scope| {
         let backup = scope.spawn(|| hosts.engines[1].backup(2, &during));
-        let mut late = Instant::now();
         wait_until("the end of the backup", || {
-            late += SILENCE + Duration::from_secs(1);
-            hosts.engines.iter().for_each(|engine| engine.cluster.look(late));
+            for engine in &hosts.engines {
+                engine.cluster.look();
+                engine.late.fetch_add(SILENCE.as_secs() + 1, Ordering::AcqRel);
+                engine.cluster.look();
+            }
             backup.is_finished()
         });
         backup.join().unwrap()

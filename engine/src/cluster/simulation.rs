@@ -1,0 +1,617 @@
+//! The exchange between hosts under a simulated network, clock and disk of crashes: everything that
+//! happens is chosen by a seed, one step at a time, so that what goes wrong can be seen again.
+//!
+//! Real are the cluster (frames, outboxes, links, the changing map, what is held) and the detectors.
+//! Sessions are reduced to asking, writing what they are granted, and asking again about what
+//! others write. The oracle is the store: a map from addresses to fingerprints.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::map::{MapEpoch, Member, PartitionMap};
+use super::outbox::FrameNumber;
+use super::{Cluster, Here, Instance, SILENCE};
+use crate::detect::{DetectOptions, Detector, JournalPosition, Verdict, Watermark};
+use crate::error::{Error, Result};
+use crate::ids::{
+    Address, ContainerId, Fingerprint, HostId, Incarnation, Sequence, SessionId, Slot, StoreId,
+};
+use crate::owner::{Asker, Entry, Part};
+use crate::session::answers::Answers;
+use crate::session::registry::Registry;
+
+/// Hosts that there can be.
+const HOSTS: usize = 4;
+/// Sessions of a run.
+const SESSIONS: usize = 6;
+/// Blocks of a session at most.
+const BLOCKS: u64 = 60;
+/// Distinct blocks that sessions have in common.
+const COMMON: u64 = 80;
+/// Steps in which things go wrong, and those in which all must come to its end.
+const STEPS: u64 = 600;
+const END: u64 = 60_000;
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        // xorshift64*
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit
+    }
+}
+
+/// What an owner is told, in order.
+enum Command {
+    Register(SessionId, Arc<dyn Asker>),
+    Ask(SessionId, Vec<(Fingerprint, Sequence)>),
+    Release(SessionId, Vec<(Fingerprint, Sequence)>),
+    Learn(Vec<Entry>, JournalPosition),
+    Withdraw(SessionId),
+}
+
+/// An owner that works when the simulation lets it.
+#[derive(Clone)]
+struct Owned {
+    commands: Arc<Mutex<VecDeque<Command>>>,
+}
+
+impl Owned {
+    fn push(&self, command: Command) -> Result<()> {
+        self.commands.lock().unwrap().push_back(command);
+        Ok(())
+    }
+}
+
+impl Part for Owned {
+    fn register(&self, session: SessionId, asker: Arc<dyn Asker>) -> Result<()> {
+        self.push(Command::Register(session, asker))
+    }
+
+    fn ask(&self, session: SessionId, asked: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        self.push(Command::Ask(session, asked))
+    }
+
+    fn release(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        self.push(Command::Release(session, grants))
+    }
+
+    fn waiting(&self, _: SessionId, _: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn learn(&self, entries: Vec<Entry>, position: JournalPosition) -> Result<()> {
+        self.push(Command::Learn(entries, position))
+    }
+
+    fn withdraw(&self, session: SessionId) {
+        self.push(Command::Withdraw(session)).unwrap();
+    }
+
+    fn refill(&self) -> Result<()> {
+        // What it missed it reads when it is next filled; a miss costs space only.
+        Ok(())
+    }
+
+    fn advanced(&self) {}
+}
+
+/// A session of the owner's own host.
+struct Local {
+    host: HostId,
+    answers: Arc<Answers>,
+}
+
+impl Asker for Local {
+    fn answer(&self, sequence: Sequence, verdict: &Verdict) -> Result<()> {
+        self.answers.put(self.host, sequence, verdict)
+    }
+
+    fn fail(&self, error: &Error) {
+        self.answers.fail(error);
+    }
+
+    fn answered(&self) {}
+
+    fn advanced(&self, _: u64) {}
+}
+
+/// A running engine.
+struct Host {
+    cluster: Arc<Cluster>,
+    owned: Owned,
+    detector: Detector,
+    askers: HashMap<SessionId, Arc<dyn Asker>>,
+    progress: u64,
+    incarnation: Incarnation,
+    sealed: u64,
+}
+
+struct Session {
+    id: SessionId,
+    host: usize,
+    blocks: Vec<Fingerprint>,
+    places: Vec<Option<Address>>,
+    /// What this round asked about.
+    asked: Vec<usize>,
+    answers: Arc<Answers>,
+    own: HashMap<Fingerprint, Address>,
+    undetected: u64,
+}
+
+struct World {
+    dir: tempfile::TempDir,
+    random: Random,
+    base: Instant,
+    clock: Arc<AtomicU64>,
+    hosts: Vec<Option<Host>>,
+    links: [[bool; HOSTS]; HOSTS],
+    map: PartitionMap,
+    journal: Vec<(JournalPosition, Vec<Entry>)>,
+    store: HashMap<Address, Fingerprint>,
+    sessions: Vec<Session>,
+    begun: usize,
+    starts: u32,
+    undetected: u64,
+}
+
+fn map(epoch: u64, hosts: &BTreeSet<u16>) -> PartitionMap {
+    let member = |n: &u16| Member {
+        number: HostId(*n),
+        name: format!("hv{n}"),
+        address: String::new(),
+        capacity: 1,
+    };
+    PartitionMap::at(MapEpoch(epoch), hosts.iter().map(member).collect()).unwrap()
+}
+
+fn block(n: u64) -> Fingerprint {
+    let mut bytes = [0; Fingerprint::LEN];
+    bytes[..8].copy_from_slice(&n.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes());
+    bytes[8..16].copy_from_slice(&n.to_be_bytes());
+    Fingerprint(bytes)
+}
+
+impl Host {
+    fn start(
+        dir: &Path,
+        us: HostId,
+        map: &PartitionMap,
+        (start, filled): (u32, bool),
+        now: impl Fn() -> Instant + Send + Sync + 'static,
+    ) -> Self {
+        let dir = dir.join(format!("{}-{start}", us.0));
+        let work = dir.join("work");
+        std::fs::create_dir_all(&work).unwrap();
+        let part = map.slices(us).digest();
+        let options = DetectOptions {
+            part,
+            partition_bits: 1,
+            ..DetectOptions::new(StoreId(uuid::Uuid::from_u128(1)))
+        };
+        let (detector, _) = Detector::open(&dir.join("index"), options).unwrap();
+        let owned = Owned { commands: Arc::default() };
+        let here = Here {
+            owner: Box::new(owned.clone()),
+            registry: Arc::new(Registry::default()),
+            clock: Box::new(now),
+        };
+        let place = (map.clone(), us, filled);
+        let instance = Instance(u64::from(start) << 32);
+        let cluster = Cluster::new(place, instance, here, (&work, 64 << 10), |_| Box::new(|| ()));
+        let (askers, incarnation) = (HashMap::new(), Incarnation(start));
+        Host { cluster, owned, detector, askers, progress: 0, incarnation, sealed: 0 }
+    }
+
+    /// One thing that waits for the owner, or a pass.
+    fn work(&mut self) {
+        let command = self.owned.commands.lock().unwrap().pop_front();
+        match command {
+            Some(Command::Register(session, asker)) => {
+                self.askers.insert(session, asker);
+            }
+            Some(Command::Ask(session, asked)) => self.detector.submit(session, &asked).unwrap(),
+            Some(Command::Release(session, grants)) => {
+                self.detector.release(session, &grants).unwrap();
+            }
+            Some(Command::Learn(mut entries, position)) => {
+                self.detector.learn(&mut entries, position).unwrap();
+                self.advance();
+            }
+            Some(Command::Withdraw(session)) => {
+                self.askers.remove(&session);
+                self.detector.withdraw(session);
+                self.advance();
+            }
+            None => self.pass(),
+        }
+    }
+
+    fn advance(&mut self) {
+        self.progress += 1;
+        self.askers.values().for_each(|asker| asker.advanced(self.progress));
+    }
+
+    fn pass(&mut self) {
+        let Some(partition) = self.detector.due(Instant::now(), true) else { return };
+        let askers = &self.askers;
+        self.detector
+            .pass(
+                partition,
+                &|session| askers.contains_key(&session),
+                &mut |session, sequence, verdict| match askers.get(&session) {
+                    Some(asker) => asker.answer(sequence, &verdict),
+                    None => Ok(()),
+                },
+            )
+            .unwrap();
+    }
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let shm = Path::new("/dev/shm");
+        let dir = if shm.exists() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() };
+        let all: BTreeSet<u16> = (0..3).collect();
+        let mut world = World {
+            dir: dir.unwrap(),
+            random: Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1),
+            base: Instant::now(),
+            clock: Arc::default(),
+            hosts: (0..HOSTS).map(|_| None).collect(),
+            links: [[true; HOSTS]; HOSTS],
+            map: map(1, &all),
+            journal: Vec::new(),
+            store: HashMap::new(),
+            sessions: Vec::new(),
+            begun: 0,
+            starts: 0,
+            undetected: 0,
+        };
+        (0..3).for_each(|host| world.start(host, true));
+        world
+    }
+
+    fn start(&mut self, host: usize, filled: bool) {
+        self.starts += 1;
+        let (clock, base) = (Arc::clone(&self.clock), self.base);
+        let now = move || base + Duration::from_millis(clock.load(Ordering::Acquire));
+        let us = HostId(host as u16);
+        let how = (self.starts, filled);
+        self.hosts[host] = Some(Host::start(self.dir.path(), us, &self.map, how, now));
+    }
+
+    fn alive(&self) -> Vec<usize> {
+        (0..HOSTS).filter(|host| self.hosts[*host].is_some()).collect()
+    }
+
+    fn any_alive(&mut self) -> Option<usize> {
+        let alive = self.alive();
+        let n = self.random.below(alive.len().max(1) as u64) as usize;
+        alive.get(n).copied()
+    }
+
+    /// One thing that happens without anything going wrong.
+    fn step(&mut self) {
+        let Some(host) = self.any_alive() else { return };
+        match self.random.below(10) {
+            0..=3 => {
+                if let Some(host) = &mut self.hosts[host] {
+                    host.work();
+                }
+            }
+            4..=6 => {
+                let to = self.random.below(HOSTS as u64) as usize;
+                self.carry(host, to);
+            }
+            7 => self.begin(host),
+            8 => self.fill(host),
+            _ => {
+                let n = self.random.below(self.sessions.len().max(1) as u64) as usize;
+                self.go_on(n);
+            }
+        }
+    }
+
+    /// A frame goes from one host to another, if the link is up; sometimes nobody hears that it came.
+    fn carry(&mut self, from: usize, to: usize) {
+        if from == to || !self.links[from][to] {
+            return;
+        }
+        let (Some(a), Some(b)) = (&self.hosts[from], &self.hosts[to]) else { return };
+        let (a, b) = (Arc::clone(&a.cluster), Arc::clone(&b.cluster));
+        let (us, them) = (a.us(), b.us());
+        // Who is not in the other's map is refused.
+        if !a.others().contains(&them) || !b.others().contains(&us) {
+            return;
+        }
+        let received = b.greeted(us, a.instance(them));
+        let next: FrameNumber = a.connected(them, b.instance(us), received);
+        if let Some((number, frame)) = a.next(them, next).unwrap() {
+            b.take(us, number, &frame).unwrap();
+            if self.random.below(10) > 0 {
+                a.taken(them, number);
+            }
+        } else {
+            // A sign of life.
+            a.taken(them, received);
+        }
+        if self.random.below(4) == 0 {
+            a.disconnected(them);
+        }
+    }
+
+    fn begin(&mut self, host: usize) {
+        if self.begun >= SESSIONS {
+            return;
+        }
+        self.begun += 1;
+        let count = 1 + self.random.below(BLOCKS);
+        // Common ones, some of them twice, and its own.
+        let own = self.begun as u64 * 1000;
+        let mut blocks = Vec::new();
+        for n in 0..count {
+            let common = self.random.below(3) > 0;
+            blocks.push(block(if common { self.random.below(COMMON) } else { own + n }));
+        }
+        let Some(here) = &self.hosts[host] else { return };
+        let us = here.cluster.us();
+        let id = SessionId::on(us, self.begun as u32);
+        let answers = Arc::new(Answers::new(self.dir.path(), 64 << 10));
+        answers.open(0);
+        let local = Local { host: us, answers: Arc::clone(&answers) };
+        here.owned.register(id, Arc::new(local)).unwrap();
+        let wake: crate::owner::Wake = Arc::new(|| ());
+        here.cluster.register(id, &answers, &wake);
+        let asked: Vec<usize> = (0..blocks.len()).collect();
+        let questions = asked.iter().map(|n| (blocks[*n], Sequence(*n as u64))).collect();
+        here.cluster.ask(id, questions).unwrap();
+        let places = vec![None; blocks.len()];
+        let (own, undetected) = (HashMap::new(), 0);
+        self.sessions.push(Session { id, host, blocks, places, asked, answers, own, undetected });
+    }
+
+    /// A session goes as far as its answers let it.
+    fn go_on(&mut self, n: usize) {
+        let Some(session) = self.sessions.get_mut(n) else { return };
+        if session.asked.is_empty() || session.answers.count(0) < session.asked.len() as u64 {
+            return;
+        }
+        let Some(host) = &mut self.hosts[session.host] else { return };
+        let mut stream = session.answers.take(0).unwrap();
+        let (mut write, mut again) = (Vec::new(), Vec::new());
+        for at in std::mem::take(&mut session.asked) {
+            let fingerprint = session.blocks[at];
+            match stream.answer(Sequence(at as u64)).unwrap() {
+                // The directory decides.
+                Some(Verdict::Stored(address))
+                    if self.store.get(&address) == Some(&fingerprint) =>
+                {
+                    session.places[at] = Some(address);
+                }
+                Some(Verdict::SameAs(..)) => match session.own.get(&fingerprint) {
+                    Some(address) => session.places[at] = Some(*address),
+                    None => again.push(at),
+                },
+                Some(Verdict::Stored(_) | Verdict::Grant) => write.push(at),
+                None => {
+                    session.undetected += 1;
+                    write.push(at);
+                }
+            }
+        }
+        let mut entries = Vec::new();
+        for at in write {
+            let fingerprint = session.blocks[at];
+            let container =
+                ContainerId { incarnation: host.incarnation, counter: host.sealed as u32 };
+            let address = *session.own.entry(fingerprint).or_insert_with(|| {
+                let address = Address { container, slot: Slot(entries.len() as u16) };
+                entries.push((fingerprint, address));
+                address
+            });
+            session.places[at] = Some(address);
+        }
+        if !entries.is_empty() {
+            host.sealed += 1;
+            let position = JournalPosition { incarnation: host.incarnation, n: host.sealed };
+            for (fingerprint, address) in &entries {
+                self.store.insert(*address, *fingerprint);
+            }
+            self.journal.push((position, entries.clone()));
+            host.cluster.learn(entries, position).unwrap();
+        }
+        let questions: Vec<_> =
+            again.iter().map(|at| (session.blocks[*at], Sequence(*at as u64))).collect();
+        session.asked = again;
+        if questions.is_empty() {
+            host.cluster.withdraw(session.id);
+            host.owned.withdraw(session.id);
+            self.undetected += session.undetected;
+        } else {
+            host.cluster.ask(session.id, questions).unwrap();
+        }
+    }
+
+    /// Goes by the newest map.
+    fn adopt(&mut self, host: usize) {
+        if let Some(host) = &self.hosts[host] {
+            host.cluster.adopt(self.map.clone()).unwrap();
+        }
+    }
+
+    /// Fills an index that is not of the map: once all that live have that map.
+    fn fill(&mut self, host: usize) {
+        let newest = self.map.epoch();
+        let all = self.hosts.iter().flatten().all(|host| host.cluster.map().epoch() == newest);
+        let Some(host) = &mut self.hosts[host] else { return };
+        if !all || host.cluster.index_epoch() == newest {
+            return;
+        }
+        let us = host.cluster.us();
+        let mut rebuild = host.detector.rebuild_as(self.map.slices(us).digest()).unwrap();
+        let mut watermark = Watermark::default();
+        for (position, entries) in &self.journal {
+            let ours: Vec<Entry> =
+                entries.iter().filter(|(f, _)| self.map.owner(f) == us).copied().collect();
+            rebuild.feed(&ours).unwrap();
+            watermark.raise(position.incarnation, position.n);
+        }
+        host.detector.install(rebuild.build(watermark).unwrap()).unwrap();
+        host.cluster.filled(newest).unwrap();
+    }
+
+    /// Something goes wrong, or the map changes.
+    fn disturb(&mut self, faults: bool) {
+        let host = self.random.below(HOSTS as u64) as usize;
+        match self.random.below(if faults { 6 } else { 2 }) {
+            0 => self.change_map(),
+            1 => self.adopt(host),
+            2 => {
+                let other = self.random.below(HOSTS as u64) as usize;
+                self.links[host][other] = self.random.below(2) == 0;
+            }
+            3 if self.hosts[host].is_some() => self.crash(host),
+            3 | 4 => {
+                if self.hosts[host].is_none() {
+                    self.start(host, false);
+                }
+            }
+            _ => self.pass_time(),
+        }
+    }
+
+    fn change_map(&mut self) {
+        let mut members: BTreeSet<u16> =
+            self.map.members().iter().map(|member| member.number.0).collect();
+        let host = self.random.below(HOSTS as u64) as u16;
+        if !members.insert(host) && members.len() > 1 {
+            members.remove(&host);
+        }
+        self.map = map(self.map.epoch().0 + 1, &members);
+        // A host starts to join; one that left goes on until its sessions have ended.
+        if self.hosts[usize::from(host)].is_none() && members.contains(&host) {
+            self.start(usize::from(host), false);
+        }
+    }
+
+    fn crash(&mut self, host: usize) {
+        self.hosts[host] = None;
+        self.sessions.retain(|session| session.host != host);
+    }
+
+    fn pass_time(&mut self) {
+        let most = SILENCE.as_millis() as u64 * 2;
+        let passed = self.random.below(most);
+        self.clock.fetch_add(passed, Ordering::AcqRel);
+        for host in self.hosts.iter().flatten() {
+            host.cluster.look();
+        }
+    }
+
+    /// Everything is mended, and comes to its end.
+    fn come_to_an_end(&mut self, seed: u64) {
+        self.links = [[true; HOSTS]; HOSTS];
+        for member in self.map.members().to_vec() {
+            let host = usize::from(member.number.0);
+            if self.hosts[host].is_none() {
+                self.start(host, false);
+            }
+        }
+        (0..HOSTS).for_each(|host| self.adopt(host));
+        for step in 0..END {
+            if self.begun >= SESSIONS && self.sessions.iter().all(|s| s.asked.is_empty()) {
+                return;
+            }
+            self.step();
+            if step % 500 == 499 {
+                self.clock.fetch_add(1000, Ordering::AcqRel);
+                self.hosts.iter().flatten().for_each(|host| host.cluster.look());
+            }
+        }
+        for host in self.hosts.iter().flatten() {
+            let commands = host.owned.commands.lock().unwrap().len();
+            let logged: Vec<u64> =
+                host.detector.partitions().map(|p| host.detector.waiting(p)).collect();
+            let needs: Vec<bool> =
+                host.cluster.others().iter().map(|other| host.cluster.needs(*other)).collect();
+            let (map, filling) = (host.cluster.map().epoch(), host.cluster.filling());
+            eprintln!(
+                "host {}: {commands} commands, {logged:?} logged, needs {needs:?}, {map:?}, filling \
+                 {filling}, index {:?}",
+                host.cluster.us().0,
+                host.cluster.index_epoch()
+            );
+        }
+        let waiting: BTreeMap<_, _> = self
+            .sessions
+            .iter()
+            .filter(|s| !s.asked.is_empty())
+            .map(|s| (s.id.0, (s.asked.len(), s.answers.count(0))))
+            .collect();
+        panic!("seed {seed}: sessions do not end (asked, answered): {waiting:?}");
+    }
+
+    /// No block is lost.
+    fn must_be_whole(&self, seed: u64) {
+        for session in &self.sessions {
+            for (block, place) in session.blocks.iter().zip(&session.places) {
+                let stored = place.and_then(|address| self.store.get(&address));
+                assert_eq!(stored, Some(block), "seed {seed}: a block is lost");
+            }
+        }
+    }
+
+    fn doubles(&self) -> usize {
+        self.store.len() - self.store.values().collect::<BTreeSet<_>>().len()
+    }
+}
+
+fn run(seed: u64, disturbed: Option<bool>) -> World {
+    let mut world = World::new(seed);
+    for _ in 0..STEPS {
+        match disturbed {
+            Some(faults) if world.random.below(25) == 0 => world.disturb(faults),
+            _ => world.step(),
+        }
+    }
+    world.come_to_an_end(seed);
+    world.must_be_whole(seed);
+    world
+}
+
+/// Seeds of a run of the tests; `FLEECE_TEST_SEED` tries one alone.
+fn seeds(count: u64) -> Vec<u64> {
+    match std::env::var("FLEECE_TEST_SEED").ok().and_then(|seed| seed.parse().ok()) {
+        Some(seed) => vec![seed],
+        None => (1..=count).collect(),
+    }
+}
+
+#[test]
+fn without_a_fault_nothing_is_stored_twice() {
+    for seed in seeds(1000) {
+        let world = run(seed, None);
+        assert_eq!((world.doubles(), world.undetected), (0, 0), "seed {seed}");
+    }
+}
+
+#[test]
+fn while_the_map_changes_every_session_ends_and_no_block_is_lost() {
+    for seed in seeds(1000) {
+        run(seed, Some(false));
+    }
+}
+
+#[test]
+fn whatever_fails_every_session_ends_and_no_block_is_lost() {
+    for seed in seeds(1000) {
+        run(seed, Some(true));
+    }
+}
