@@ -203,7 +203,11 @@ impl Config {
         Ok(config)
     }
 
-    fn check(&self) -> Result<()> {
+    /// Whether it can be used.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`] says what is wrong.
+    pub fn check(&self) -> Result<()> {
         if !(1..=19).contains(&self.compression_level) {
             return Err(Error::new(
                 Kind::Usage,

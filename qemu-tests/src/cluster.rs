@@ -130,6 +130,35 @@ impl Cluster {
         Ok(host)
     }
 
+    /// The same by a bundle of the first host: all that the new one is given.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn join_by_bundle(&mut self) -> Result<usize> {
+        let (host, fixture) = (self.hosts.len(), &self.fixture);
+        let network = self.network.as_mut().context("hosts of a list cannot join")?;
+        network.add_host()?;
+        let name = format!("hv{host}");
+        let (passphrase, bundle) = (fixture.text("passphrase"), fixture.text("bundle"));
+        fs::write(&passphrase, "correct horse\n")?;
+        let ca = fixture.text("ca");
+        let from = self.hosts[0].config.display().to_string();
+        let invite =
+            ["--config", &from, "cluster", "invite", &name, "--dir", &ca, "--out", &bundle];
+        fixture.fleecectl(&[&invite[..], &["--passphrase-file", &passphrase]].concat())?;
+        let config = fixture.path(&format!("{name}/engine.toml"));
+        let (to, address) =
+            (config.display().to_string(), format!("{}:{PORT}", network.address(host)));
+        let join = ["--config", &to, "cluster", "join", &bundle, "--passphrase-file", &passphrase];
+        fixture.fleecectl(&[&join[..], &["--address", &address]].concat())?;
+        // Nothing is replaced.
+        fixture.try_fleecectl(&[&join[..], &["--address", &address]].concat())?.code(2)?;
+        let socket = fixture.path(&format!("{name}.sock"));
+        self.hosts.push(Host { name, config, socket, engine: None });
+        self.start(host)?;
+        Ok(host)
+    }
+
     /// Writes the configuration of the next host.
     fn describe(&mut self, cluster: &str) -> Result {
         let (fixture, name) = (&self.fixture, format!("hv{}", self.hosts.len()));

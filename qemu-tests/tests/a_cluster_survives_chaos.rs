@@ -15,9 +15,9 @@ use qemu_tests::{Result, image};
 
 const HOSTS: usize = 3;
 /// Several on each host.
-const VMS: usize = 7;
+const VMS: usize = 5;
 /// Things that go wrong.
-const FAULTS: u64 = 8;
+const FAULTS: u64 = 6;
 /// Between two of them, in milliseconds, at most.
 const PAUSE: u64 = 4000;
 

@@ -42,7 +42,7 @@ fn hosts_join_and_are_drained_and_a_block_stays_stored_once() -> Result {
         Ok(cluster.figure(1, "unique_blocks")? == expected)
     })?;
 
-    let fourth = cluster.join()?;
+    let fourth = cluster.join_by_bundle()?;
     cluster.wait_members(4)?;
     ensure!(cluster.figure(fourth, "unique_blocks")? == expected, "not exact after a join");
     let again = cluster.backup(fourth, "fourth", all[0])?.finish(LONG)?.code(0)?;

@@ -5,23 +5,22 @@
 //! Sessions are reduced to asking, writing what they are granted, and asking again about what
 //! others write. The oracle is the store: a map from addresses to fingerprints.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+mod host;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use self::host::{Host, Local};
+use super::SILENCE;
 use super::map::{MapEpoch, Member, PartitionMap};
 use super::outbox::FrameNumber;
-use super::{Cluster, Here, Instance, SILENCE};
-use crate::detect::{DetectOptions, Detector, JournalPosition, Verdict, Watermark};
-use crate::error::{Error, Result};
-use crate::ids::{
-    Address, ContainerId, Fingerprint, HostId, Incarnation, Sequence, SessionId, Slot, StoreId,
-};
-use crate::owner::{Asker, Entry, Part};
+use crate::detect::{JournalPosition, Verdict, Watermark};
+use crate::ids::{Address, ContainerId, Fingerprint, HostId, Sequence, SessionId, Slot};
+use crate::owner::{Entry, Part};
 use crate::session::answers::Answers;
-use crate::session::registry::Registry;
 
 /// Hosts that there can be.
 const HOSTS: usize = 4;
@@ -45,92 +44,6 @@ impl Random {
         self.0 ^= self.0 >> 27;
         (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit
     }
-}
-
-/// What an owner is told, in order.
-enum Command {
-    Register(SessionId, Arc<dyn Asker>),
-    Ask(SessionId, Vec<(Fingerprint, Sequence)>),
-    Release(SessionId, Vec<(Fingerprint, Sequence)>),
-    Learn(Vec<Entry>, JournalPosition),
-    Withdraw(SessionId),
-}
-
-/// An owner that works when the simulation lets it.
-#[derive(Clone)]
-struct Owned {
-    commands: Arc<Mutex<VecDeque<Command>>>,
-}
-
-impl Owned {
-    fn push(&self, command: Command) -> Result<()> {
-        self.commands.lock().unwrap().push_back(command);
-        Ok(())
-    }
-}
-
-impl Part for Owned {
-    fn register(&self, session: SessionId, asker: Arc<dyn Asker>) -> Result<()> {
-        self.push(Command::Register(session, asker))
-    }
-
-    fn ask(&self, session: SessionId, asked: Vec<(Fingerprint, Sequence)>) -> Result<()> {
-        self.push(Command::Ask(session, asked))
-    }
-
-    fn release(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()> {
-        self.push(Command::Release(session, grants))
-    }
-
-    fn waiting(&self, _: SessionId, _: bool) -> Result<()> {
-        Ok(())
-    }
-
-    fn learn(&self, entries: Vec<Entry>, position: JournalPosition) -> Result<()> {
-        self.push(Command::Learn(entries, position))
-    }
-
-    fn withdraw(&self, session: SessionId) {
-        self.push(Command::Withdraw(session)).unwrap();
-    }
-
-    fn refill(&self) -> Result<()> {
-        // What it missed it reads when it is next filled; a miss costs space only.
-        Ok(())
-    }
-
-    fn advanced(&self) {}
-}
-
-/// A session of the owner's own host.
-struct Local {
-    host: HostId,
-    answers: Arc<Answers>,
-}
-
-impl Asker for Local {
-    fn answer(&self, sequence: Sequence, verdict: &Verdict) -> Result<()> {
-        self.answers.put(self.host, sequence, verdict)
-    }
-
-    fn fail(&self, error: &Error) {
-        self.answers.fail(error);
-    }
-
-    fn answered(&self) {}
-
-    fn advanced(&self, _: u64) {}
-}
-
-/// A running engine.
-struct Host {
-    cluster: Arc<Cluster>,
-    owned: Owned,
-    detector: Detector,
-    askers: HashMap<SessionId, Arc<dyn Asker>>,
-    progress: u64,
-    incarnation: Incarnation,
-    sealed: u64,
 }
 
 struct Session {
@@ -176,82 +89,6 @@ fn block(n: u64) -> Fingerprint {
     bytes[..8].copy_from_slice(&n.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes());
     bytes[8..16].copy_from_slice(&n.to_be_bytes());
     Fingerprint(bytes)
-}
-
-impl Host {
-    fn start(
-        dir: &Path,
-        us: HostId,
-        map: &PartitionMap,
-        (start, filled): (u32, bool),
-        now: impl Fn() -> Instant + Send + Sync + 'static,
-    ) -> Self {
-        let dir = dir.join(format!("{}-{start}", us.0));
-        let work = dir.join("work");
-        std::fs::create_dir_all(&work).unwrap();
-        let part = map.slices(us).digest();
-        let options = DetectOptions {
-            part,
-            partition_bits: 1,
-            ..DetectOptions::new(StoreId(uuid::Uuid::from_u128(1)))
-        };
-        let (detector, _) = Detector::open(&dir.join("index"), options).unwrap();
-        let owned = Owned { commands: Arc::default() };
-        let here = Here {
-            owner: Box::new(owned.clone()),
-            registry: Arc::new(Registry::default()),
-            clock: Box::new(now),
-        };
-        let place = (map.clone(), us, filled);
-        let instance = Instance(u64::from(start) << 32);
-        let cluster = Cluster::new(place, instance, here, (&work, 64 << 10), |_| Box::new(|| ()));
-        let (askers, incarnation) = (HashMap::new(), Incarnation(start));
-        Host { cluster, owned, detector, askers, progress: 0, incarnation, sealed: 0 }
-    }
-
-    /// One thing that waits for the owner, or a pass.
-    fn work(&mut self) {
-        let command = self.owned.commands.lock().unwrap().pop_front();
-        match command {
-            Some(Command::Register(session, asker)) => {
-                self.askers.insert(session, asker);
-            }
-            Some(Command::Ask(session, asked)) => self.detector.submit(session, &asked).unwrap(),
-            Some(Command::Release(session, grants)) => {
-                self.detector.release(session, &grants).unwrap();
-            }
-            Some(Command::Learn(mut entries, position)) => {
-                self.detector.learn(&mut entries, position).unwrap();
-                self.advance();
-            }
-            Some(Command::Withdraw(session)) => {
-                self.askers.remove(&session);
-                self.detector.withdraw(session);
-                self.advance();
-            }
-            None => self.pass(),
-        }
-    }
-
-    fn advance(&mut self) {
-        self.progress += 1;
-        self.askers.values().for_each(|asker| asker.advanced(self.progress));
-    }
-
-    fn pass(&mut self) {
-        let Some(partition) = self.detector.due(Instant::now(), true) else { return };
-        let askers = &self.askers;
-        self.detector
-            .pass(
-                partition,
-                &|session| askers.contains_key(&session),
-                &mut |session, sequence, verdict| match askers.get(&session) {
-                    Some(asker) => asker.answer(sequence, &verdict),
-                    None => Ok(()),
-                },
-            )
-            .unwrap();
-    }
 }
 
 impl World {

@@ -87,30 +87,9 @@ fn guests(bench: &Bench, report: &mut Report, targets: &mut Vec<Target>) -> Resu
             .map(|name| name.path().join(format!("day{day}.raw")))
             .filter(|path| path.exists())
             .collect();
-        let bytes = paths.iter().map(|path| blocks::warm(path)).sum::<Result<u64>>()?;
-        let (before, start) = (sent(&cluster, HOSTS)?, Instant::now());
-        let begin =
-            |(n, path): (usize, &PathBuf)| cluster.backup(n % HOSTS, &format!("vm{n}"), path);
-        let running: Vec<Running> = paths.iter().enumerate().map(begin).collect::<Result<_>>()?;
-        for one in running {
-            one.finish(LIMIT)?.code(0)?;
-        }
-        let seconds = start.elapsed().as_secs_f64();
-        let bytes_sent = sent(&cluster, HOSTS)? - before;
-        let (mut asked, mut new) = (0, 0);
-        for n in 0..paths.len() {
-            let (a, b) = asked_and_new(&cluster, n % HOSTS, &format!("vm{n}"))?;
-            (asked, new) = (asked + a, new + b);
-        }
-        table.row(&[
-            day.to_string(),
-            number(bytes as f64 / f64::from(1 << 30)),
-            number(seconds),
-            number(rate(bytes, seconds)),
-            number(asked as f64 / 1000.0),
-            format!("{:.0} %", new as f64 * 100.0 / asked.max(1) as f64),
-            number(bytes_sent as f64 / asked.max(1) as f64),
-        ]);
+        let mut row = vec![day.to_string()];
+        row.extend(one_day(&cluster, &paths)?);
+        table.row(&row);
         all.extend(paths);
     }
     let paths: Vec<&Path> = all.iter().map(PathBuf::as_path).collect();
@@ -137,6 +116,32 @@ fn guests(bench: &Bench, report: &mut Report, targets: &mut Vec<Target>) -> Resu
         "",
     ));
     Ok(())
+}
+
+/// All guests of a day at once; gives the cells of a row.
+fn one_day(cluster: &Cluster, paths: &[PathBuf]) -> Result<[String; 6]> {
+    let bytes = paths.iter().map(|path| blocks::warm(path)).sum::<Result<u64>>()?;
+    let (before, start) = (sent(cluster, HOSTS)?, Instant::now());
+    let begin = |(n, path): (usize, &PathBuf)| cluster.backup(n % HOSTS, &format!("vm{n}"), path);
+    let running: Vec<Running> = paths.iter().enumerate().map(begin).collect::<Result<_>>()?;
+    for one in running {
+        one.finish(LIMIT)?.code(0)?;
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    let bytes_sent = sent(cluster, HOSTS)? - before;
+    let (mut asked, mut new) = (0, 0);
+    for n in 0..paths.len() {
+        let (a, b) = asked_and_new(cluster, n % HOSTS, &format!("vm{n}"))?;
+        (asked, new) = (asked + a, new + b);
+    }
+    Ok([
+        number(bytes as f64 / f64::from(1 << 30)),
+        number(seconds),
+        number(rate(bytes, seconds)),
+        number(asked as f64 / 1000.0),
+        format!("{:.0} %", new as f64 * 100.0 / asked.max(1) as f64),
+        number(bytes_sent as f64 / asked.max(1) as f64),
+    ])
 }
 
 /// The network's cost at exactly 20 % new.

@@ -109,7 +109,7 @@ pub(crate) fn run(options: &Options, config_path: &Path, json: bool) -> Result<(
 }
 
 /// The key beside `engine.toml` is `engine.key`.
-fn key_name(config_path: &Path) -> PathBuf {
+pub(crate) fn key_name(config_path: &Path) -> PathBuf {
     let stem = config_path.file_stem().unwrap_or(std::ffi::OsStr::new("store"));
     Path::new(stem).with_extension("key")
 }
@@ -160,7 +160,7 @@ pub(crate) fn read_passphrase(path: &Path) -> Result<String> {
     Ok(line.to_owned())
 }
 
-fn write_config(path: &Path, config: &Config) -> Result<()> {
+pub(crate) fn write_config(path: &Path, config: &Config) -> Result<()> {
     let text = toml::to_string(config)
         .map_err(|e| Error::caused(Kind::Failed, "cannot write the configuration", e))?;
     let mut file = std::fs::OpenOptions::new()

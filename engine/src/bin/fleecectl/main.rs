@@ -107,7 +107,7 @@ fn run(options: Options) -> Result<ExitCode> {
     match options.verb {
         Verb::Init(init) => init::run(&init, &options.config, options.json)?,
         Verb::Key(verb) => key::run(verb, &options.config, options.json)?,
-        Verb::Cluster(verb) => cluster::run(&verb, options.json)?,
+        Verb::Cluster(verb) => cluster::run(&verb, &options.config, options.json)?,
         Verb::Completions { shell } => {
             let mut command = Options::command();
             clap_complete::generate(shell, &mut command, "fleecectl", &mut std::io::stdout());
