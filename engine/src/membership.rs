@@ -189,7 +189,7 @@ impl Membership {
         let mut registered = self.register().await?;
         for _ in 0..TRIES {
             let seen = self.look(&mut registered).await?;
-            let document = match seen.next() {
+            let document = match self.next(&seen) {
                 Some(next) => {
                     if !self.put(&mut registered, &seen, &next).await? {
                         continue;
@@ -275,6 +275,19 @@ impl Membership {
         Ok(self.answer(registered.client.txn(replace)).await?.succeeded())
     }
 
+    /// The map that fits the hosts; `None` if the one there does. Where etcd has lost its map, the one
+    /// that this host had last goes on: epochs never go back, and numbers stay whose they were.
+    fn next(&self, seen: &Seen) -> Option<Document> {
+        if seen.map.is_some() {
+            return seen.next();
+        }
+        let kept = std::fs::read(&self.kept).ok().and_then(|bytes| Document::decode(&bytes).ok());
+        let Some(kept) = kept else { return seen.next() };
+        let again = Document { epoch: MapEpoch(kept.epoch.0 + 1), ..kept.clone() };
+        let with = Seen { map: Some(kept), ..seen.clone() };
+        Some(with.next().unwrap_or(again))
+    }
+
     /// Keeps the map for a start without etcd. That it cannot be kept matters then only.
     fn keep(&self, document: &Document) {
         let kept = serde_json::to_vec(document).map_err(std::io::Error::other).and_then(|bytes| {
@@ -321,7 +334,7 @@ impl Membership {
             none => none.insert(self.register().await?),
         };
         let seen = self.look(registered).await?;
-        if let Some(next) = seen.next() {
+        if let Some(next) = self.next(&seen) {
             // Whoever loses sees the winner's a second later.
             self.put(registered, &seen, &next).await?;
             return Ok(());
@@ -404,5 +417,29 @@ mod tests {
         let map = map.map().unwrap();
         assert!(map.slices(map.host("b").unwrap()).is_empty());
         assert_eq!(seen(&["a", "b"], &["a", "b"], None).next(), None);
+    }
+
+    #[test]
+    fn where_etcd_has_lost_its_map_the_last_one_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let membership = Membership {
+            endpoints: Vec::new(),
+            prefix: String::new(),
+            name: "a".into(),
+            announcement: Announcement { address: String::new(), capacity: 1 },
+            kept: dir.path().join("map.json"),
+        };
+        let nothing = seen(&["a", "b"], &[], None);
+        assert_eq!(membership.next(&nothing).unwrap().epoch, MapEpoch(1));
+        let joined = seen(&["a", "b", "c"], &[], nothing.next()).next().unwrap();
+        membership.keep(&joined);
+        let again = membership.next(&seen(&["a", "b", "c"], &[], None)).unwrap();
+        assert_eq!((again.epoch, &again.numbers), (MapEpoch(3), &joined.numbers));
+        // Not all are there yet.
+        let some = membership.next(&nothing).unwrap();
+        assert_eq!(
+            (some.epoch, some.hosts.len(), &some.numbers),
+            (MapEpoch(3), 2, &joined.numbers)
+        );
     }
 }

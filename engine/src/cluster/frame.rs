@@ -54,6 +54,8 @@ pub enum Message {
     },
     /// What was sent before is lost: of the sender's sessions and of the answers to the receiver's.
     Reset,
+    /// The receiver was not told of everything that was stored: it is in the journals.
+    Behind,
 }
 
 const ASK: u8 = 1;
@@ -70,6 +72,7 @@ const GIVE_UP: u8 = 11;
 const GAVE_UP: u8 = 12;
 const RESET: u8 = 13;
 const MOVED: u8 = 14;
+const BEHIND: u8 = 16;
 /// No message: the epoch of all that follows.
 const EPOCH: u8 = 15;
 
@@ -151,6 +154,7 @@ impl FrameWriter {
                 self.number(u64::from(to.0));
             }
             Message::Reset => self.bytes.push(RESET),
+            Message::Behind => self.bytes.push(BEHIND),
         }
     }
 
@@ -309,6 +313,7 @@ impl<'f> FrameReader<'f> {
                 Message::GaveUp { from, to: SessionId(self.small()?) }
             }
             RESET => Message::Reset,
+            BEHIND => Message::Behind,
             other => return Err(wrong(&format!("a message of kind {other}"))),
         };
         Ok(Some(message))
@@ -471,6 +476,7 @@ mod tests {
             }),
             (session(), session()).prop_map(|(from, to)| Message::GaveUp { from, to }),
             Just(Message::Reset),
+            Just(Message::Behind),
         ]
     }
 

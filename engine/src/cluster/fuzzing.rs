@@ -54,6 +54,7 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         },
         Message::GaveUp { from: SessionId(1), to: session },
         Message::Reset,
+        Message::Behind,
         Message::Withdraw(session),
     ];
     let mut writer = FrameWriter::default();

@@ -60,6 +60,8 @@ impl Cluster {
             eprintln!("fleece-engine: {} was started anew", self.name(peer.host));
             peer.outbox.restart();
             self.cut(peer.host);
+            // It has read the journals at its start; what was stored since then it was not told.
+            self.put(peer.host, &Message::Behind);
         }
     }
 
@@ -171,6 +173,7 @@ impl Cluster {
                 }
                 Ok(())
             }
+            Message::Behind => self.owner.refill(),
             Message::Reset => {
                 let ended = std::mem::take(&mut peer.link().sessions);
                 ended.into_iter().for_each(|session| self.owner.withdraw(session));

@@ -106,9 +106,9 @@ pub struct HostView {
 }
 
 impl Cluster {
-    /// This host, number `us` of the map; what it says is of `instance` and those after it; `filled` is what its index has of its part. What waits for
-    /// others takes `memory` bytes, and spills into `dir`; `ready` makes what is called when something
-    /// waits for a host.
+    /// This host, number `us` of the map; what it says is of `instance` and those after it; `filled`:
+    /// its index has all of its part. What waits for others takes `memory` bytes, and spills into
+    /// `dir`; `ready` makes what is called when something waits for a host.
     pub fn new(
         (map, us, filled): (PartitionMap, HostId, bool),
         instance: Instance,
@@ -322,6 +322,9 @@ impl Cluster {
     pub fn look(&self) {
         let now = self.now();
         for peer in self.all_peers() {
+            if peer.take_broken() {
+                self.lose(&peer, "an answer to it could not be kept");
+            }
             let needed = self.needs(peer.host);
             let mut link = peer.link();
             if !needed {
@@ -340,17 +343,19 @@ impl Cluster {
 
     /// Gives a host up until it has a link again.
     fn lose(&self, peer: &Peer, why: &str) {
-        {
+        let met = {
             let mut link = peer.link();
             if std::mem::replace(&mut link.lost, true) {
                 return;
             }
-        }
+            link.instance.is_some()
+        };
         let name = self.name(peer.host);
         eprintln!("fleece-engine: {name} is given up, blocks that it has are missed: {why}");
         peer.outbox.clear();
         // The first thing that it hears when it is back.
-        let _ = peer.outbox.put(&Message::Reset);
+        let first = if met { Message::Reset } else { Message::Behind };
+        let _ = peer.outbox.put(&first);
         self.cut(peer.host);
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -23,6 +23,8 @@ pub(super) struct Peer {
     link: Mutex<Link>,
     /// The owner's progress that it was told last.
     advanced: AtomicU64,
+    /// An answer to it could not be kept: it would wait for ever.
+    broken: AtomicBool,
 }
 
 /// How it is with a host.
@@ -59,7 +61,14 @@ impl Peer {
             sessions: HashSet::new(),
         };
         let outbox = Outbox::new(dir, share, ready);
-        Peer { host, ours, outbox, link: Mutex::new(link), advanced: AtomicU64::new(0) }
+        Peer {
+            host,
+            ours,
+            outbox,
+            link: Mutex::new(link),
+            advanced: AtomicU64::new(0),
+            broken: AtomicBool::new(false),
+        }
     }
 
     pub(super) fn link(&self) -> MutexGuard<'_, Link> {
@@ -68,7 +77,15 @@ impl Peer {
 
     /// Puts something into the outbox; what cannot be kept is lost with its host a little later.
     fn send(&self, message: &Message) -> Result<()> {
-        if self.link().lost { Ok(()) } else { self.outbox.put(message) }
+        if self.link().lost {
+            return Ok(());
+        }
+        self.outbox.put(message).inspect_err(|_| self.broken.store(true, Ordering::Release))
+    }
+
+    /// Whether something for it was lost since the last call.
+    pub(super) fn take_broken(&self) -> bool {
+        self.broken.swap(false, Ordering::AcqRel)
     }
 }
 

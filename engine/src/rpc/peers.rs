@@ -235,7 +235,9 @@ impl peer::Server for Server {
             return Err(capnp::Error::failed("the certificate is another host's".into()));
         }
         let (host, instance) = self.peers.greeted(greeting)?;
-        let received = self.peers.cluster.greeted(host, instance);
+        // It may have to tell the owner of sessions that are gone.
+        let cluster = Arc::clone(&self.peers.cluster);
+        let received = blocking(move || Ok(cluster.greeted(host, instance))).await?;
         *self.host.borrow_mut() = Some(host);
         results.get().set_received(received.0);
         self.peers.greet(host, results.get().init_you());
