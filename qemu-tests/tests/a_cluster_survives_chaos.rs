@@ -125,7 +125,9 @@ impl Chaos {
         let (over, still) =
             std::mem::take(&mut self.broken).into_iter().partition(|one| one.2 <= now);
         self.broken = still;
-        let over: Vec<(usize, Fault, Instant)> = over;
+        let mut over: Vec<(usize, Fault, Instant)> = over;
+        // Cables before the engines that need them.
+        over.sort_by_key(|(_, fault, _)| *fault == Fault::Engine);
         for (host, fault, _) in over {
             match fault {
                 // An engine on a host without its store cannot start: it comes back with the cable.
@@ -175,10 +177,7 @@ fn whatever_goes_wrong_in_whatever_order() -> Result {
         let fault = faults[chance.below(faults.len() as u64) as usize];
         chaos.break_something(fault, &mut chance)?;
     }
-    // Cables before engines.
-    for _ in 0..2 {
-        chaos.mend(Instant::now() + Duration::from_secs(3600))?;
-    }
+    chaos.mend(Instant::now() + Duration::from_secs(3600))?;
     ensure!(chaos.broken.is_empty(), "{:?}", chaos.broken);
     for n in 0..VMS {
         chaos.reap(n)?;

@@ -143,11 +143,12 @@ impl Cluster {
             filling.extend(&ours.without(&before));
             placement.filling = filling.without(&filling.without(&ours));
             // Another map by which we own the same is no change for the index.
-            if before == ours && placement.index == placement.map.epoch() {
+            let changed = missed || before != ours;
+            if !changed && placement.index == placement.map.epoch() {
                 placement.index = map.epoch();
             }
             placement.map = Arc::clone(&map);
-            before != ours
+            changed
         };
         self.meet_members(&map);
         let late = self.late().take();
@@ -175,7 +176,8 @@ impl Cluster {
         self.moved.ring(|waiting| waiting.ending = true);
     }
 
-    /// Our index has all that is ours by that map.
+    /// Our index has all that is ours by that map. If there is a newer one meanwhile,
+    /// [`Cluster::next_move`] gives that.
     ///
     /// # Errors
     /// When the engine is ending, or what must wait still cannot be kept.
@@ -183,6 +185,8 @@ impl Cluster {
         {
             let mut placement = self.placement_mut();
             if placement.map.epoch() != epoch {
+                drop(placement);
+                self.move_again();
                 return Ok(());
             }
             placement.filling = Slices::default();

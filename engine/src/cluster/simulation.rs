@@ -452,3 +452,28 @@ fn whatever_fails_every_session_ends_and_no_block_is_lost() {
         run(seed, Some(true));
     }
 }
+
+#[test]
+fn a_map_that_comes_while_an_index_is_filled_is_filled_for_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let two = map(1, &BTreeSet::from([0, 1]));
+    let host = Host::start(dir.path(), HostId(0), &two, (1, true), Instant::now);
+    let next = || {
+        let (cluster, (send, receive)) =
+            (Arc::clone(&host.cluster), std::sync::mpsc::channel::<Option<MapEpoch>>());
+        std::thread::spawn(move || {
+            let _ = send.send(cluster.next_move(Duration::ZERO).map(|map| map.epoch()));
+        });
+        receive.recv_timeout(Duration::from_secs(10)).unwrap()
+    };
+    let alone = map(2, &BTreeSet::from([0]));
+    host.cluster.adopt(alone.clone()).unwrap();
+    assert_eq!(next(), Some(MapEpoch(2)));
+    // By the next one it owns the same; the index for the one before is done only now.
+    host.cluster.adopt(PartitionMap::at(MapEpoch(3), alone.members().to_vec()).unwrap()).unwrap();
+    host.cluster.filled(MapEpoch(2)).unwrap();
+    assert!(host.cluster.filling() > 0);
+    assert_eq!(next(), Some(MapEpoch(3)));
+    host.cluster.filled(MapEpoch(3)).unwrap();
+    assert_eq!((host.cluster.filling(), host.cluster.index_epoch()), (0, MapEpoch(3)));
+}
