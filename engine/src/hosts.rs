@@ -34,6 +34,9 @@ pub struct HostReport {
     pub double_blocks: u64,
     /// Bytes of its index.
     pub index_bytes: u64,
+    /// Blocks of it that checkpoints in the store have, for whoever owns its part next.
+    #[serde(default)]
+    pub checkpointed_blocks: u64,
     /// Backups that run on it.
     pub sessions: usize,
     /// Its engine's memory budget.
@@ -98,6 +101,7 @@ pub fn own(context: &Context) -> Result<HostReport> {
         unique_blocks: figures.unique_blocks.load(Relaxed),
         double_blocks: figures.double_blocks.load(Relaxed),
         index_bytes: figures.index_bytes.load(Relaxed),
+        checkpointed_blocks: figures.checkpointed_blocks.load(Relaxed),
         sessions: context.registry.list().len(),
         memory_budget: context.budget.total,
         peak_anonymous: crate::memory::peak_anonymous(),

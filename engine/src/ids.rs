@@ -247,6 +247,14 @@ impl Slices {
         self.0.iter().map(|word| word.count_ones() as usize).sum()
     }
 
+    /// Those that are in another set, too.
+    #[must_use]
+    pub fn and(&self, other: &Slices) -> Slices {
+        let mut both = self.clone();
+        both.0.iter_mut().zip(other.0).for_each(|(word, others)| *word &= others);
+        both
+    }
+
     /// Those that are not in another set.
     #[must_use]
     pub fn without(&self, other: &Slices) -> Slices {
@@ -268,6 +276,32 @@ impl Slices {
         self.0.iter().for_each(|word| hash.update(word.to_le_bytes()));
         let [a, b, c, d, e, f, g, h, ..] = <[u8; 32]>::from(hash.finalize());
         u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
+}
+
+/// Hexadecimal, 16 digits for 64 slices, the first one in the lowest bit.
+impl Serialize for Slices {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let text: String = self.0.iter().map(|word| format!("{word:016x}")).collect();
+        serializer.serialize_str(&text)
+    }
+}
+
+impl<'de> Deserialize<'de> for Slices {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error as _;
+        let wrong = || D::Error::custom("it is no set of slices");
+        let text = String::deserialize(deserializer)?;
+        let (words, rest) = text.as_bytes().as_chunks::<16>();
+        let mut set = Slices::default();
+        if !rest.is_empty() || words.len() != set.0.len() {
+            return Err(wrong());
+        }
+        for (word, digits) in set.0.iter_mut().zip(words) {
+            let digits = std::str::from_utf8(digits).map_err(|_| wrong())?;
+            *word = u64::from_str_radix(digits, 16).map_err(|_| wrong())?;
+        }
+        Ok(set)
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
-use crate::detect::{Detector, JournalPosition, Partition, Rebuild, Rebuilt, Verdict};
+use crate::detect::{Detector, JournalPosition, Partition, Rebuild, Rebuilt, Verdict, Watermark};
 use crate::error::{Error, Kind, Result};
 use crate::hosts::PartitionReport;
 use crate::ids::{Address, Fingerprint, Sequence, SessionId};
@@ -111,6 +111,7 @@ enum Command {
     Refill,
     Describe { reply: Sender<Vec<PartitionReport>> },
     Entries { partition: Partition, after: Option<Fingerprint>, reply: Sender<Result<Vec<Entry>>> },
+    Applied { reply: Sender<Watermark> },
     Rebuild { part: Option<u64>, reply: Sender<Result<Rebuild>> },
     Install { rebuilt: Rebuilt, reply: Sender<Result<()>> },
     Stop,
@@ -128,6 +129,8 @@ pub struct Figures {
     pub double_blocks: AtomicU64,
     /// Bytes of the index's files.
     pub index_bytes: AtomicU64,
+    /// Entries that are in checkpoints in the store.
+    pub checkpointed_blocks: AtomicU64,
     /// Grows whenever blocks were sealed or a session ended: questions may have new answers.
     pub progress: AtomicU64,
 }
@@ -266,6 +269,16 @@ impl Owner {
         let (reply, answer) = bounded(1);
         self.send(Command::Entries { partition, after, reply })?;
         answer.recv().map_err(|_| stopped())?
+    }
+
+    /// Up to where all that the journals record has been learned.
+    ///
+    /// # Errors
+    /// When the engine is ending.
+    pub fn applied(&self) -> Result<Watermark> {
+        let (reply, answer) = bounded(1);
+        self.send(Command::Applied { reply })?;
+        answer.recv().map_err(|_| stopped())
     }
 
     /// Begins a new index beside the present one; it is fed and built by the caller, and
@@ -492,6 +505,10 @@ impl OwnerThread {
             }
             Command::Entries { partition, after, reply } => {
                 let _ = reply.send(self.entries(partition, after));
+                Ok(())
+            }
+            Command::Applied { reply } => {
+                let _ = reply.send(self.detector.applied().clone());
                 Ok(())
             }
             Command::Rebuild { part, reply } => {

@@ -158,7 +158,7 @@ fn ownership(
     }
 }
 
-/// The thread that fills the index for what this host comes to own.
+/// The thread that fills the index for what this host comes to own, and checkpoints it.
 fn start_mover(context: &Context) -> Result<Option<std::thread::JoinHandle<()>>> {
     if context.owners.cluster().is_none() {
         return Ok(None);
@@ -166,7 +166,7 @@ fn start_mover(context: &Context) -> Result<Option<std::thread::JoinHandle<()>>>
     let context = context.clone();
     let mover = std::thread::Builder::new().name("mover".into()).spawn(move || {
         after_the_guests();
-        moving::keep_filled(&context, moving::SETTLE);
+        moving::keep_part(&context, moving::PACE);
     });
     mover.map(Some).context(|| "cannot start the thread that fills the index".into())
 }

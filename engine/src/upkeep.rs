@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use crate::detect::{Detector, Partition, Rebuild, Watermark};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{Address, ContainerId, Fingerprint};
+use crate::ids::{Address, ContainerId, Fingerprint, Slice, Slices};
+use crate::jobs::checkpoint::{Checkpoints, journal_ends};
 use crate::jobs::rebuild::{each_entry, last_entry};
 use crate::jobs::repair;
 use crate::jobs::restore::{Options, Outcome, Restorer, Sink};
@@ -101,47 +102,87 @@ pub fn refill(
 pub fn rebuild_index(context: &Context, emit: Emit<'_>) -> Result<u64> {
     let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
     let rebuild = context.owners.here().begin_rebuild()?;
-    build(context, rebuild, &context.owners.ownership(), emit)
-}
-
-/// Builds the index anew for another part of the fingerprints, and says whether it is installed.
-///
-/// # Errors
-/// When the journals cannot be read or the index cannot be written.
-pub fn rebuild_index_for(
-    context: &Context,
-    part: u64,
-    owns: &dyn Fn(&Fingerprint) -> bool,
-) -> Result<u64> {
-    let _only_one = context.rebuilding.lock().unwrap_or_else(PoisonError::into_inner);
-    let rebuild = context.owners.here().begin_rebuild_as(part)?;
-    build(context, rebuild, owns, &mut |line| {
-        eprintln!("fleece-engine: {line}");
-        Ok(())
+    let owns = context.owners.ownership();
+    build(context, (rebuild, &[]), &owns, &|| Ok(()), &mut |problem| {
+        let line = serde_json::json!({ "message_type": "problem", "message": problem });
+        emit(line.to_string())
     })
 }
 
-/// Feeds an index with what this host owns of the store, and puts it in place.
+/// An index that was filled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Filled {
+    /// Its entries.
+    pub entries: u64,
+    /// Entries that were read from checkpoints, those of other hosts' parts with them.
+    pub from_checkpoints: u64,
+}
+
+/// Builds the index anew for another part of the fingerprints: from checkpoints, and for what is not in
+/// them from the store's directories. `still` says whether it is still wanted.
+///
+/// # Errors
+/// When the store cannot be read or the index cannot be written; when it is not wanted any more.
+pub fn fill_index(
+    context: &Context,
+    slices: &Slices,
+    checkpoints: &mut Checkpoints,
+    still: &dyn Fn() -> bool,
+) -> Result<Filled> {
+    let _only_one = context.rebuilding.lock().unwrap_or_else(PoisonError::into_inner);
+    // Before anything is read: what is learned from here on is kept.
+    let mut rebuild = context.owners.here().begin_rebuild_as(slices.digest())?;
+    let owns = |fingerprint: &_| slices.contains(Slice::of(fingerprint));
+    let wanted = || {
+        let outdated = || Error::new(Kind::Busy, "another part is to be filled in");
+        if still() { Ok(()) } else { Err(outdated()) }
+    };
+    let damage = context.damage.map();
+    let (from_checkpoints, after) = if slices.is_empty() {
+        (0, journal_ends(&context.store)?)
+    } else {
+        checkpoints.read(&context.store, slices, &damage, &mut |entries| {
+            wanted()?;
+            feed(&mut rebuild, &owns, entries)
+        })?
+    };
+    let entries = build(context, (rebuild, &after), &owns, &wanted, &mut |problem| {
+        eprintln!("fleece-engine: {problem}");
+        Ok(())
+    })?;
+    Ok(Filled { entries, from_checkpoints })
+}
+
+fn feed(
+    rebuild: &mut Rebuild,
+    owns: &dyn Fn(&Fingerprint) -> bool,
+    entries: &[(Fingerprint, Address)],
+) -> Result<()> {
+    let ours = entries.iter().filter(|(fingerprint, _)| owns(fingerprint));
+    rebuild.feed(&ours.copied().collect::<Vec<_>>())
+}
+
+/// Feeds an index with what this host owns of the containers that are recorded after a place, and puts
+/// it in place. Breaks off where it is not `wanted` any more.
 fn build(
     context: &Context,
-    mut rebuild: Rebuild,
+    (mut rebuild, after): (Rebuild, &[Position]),
     owns: &dyn Fn(&Fingerprint) -> bool,
-    emit: Emit<'_>,
+    wanted: &dyn Fn() -> Result<()>,
+    problem: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<u64> {
     let (store, damage) = (&context.store, context.damage.map());
-    let read = each_entry(store, &damage, &context.work_dir, &[], &mut |entries| {
-        let ours = entries.iter().filter(|(fingerprint, _)| owns(fingerprint));
-        rebuild.feed(&ours.copied().collect::<Vec<_>>())
+    let read = each_entry(store, &damage, &context.work_dir, after, &mut |entries| {
+        wanted()?;
+        feed(&mut rebuild, owns, entries)
     })?;
-    for problem in &read.problems {
-        let line = serde_json::json!({ "message_type": "problem", "message": problem });
-        emit(line.to_string())?;
-    }
+    read.problems.iter().try_for_each(|message| problem(message))?;
     let mut watermark = Watermark::default();
     for at in read.watermark {
         watermark.raise(at.incarnation, at.n.into());
     }
     let rebuilt = rebuild.build(watermark)?;
+    wanted()?;
     let entries = rebuilt.entries();
     context.owners.here().install(rebuilt)?;
     Ok(entries)

@@ -35,6 +35,7 @@ use self::held::Held;
 use self::map::{MapEpoch, Member, PartitionMap};
 use self::outbox::Share;
 use self::peer::Peer;
+pub use self::placement::Move;
 use self::placement::{Late, Moves, Placement};
 use crate::detect::JournalPosition;
 use crate::error::Result;
@@ -127,7 +128,12 @@ impl Cluster {
             owner,
             registry,
             clock,
-            placement: RwLock::new(Placement { map: Arc::new(map.clone()), filling, index }),
+            placement: RwLock::new(Placement {
+                since: map.epoch(),
+                map: Arc::new(map.clone()),
+                filling,
+                index,
+            }),
             early: Mutex::new(Held::new(dir)),
             late: Mutex::new(Late::new(dir)),
             peers: RwLock::default(),

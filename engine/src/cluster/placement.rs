@@ -27,6 +27,8 @@ pub(super) struct Placement {
     pub(super) filling: Slices,
     /// The epoch whose part of ours the index has, and nothing else.
     pub(super) index: MapEpoch,
+    /// The first epoch of the part that is ours now.
+    pub(super) since: MapEpoch,
 }
 
 /// Questions that wait for a newer map.
@@ -69,18 +71,33 @@ impl Moves {
         self.rung.notify_all();
     }
 
-    /// Waits for a change, and then until there was none for `settle`; false at the end.
-    fn wait(&self, settle: Duration) -> bool {
+    /// Waits for a change, and then until there was none for `settle`; `patience` at most for the
+    /// first. `None` at the end, else whether there was one.
+    fn wait(&self, settle: Duration, patience: Duration) -> Option<bool> {
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = |waiting: &mut Waiting| !waiting.changed && !waiting.ending;
-        let mut waiting =
-            self.rung.wait_while(waiting, idle).unwrap_or_else(PoisonError::into_inner);
+        let first = self.rung.wait_timeout_while(waiting, patience, idle);
+        let mut waiting = first.unwrap_or_else(PoisonError::into_inner).0;
+        let changed = waiting.changed;
         while std::mem::take(&mut waiting.changed) && !waiting.ending {
             let calm = self.rung.wait_timeout_while(waiting, settle, idle);
             waiting = calm.unwrap_or_else(PoisonError::into_inner).0;
         }
-        !waiting.ending
+        (!waiting.ending).then_some(changed)
     }
+
+    fn is_ending(&self) -> bool {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).ending
+    }
+}
+
+/// What there is to do for the part of a host.
+#[derive(Clone, Debug)]
+pub enum Move {
+    /// It changed: the index is to be filled by this map.
+    Fill(Arc<PartitionMap>),
+    /// It did not change for a while.
+    None,
 }
 
 impl Cluster {
@@ -144,6 +161,9 @@ impl Cluster {
             placement.filling = filling.without(&filling.without(&ours));
             // Another map by which we own the same is no change for the index.
             let changed = missed || before != ours;
+            if changed {
+                placement.since = map.epoch();
+            }
             if !changed && placement.index == placement.map.epoch() {
                 placement.index = map.epoch();
             }
@@ -160,10 +180,26 @@ impl Cluster {
         Ok(())
     }
 
-    /// Waits until our part has changed and all hosts can have heard of it, `settle` later. `None` when
-    /// the engine ends.
-    pub fn next_move(&self, settle: Duration) -> Option<Arc<PartitionMap>> {
-        self.moved.wait(settle).then(|| self.map())
+    /// Waits until our part has changed and all hosts can have heard of it, `settle` later, or for
+    /// `patience`. `None` when the engine ends.
+    pub fn next_move(&self, settle: Duration, patience: Duration) -> Option<Move> {
+        let changed = self.moved.wait(settle, patience)?;
+        Some(if changed { Move::Fill(self.map()) } else { Move::None })
+    }
+
+    /// Whether what was begun for our part by the map of that epoch is still of use: it is still our
+    /// part, and the engine does not end.
+    #[must_use]
+    pub fn is_still_ours(&self, epoch: MapEpoch) -> bool {
+        self.placement().since <= epoch && !self.moved.is_ending()
+    }
+
+    /// The map, if the index has all that is ours by it.
+    #[must_use]
+    pub fn settled(&self) -> Option<Arc<PartitionMap>> {
+        let placement = self.placement();
+        let whole = placement.filling.is_empty() && placement.index == placement.map.epoch();
+        whole.then(|| Arc::clone(&placement.map))
     }
 
     /// What [`Cluster::next_move`] gave is given again.
@@ -176,21 +212,21 @@ impl Cluster {
         self.moved.ring(|waiting| waiting.ending = true);
     }
 
-    /// Our index has all that is ours by that map. If there is a newer one meanwhile,
-    /// [`Cluster::next_move`] gives that.
+    /// Our index has all that is ours by that map. If another part is ours meanwhile,
+    /// [`Cluster::next_move`] gives the map of that.
     ///
     /// # Errors
     /// When the engine is ending, or what must wait still cannot be kept.
     pub fn filled(&self, epoch: MapEpoch) -> Result<()> {
         {
             let mut placement = self.placement_mut();
-            if placement.map.epoch() != epoch {
+            if placement.since > epoch {
                 drop(placement);
                 self.move_again();
                 return Ok(());
             }
             placement.filling = Slices::default();
-            placement.index = epoch;
+            placement.index = placement.map.epoch();
         }
         self.look_at_early()
     }

@@ -14,9 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use self::host::{Host, Local};
-use super::SILENCE;
 use super::map::{MapEpoch, Member, PartitionMap};
 use super::outbox::FrameNumber;
+use super::{Move, SILENCE};
 use crate::detect::{JournalPosition, Verdict, Watermark};
 use crate::ids::{Address, ContainerId, Fingerprint, HostId, Sequence, SessionId, Slot};
 use crate::owner::{Entry, Part};
@@ -459,21 +459,30 @@ fn a_map_that_comes_while_an_index_is_filled_is_filled_for_next() {
     let two = map(1, &BTreeSet::from([0, 1]));
     let host = Host::start(dir.path(), HostId(0), &two, (1, true), Instant::now);
     let next = || {
-        let (cluster, (send, receive)) =
-            (Arc::clone(&host.cluster), std::sync::mpsc::channel::<Option<MapEpoch>>());
+        let (cluster, (send, receive)) = (Arc::clone(&host.cluster), std::sync::mpsc::channel());
         std::thread::spawn(move || {
-            let _ = send.send(cluster.next_move(Duration::ZERO).map(|map| map.epoch()));
+            let _ = send.send(cluster.next_move(Duration::ZERO, Duration::from_secs(10)));
         });
-        receive.recv_timeout(Duration::from_secs(10)).unwrap()
+        match receive.recv_timeout(Duration::from_secs(20)).unwrap() {
+            Some(Move::Fill(map)) => Some(map.epoch()),
+            _ => None,
+        }
     };
     let alone = map(2, &BTreeSet::from([0]));
     host.cluster.adopt(alone.clone()).unwrap();
     assert_eq!(next(), Some(MapEpoch(2)));
-    // By the next one it owns the same; the index for the one before is done only now.
+    // By the next one it owns the same: the index for the one before is as good.
     host.cluster.adopt(PartitionMap::at(MapEpoch(3), alone.members().to_vec()).unwrap()).unwrap();
+    assert!(host.cluster.is_still_ours(MapEpoch(2)) && host.cluster.settled().is_none());
     host.cluster.filled(MapEpoch(2)).unwrap();
-    assert!(host.cluster.filling() > 0);
-    assert_eq!(next(), Some(MapEpoch(3)));
-    host.cluster.filled(MapEpoch(3)).unwrap();
     assert_eq!((host.cluster.filling(), host.cluster.index_epoch()), (0, MapEpoch(3)));
+    // By this one it is not; the index for the one before is done only now.
+    host.cluster.adopt(map(4, &BTreeSet::from([0, 1]))).unwrap();
+    host.cluster.adopt(PartitionMap::at(MapEpoch(5), alone.members().to_vec()).unwrap()).unwrap();
+    assert!(!host.cluster.is_still_ours(MapEpoch(4)));
+    host.cluster.filled(MapEpoch(4)).unwrap();
+    assert!(host.cluster.filling() > 0);
+    assert_eq!(next(), Some(MapEpoch(5)));
+    host.cluster.filled(MapEpoch(5)).unwrap();
+    assert_eq!(host.cluster.settled().map(|map| map.epoch()), Some(MapEpoch(5)));
 }

@@ -306,6 +306,12 @@ impl Detector {
         self.index.current.watermark.clone()
     }
 
+    /// The same, with what is in memory only: a crash forgets it.
+    #[must_use]
+    pub fn applied(&self) -> &Watermark {
+        self.index.applied()
+    }
+
     /// Entries of `partition` after a fingerprint, ascending, the newest address of each, at
     /// most `limit` of them; none at the end. [`Kind::Damaged`] as in [`Detector::pass`].
     pub fn export(

@@ -102,6 +102,11 @@ impl Index {
         Ok(path)
     }
 
+    /// Up to where all was learned.
+    pub(super) fn applied(&self) -> &Watermark {
+        self.applied.mark()
+    }
+
     /// Takes entries in; sorts them in place.
     pub(super) fn learn(&mut self, entries: &mut [Entry], position: JournalPosition) -> Result<()> {
         entries.sort_unstable_by_key(|(fingerprint, _)| *fingerprint);

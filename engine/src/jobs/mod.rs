@@ -1,6 +1,7 @@
-//! Work on the store as a whole: restore, verify, rebuild.
+//! Work on the store as a whole: restore, verify, rebuild, checkpoints.
 
 pub mod affected;
+pub mod checkpoint;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod rebuild;

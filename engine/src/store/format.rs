@@ -56,16 +56,30 @@ pub enum ObjectKind {
     Session = 8,
     /// Damaged slots.
     Damage = 9,
+    /// What a checkpoint of the index is of.
+    Checkpoint = 10,
+    /// Entries of the index.
+    ShardPart = 11,
 }
 
 impl ObjectKind {
+    /// Every kind.
+    pub(crate) const ALL: [ObjectKind; 11] = [
+        ObjectKind::Store,
+        ObjectKind::WrappedKey,
+        ObjectKind::Incarnation,
+        ObjectKind::Journal,
+        ObjectKind::Blocks,
+        ObjectKind::Nodes,
+        ObjectKind::Manifest,
+        ObjectKind::Session,
+        ObjectKind::Damage,
+        ObjectKind::Checkpoint,
+        ObjectKind::ShardPart,
+    ];
+
     fn from_code(code: u16) -> Option<Self> {
-        use ObjectKind::{
-            Blocks, Damage, Incarnation, Journal, Manifest, Nodes, Session, Store, WrappedKey,
-        };
-        [Store, WrappedKey, Incarnation, Journal, Blocks, Nodes, Manifest, Session, Damage]
-            .into_iter()
-            .find(|kind| *kind as u16 == code)
+        Self::ALL.into_iter().find(|kind| *kind as u16 == code)
     }
 }
 

@@ -25,23 +25,12 @@ use super::manifest::{Disk, Record};
 use super::names;
 use super::recipe::RecipeReader;
 use super::sessions::SessionRecord;
+use super::shards;
 use super::{Location, options::is_block_size};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ids::{Address, ContainerId, Incarnation, Slot, SnapshotId, StoreId};
 use crate::store::recipe::{NodeRef, NodeSource};
-
-const KINDS: [ObjectKind; 9] = [
-    ObjectKind::Store,
-    ObjectKind::WrappedKey,
-    ObjectKind::Incarnation,
-    ObjectKind::Journal,
-    ObjectKind::Blocks,
-    ObjectKind::Nodes,
-    ObjectKind::Manifest,
-    ObjectKind::Session,
-    ObjectKind::Damage,
-];
 
 /// The store of [`fixed_key`].
 const STORE: StoreId = StoreId(Uuid::from_bytes([7; 16]));
@@ -66,7 +55,7 @@ pub(super) fn fixed_key() -> Result<StoreKey> {
 /// the body of one kind.
 pub fn small_objects(data: &[u8]) {
     let Some((what, data)) = data.split_first() else { return };
-    match what % 9 {
+    match what % 11 {
         0 => sealed(data),
         1 => info(data),
         2 => manifest(data),
@@ -75,7 +64,9 @@ pub fn small_objects(data: &[u8]) {
         5 => damage(data),
         6 => key(data),
         7 => text(data),
-        _ => wrapped(data),
+        8 => wrapped(data),
+        9 => checkpoint(data),
+        _ => shard_part(data),
     }
 }
 
@@ -88,7 +79,7 @@ fn sealed(data: &[u8]) {
     let key = Arc::new(key);
     for encrypt in [false, true] {
         let sealer = Sealer::new(Arc::clone(&key), encrypt);
-        for kind in KINDS {
+        for kind in ObjectKind::ALL {
             let opened = sealer.open(kind, "x", data);
             assert!(opened.is_err(), "what nobody sealed was opened");
         }
@@ -159,6 +150,17 @@ fn damage(data: &[u8]) {
     }
 }
 
+fn checkpoint(data: &[u8]) {
+    let Ok(record) = shards::Record::decode(data, "x") else { return };
+    let again = record.encode().and_then(|body| shards::Record::decode(&body, "x"));
+    assert_eq!(again.ok(), Some(record), "it reads back as another");
+}
+
+fn shard_part(data: &[u8]) {
+    let Ok(entries) = shards::decode_entries(data, "x") else { return };
+    assert_eq!(shards::encode_entries(&entries), data, "a part that has two forms");
+}
+
 /// A key's binary form, as it comes and with its checksum made good.
 fn key(data: &[u8]) {
     let _ = StoreKey::decode(data);
@@ -185,6 +187,10 @@ fn text(data: &[u8]) {
     if let Some((vm, seq, snapshot)) = names::parse_snapshot(text) {
         let again = names::parse_snapshot(&names::manifest(vm, seq, snapshot));
         assert_eq!(again, Some((vm, seq, snapshot)));
+    }
+    if let Some((host, n)) = names::parse_checkpoint(text) {
+        let again = names::checkpoint(host, n);
+        assert_eq!(names::parse_checkpoint(&again[names::SHARDS.len() + 1..]), Some((host, n)));
     }
     let _ = text.parse::<SnapshotId>();
     let _ = NodeRef::try_from(text.to_owned()).map(|node| {

@@ -18,6 +18,7 @@ pub mod objects;
 mod options;
 pub mod recipe;
 pub mod sessions;
+pub mod shards;
 mod staging;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

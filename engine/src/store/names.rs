@@ -1,6 +1,6 @@
 //! The key space: the name of every object of the store is built here and nowhere else.
 
-use crate::ids::{ContainerId, Incarnation, SnapshotId, VmId};
+use crate::ids::{ContainerId, HostId, Incarnation, SnapshotId, VmId};
 
 /// The store's header object; created last by `init`, read first by everyone.
 pub const STORE: &str = "store";
@@ -22,6 +22,8 @@ pub const MANIFEST_COPIES: &str = "manifests-copy";
 pub const SESSIONS: &str = "sessions";
 /// Slots known to be damaged.
 pub const DAMAGE: &str = "damage";
+/// Checkpoints of the index, a folder each.
+pub const SHARDS: &str = "shards";
 
 /// The object whose last container is `last`, in a generation (0 as first written).
 #[must_use]
@@ -135,6 +137,32 @@ pub fn damage_of(container: ContainerId) -> String {
     format!("{DAMAGE}/{container}")
 }
 
+/// The folder of the `n`th checkpoint that a host wrote, from 1.
+#[must_use]
+pub fn checkpoint(host: HostId, n: u32) -> String {
+    format!("{SHARDS}/{:04x}-{n:08x}", host.0)
+}
+
+/// The host and the number that the name of a checkpoint's folder says.
+#[must_use]
+pub fn parse_checkpoint(folder: &str) -> Option<(HostId, u32)> {
+    let (host, n) = folder.split_once('-')?;
+    let host = (host.len() == 4).then(|| u16::from_str_radix(host, 16).ok()).flatten()?;
+    Some((HostId(host), hex(n)?))
+}
+
+/// A part of a checkpoint, from 0.
+#[must_use]
+pub fn checkpoint_part(host: HostId, n: u32, part: u32) -> String {
+    format!("{}/{part:08x}", checkpoint(host, n))
+}
+
+/// What says that a checkpoint is complete, and of what it is one.
+#[must_use]
+pub fn checkpoint_record(host: HostId, n: u32) -> String {
+    format!("{}/record", checkpoint(host, n))
+}
+
 /// The container and the number of a damage record.
 #[must_use]
 pub fn parse_damage(key: &str) -> Option<(ContainerId, u32)> {
@@ -162,6 +190,9 @@ mod tests {
         assert_eq!(parse_directory(&directory(id, 2)), Some((id, 2)));
         assert_eq!(parse_directory(&container(id, 2)), None);
         assert_eq!(parse_damage(&damage(id, 3)), Some((id, 3)));
+        assert_eq!(checkpoint_part(HostId(10), 2, 3), "shards/000a-00000002/00000003");
+        assert_eq!(parse_checkpoint("000a-00000002"), Some((HostId(10), 2)));
+        assert_eq!(parse_checkpoint("a-00000002"), None);
         assert_eq!(parse_damage("damage/00000007-00000abc"), None);
         assert_eq!(parse_incarnation(&incarnation(Incarnation(9))), Some(Incarnation(9)));
         let (vm, snapshot) = (VmId(uuid::Uuid::from_u128(5)), SnapshotId::from_random(77));

@@ -5,7 +5,7 @@ use crate::error::{Error, Kind, Result};
 use crate::jobs::restore::is_damage;
 use crate::store::damage;
 use crate::store::format::{Header, ObjectKind, SEALED_MAX};
-use crate::store::{StoreInfo, names};
+use crate::store::{StoreInfo, names, shards};
 
 impl Verifier<'_> {
     pub(super) fn check_small(&mut self) -> Result<()> {
@@ -19,7 +19,29 @@ impl Verifier<'_> {
             self.check_object("incarnation", &names::incarnation(incarnation), claim)?;
         }
         self.check_sessions()?;
-        self.check_marks()
+        self.check_marks()?;
+        self.check_checkpoints()
+    }
+
+    /// One that is damaged is a note: directories have all that it had.
+    fn check_checkpoints(&mut self) -> Result<()> {
+        let store = self.store;
+        for id in shards::list(store)? {
+            let read = shards::read_record(store, id).and_then(|record| {
+                (0..record.parts).try_for_each(|part| shards::read_part(store, id, part).map(drop))
+            });
+            match read {
+                Err(error) if is_damage(&error) => {
+                    let object = names::checkpoint(id.host, id.n);
+                    let message = format!("{error}; hosts read directories instead");
+                    self.tell(&Event::Note { object, message })?;
+                }
+                // Without a record it is being written, or was never finished.
+                Err(error) if error.kind() == Kind::NotFound => {}
+                read => read?,
+            }
+        }
+        Ok(())
     }
 
     /// Says what is wrong with an object; an error that is no damage ends the verify.

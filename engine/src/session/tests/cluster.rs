@@ -9,8 +9,10 @@ use crate::cluster::map::{MapEpoch, Member, PartitionMap};
 use crate::cluster::outbox::FrameNumber;
 use crate::cluster::{Cluster, Here, Instance, SILENCE};
 use crate::ids::{HostId, Slice};
-use crate::moving;
+use crate::jobs::checkpoint::{Checkpoints, Part};
+use crate::moving::{self, Pace};
 use crate::session::registry::Registry;
+use crate::store::shards;
 
 /// One of the engines.
 struct Engine {
@@ -29,11 +31,14 @@ struct Hosts {
     links: Arc<Vec<Vec<AtomicBool>>>,
     stop: Arc<AtomicBool>,
     wire: Option<std::thread::JoinHandle<()>>,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
-/// All hosts go by a new map this long after one of them at the latest.
-const SETTLE: Duration = Duration::from_millis(100);
+/// All hosts go by a new map `settle` after one of them at the latest.
+const PACE: Pace =
+    Pace { settle: Duration::from_millis(100), look: Duration::from_millis(50), least: 500 };
+/// The same for hosts that write no checkpoints by themselves.
+const NO_CHECKPOINTS: Pace = Pace { least: u64::MAX, ..PACE };
 
 /// A map of these hosts.
 fn map(epoch: u64, hosts: &[u16]) -> PartitionMap {
@@ -47,7 +52,13 @@ fn map(epoch: u64, hosts: &[u16]) -> PartitionMap {
 }
 
 impl Engine {
-    fn open(dir: &Path, location: &Location, key: StoreKey, us: HostId, map: PartitionMap) -> Self {
+    fn open(
+        (dir, location): (&Path, &Location),
+        key: StoreKey,
+        us: HostId,
+        map: PartitionMap,
+        pace: Pace,
+    ) -> Self {
         let home = dir.join(format!("hv{}", us.0));
         let work_dir = home.join("sessions");
         std::fs::create_dir_all(&work_dir).unwrap();
@@ -97,7 +108,7 @@ impl Engine {
             patience: Duration::from_millis(300),
         };
         let moved = context.clone();
-        let mover = std::thread::spawn(move || moving::keep_filled(&moved, SETTLE));
+        let mover = std::thread::spawn(move || moving::keep_part(&moved, pace));
         Engine { context, cluster, thread: Some(thread), mover: Some(mover), late }
     }
 
@@ -141,6 +152,10 @@ impl Hosts {
 
     /// Hosts that begin with a map each.
     fn with(maps: &[PartitionMap]) -> Self {
+        Self::paced(maps, PACE)
+    }
+
+    fn paced(maps: &[PartitionMap], pace: Pace) -> Self {
         let count = maps.len();
         let dir = tempfile::tempdir().unwrap();
         let location = Location::Directory(dir.path().join("store"));
@@ -148,7 +163,8 @@ impl Hosts {
         let text = key.to_text().to_string();
         let key = || StoreKey::from_text(&text).unwrap();
         let engine = |(n, map): (usize, &PartitionMap)| {
-            Engine::open(dir.path(), &location, key(), HostId(n as u16), map.clone())
+            let place = (dir.path(), &location);
+            Engine::open(place, key(), HostId(n as u16), map.clone(), pace)
         };
         let engines: Vec<_> = maps.iter().enumerate().map(|n| Arc::new(engine(n))).collect();
         let up = || (0..count).map(|_| AtomicBool::new(true)).collect();
@@ -174,7 +190,11 @@ impl Hosts {
                 }
             }
         });
-        Hosts { engines, links, stop, wire: Some(wire), _dir: dir }
+        Hosts { engines, links, stop, wire: Some(wire), dir }
+    }
+
+    fn store(&self) -> std::path::PathBuf {
+        self.dir.path().join("store")
     }
 
     /// Breaks or mends the links of a host with all others, both ways.
@@ -411,4 +431,102 @@ fn a_host_that_missed_a_map_fills_its_index_again() {
     assert_eq!((again.counts.new, again.counts.undetected), (0, 0));
     hosts.must_be_exact(&[&during]);
     hosts.must_be_whole(&[(made, &during)]);
+}
+
+/// Two hosts whose checkpoints have a whole backup, a third that is to join, and the backup.
+fn checkpointed(image: &[u8]) -> (Hosts, Manifest) {
+    let two = map(1, &[0, 1]);
+    let hosts = Hosts::paced(&[two.clone(), two.clone(), two], NO_CHECKPOINTS);
+    let made = hosts.engines[0].backup(1, image);
+    hosts.must_be_exact(&[image]);
+    let written = hosts.engines[..2].iter().map(|engine| {
+        let (host, slices) =
+            (engine.cluster.us(), engine.cluster.map().slices(engine.cluster.us()));
+        let part = Part { host, map_epoch: 1, slices: &slices };
+        let (store, owner) = (&engine.context.store, engine.context.owners.here());
+        Checkpoints::default().write(store, owner, &part, (7, &|| true)).unwrap().unwrap()
+    });
+    assert_eq!(written.sum::<u64>(), distinct(&[image]) as u64);
+    (hosts, made)
+}
+
+#[test]
+fn checkpoints_are_written_as_the_index_grows() {
+    let hosts = Hosts::new(2);
+    let images = [64, 65, 66].map(|seed| image(seed, 2000, 1_000_000));
+    for (vm, image) in images.iter().enumerate() {
+        hosts.engines[vm % 2].backup(vm as u128 + 1, image);
+        for engine in &hosts.engines {
+            let figures = engine.context.owners.figures();
+            wait_until("a checkpoint", || {
+                let written = figures.checkpointed_blocks.load(Ordering::Relaxed);
+                let known = figures.unique_blocks.load(Ordering::Relaxed);
+                written > 0 && known < written + PACE.least.max(written / 4)
+            });
+        }
+    }
+    assert!(shards::list(&hosts.engines[0].context.store).unwrap().len() >= 4);
+}
+
+fn join_third(hosts: &Hosts) {
+    let three = map(2, &[0, 1, 2]);
+    for engine in hosts.engines.iter().rev() {
+        engine.cluster.adopt(three.clone()).unwrap();
+    }
+    wait_filled(&hosts.engines.iter().collect::<Vec<_>>());
+}
+
+/// All files below a folder.
+fn files(folder: &Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn who_takes_over_reads_checkpoints_and_what_was_stored_since() {
+    let (old, since) = (image(61, 3000, 2500), image(62, 400, 400));
+    let (hosts, before) = checkpointed(&old);
+    let store = hosts.store();
+    let covered = [files(&store.join("containers")), files(&store.join("directories"))].concat();
+    // Less than a checkpoint is written for.
+    let after = hosts.engines[1].backup(2, &since);
+    // While what checkpoints have is away, it can be known by them only.
+    let away = |path: &std::path::PathBuf| path.with_extension("away");
+    covered.iter().for_each(|path| std::fs::rename(path, away(path)).unwrap());
+    join_third(&hosts);
+    covered.iter().for_each(|path| std::fs::rename(away(path), path).unwrap());
+    let again = [(3, &old), (4, &since)].map(|(vm, image)| hosts.engines[2].backup(vm, image));
+    assert!(again.iter().all(|made| (made.counts.new, made.counts.undetected) == (0, 0)));
+    hosts.must_be_exact(&[&old, &since]);
+    hosts.must_be_whole(&[(before, &old), (after, &since)]);
+}
+
+#[test]
+fn where_a_checkpoint_is_damaged_directories_are_read() {
+    let old = image(63, 3000, 2500);
+    let (hosts, before) = checkpointed(&old);
+    // A part of one, the record of another.
+    let all = files(&hosts.store().join("shards"));
+    let of = |host: &str, record: bool| {
+        let is = |path: &&std::path::PathBuf| {
+            path.to_string_lossy().contains(&format!("/{host}-"))
+                && path.ends_with("record") == record
+        };
+        all.iter().find(is).unwrap().clone()
+    };
+    for path in [of("0000", false), of("0001", true)] {
+        let mut bytes = std::fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+    }
+    join_third(&hosts);
+    let again = hosts.engines[2].backup(2, &old);
+    assert_eq!((again.counts.new, again.counts.undetected), (0, 0));
+    hosts.must_be_exact(&[&old]);
+    let (clean, said) = verify_in(&hosts.engines[1].context);
+    assert!(clean, "{said}");
+    let notes = said.lines().filter(|line| line.contains("hosts read directories instead"));
+    assert_eq!(notes.count(), 2, "{said}");
+    hosts.must_be_whole(&[(before, &old)]);
 }

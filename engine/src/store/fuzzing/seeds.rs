@@ -1,14 +1,15 @@
 //! Real objects of a small store, as seeds.
 
 use super::recipe::Tree;
-use crate::ids::{Address, ContainerId, Incarnation, SnapshotId, VmId};
+use crate::ids::{Address, ContainerId, Fingerprint, Incarnation, Slice, Slot, SnapshotId, VmId};
 use crate::jobs::fixture::{Fixture, image};
 use crate::store::container::{ContainerKind, Packer};
+use crate::store::journal::Position;
 use crate::store::manifest::Tombstone;
 use crate::store::recipe::{Placement, RecipeEditor, Shape, fingerprint};
 use crate::store::sessions::SessionRecord;
 use crate::store::testing::TestStore;
-use crate::store::{InitOptions, StoreOptions, damage, journal, names};
+use crate::store::{InitOptions, StoreOptions, damage, journal, names, shards};
 
 type Seeds = Vec<(&'static str, Vec<u8>)>;
 
@@ -78,7 +79,28 @@ pub(crate) fn objects() -> Seeds {
         ("name-manifest", with(7, name_of(&manifest.vm).as_bytes())),
         ("name-node", with(7, manifest.disks[0].root.unwrap().to_string().as_bytes())),
         ("wrapped", with(8, &key.wrap("secret").unwrap()[super::HEADER_LEN..])),
+        ("checkpoint", with(9, &checkpoint().encode().unwrap())),
+        ("shard-part", with(10, &shards::encode_entries(&entries_of(entries[0].container)))),
+        ("name-checkpoint", with(7, b"000a-00000002")),
     ]
+}
+
+fn checkpoint() -> shards::Record {
+    let at = |n| Position { incarnation: Incarnation(1), n };
+    shards::Record {
+        map_epoch: 3,
+        written_ms: 7,
+        after: vec![at(1)],
+        up_to: vec![at(9), Position { incarnation: Incarnation(2), n: 4 }],
+        slices: Slice::all().filter(|slice| slice.0 % 3 == 0).collect(),
+        parts: 2,
+        entries: 20_000,
+    }
+}
+
+fn entries_of(container: ContainerId) -> Vec<(Fingerprint, Address)> {
+    let entry = |n: u8| (Fingerprint([n; 20]), Address { container, slot: Slot(n.into()) });
+    (0..3).map(entry).collect()
 }
 
 fn name_of(vm: &VmId) -> String {
@@ -126,7 +148,7 @@ fn recipe(size: u64) -> Vec<u8> {
     let mut editor = RecipeEditor::new(&mut tree, None, shape).unwrap();
     for n in 0..6_u64 {
         let container = ContainerId { incarnation: Incarnation(1), counter: 1 + n as u32 % 2 };
-        let address = Address { container, slot: crate::ids::Slot(20 * n as u16) };
+        let address = Address { container, slot: Slot(20 * n as u16) };
         editor.put(n * 30, 10 + n, Placement::At(address)).unwrap();
     }
     editor.finish().unwrap();
