@@ -6,13 +6,14 @@ const peerProtocol :UInt16 = 1;
 # Raised when a change is not compatible; `greet` refuses another one by name.
 
 interface Peer {
-  greet @0 (us :Greeting) -> (you :Greeting, received :UInt64);
-  # First of all. `received`: the last frame of the caller's process that was taken.
+  greet @0 (us :Greeting) -> (you :Greeting, received :UInt64, unreached :Bool);
+  # First of all. `received`: the last frame of the caller's process that was taken. `unreached`: its
+  # frames are not taken, because who is called has given the caller up and cannot reach it to answer.
 
   deliver @1 (number :UInt64, frame :Data) -> ();
   # A frame of messages (engine/src/cluster/frame.rs), numbered from 1 in each process of the
   # sender. Answered once it was taken in; a number that was taken before is passed over. Number
-  # 0 is a sign of life without a frame.
+  # 0 is a sign of life without a frame. Refused to who was given up, or has to greet again.
 
   describe @2 () -> (report :Text);
   # How it is with the host, as JSON (engine/src/hosts.rs).

@@ -177,8 +177,8 @@ fn join(
     (owner, budget, work_dir): (&Owner, &Budget, &Path),
     bells: &mut Vec<Arc<Notify>>,
 ) -> Result<(Owners, Arc<Registry>)> {
-    // Others may still know sessions of a process before this one: seconds are not counted twice.
-    let first = jiff::Timestamp::now().as_second() as u32;
+    // Others may still know sessions of a process before this one: of 2^24 numbers, some at most.
+    let first = u32::from_le_bytes(random()?);
     let registry = Arc::new(Registry::on(us, first));
     let instance = Instance(u64::from_le_bytes(random()?));
     bells.extend((0..MAX_HOSTS).map(|_| Arc::new(Notify::new())));

@@ -99,6 +99,12 @@ impl FrameWriter {
         self.bytes.len()
     }
 
+    /// Bytes of memory that it takes.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.bytes.capacity()
+    }
+
     /// Whether nothing is in it.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -8,17 +8,47 @@ use super::outbox::FrameNumber;
 use super::peer::{Peer, RemoteAsker};
 use super::{Cluster, Instance};
 use crate::detect::Verdict;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::ids::{Fingerprint, HostId, Sequence, SessionId};
 use crate::session::event::Event;
 
+/// A process that greeted us, by one of its links.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Caller {
+    /// Its host.
+    pub host: HostId,
+    /// What it says is of this instance.
+    pub instance: Instance,
+}
+
+/// What a host is told that greets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Welcome {
+    /// The last of its frames that was taken.
+    pub received: FrameNumber,
+    /// Its frames are not taken: who is greeted has given it up, and cannot reach it to answer.
+    pub unreached: bool,
+}
+
 impl Cluster {
+    /// The host that a link goes to, if what goes over it is still of this instance of ours: since the
+    /// link was made it may have left the map and come back, and be told everything anew.
+    fn linked(&self, host: HostId, ours: Instance) -> Result<Arc<Peer>> {
+        let peer = self.peer(host).filter(|peer| peer.ours == ours);
+        let what = || format!("the link to {} is from before a change of the map", self.name(host));
+        peer.ok_or_else(|| Error::new(Kind::Busy, what()))
+    }
+
     /// What waits for a host, from a frame on.
     ///
     /// # Errors
-    /// When it cannot be read back; the host is given up.
-    pub fn next(&self, host: HostId, from: FrameNumber) -> Result<Option<(FrameNumber, Vec<u8>)>> {
-        let Some(peer) = self.peer(host) else { return Ok(None) };
+    /// When the link is outdated; when it cannot be read back: the host is given up.
+    pub fn next(
+        &self,
+        (host, ours): (HostId, Instance),
+        from: FrameNumber,
+    ) -> Result<Option<(FrameNumber, Vec<u8>)>> {
+        let peer = self.linked(host, ours)?;
         let next = peer.outbox.next(from);
         if let Err(error) = &next {
             self.lose(&peer, &error.to_string());
@@ -27,34 +57,51 @@ impl Cluster {
     }
 
     /// A host has taken everything up to a frame, or answered at least.
-    pub fn taken(&self, host: HostId, number: FrameNumber) {
-        if let Some(peer) = self.peer(host) {
-            peer.outbox.taken(number);
-            peer.link().heard = self.now();
-        }
+    ///
+    /// # Errors
+    /// When the link is outdated.
+    pub fn taken(&self, (host, ours): (HostId, Instance), number: FrameNumber) -> Result<()> {
+        let peer = self.linked(host, ours)?;
+        peer.outbox.taken(number);
+        peer.link().heard = self.now();
+        Ok(())
     }
 
-    /// We have a link to a host's process, which has taken frames up to `received`. Gives the number to go
-    /// on from.
+    /// We have a link to a host's process, which has taken frames of this instance of ours up to
+    /// `received`. Gives the number to go on from.
+    ///
+    /// # Errors
+    /// When the link is outdated already.
     pub fn connected(
         &self,
-        host: HostId,
+        (host, ours): (HostId, Instance),
         instance: Instance,
         received: FrameNumber,
-    ) -> FrameNumber {
-        let Some(peer) = self.peer(host) else { return FrameNumber(1) };
-        self.meet(&peer, instance);
-        peer.link().connected = true;
+    ) -> Result<FrameNumber> {
+        let peer = self.linked(host, ours)?;
+        self.meet(&peer, instance, true);
         peer.outbox.taken(received);
-        FrameNumber(received.0 + 1)
+        Ok(FrameNumber(received.0 + 1))
     }
 
-    /// A host's process says something, whichever way. What the process before it was asked is gone
-    /// with that one, and what it was to be told is for nobody.
-    fn meet(&self, peer: &Peer, instance: Instance) {
+    /// A host answers us, but cannot reach us: it will not answer questions.
+    pub fn unreached(&self, host: HostId, instance: Instance) {
+        let Some(peer) = self.peer(host) else { return };
+        self.meet(&peer, instance, false);
+        peer.link().reached = true;
+        self.lose(&peer, "it cannot reach this host");
+    }
+
+    /// A host's process says something, whichever way; `answers`: to us, and will again. What the process
+    /// before it was asked is gone with that one, and what it was to be told is for nobody.
+    fn meet(&self, peer: &Peer, instance: Instance, answers: bool) {
         let mut link = peer.link();
         let known = link.instance.replace(instance);
-        (link.lost, link.heard) = (false, self.now());
+        // That it was silent says nothing of a process that is new.
+        if answers || known != Some(instance) {
+            (link.lost, link.heard) = (false, self.now());
+        }
+        link.reached |= answers;
         drop(link);
         if known.is_some_and(|known| known != instance) {
             eprintln!("fleece-engine: {} was started anew", self.name(peer.host));
@@ -65,43 +112,69 @@ impl Cluster {
         }
     }
 
-    /// The link to a host has ended.
+    /// A host cannot be reached, or its link broke.
     pub fn disconnected(&self, host: HostId) {
         if let Some(peer) = self.peer(host) {
-            peer.link().connected = false;
+            peer.link().reached = false;
         }
     }
 
-    /// A host's process begins to send. Gives the last of its frames that we took.
-    pub fn greeted(&self, host: HostId, instance: Instance) -> FrameNumber {
-        let Some(peer) = self.peer(host) else { return FrameNumber(0) };
+    /// A host's process begins to send.
+    pub fn greeted(&self, Caller { host, instance }: Caller) -> Welcome {
+        let received = FrameNumber(0);
+        let Some(peer) = self.peer(host) else { return Welcome { received, unreached: false } };
         // Before anything of it is answered.
-        self.meet(&peer, instance);
+        self.meet(&peer, instance, false);
         let mut link = peer.link();
+        let unreached = link.lost && !link.reached;
         if link.theirs.replace(instance) != Some(instance) {
-            link.received = FrameNumber(0);
+            link.received = received;
             let ended = std::mem::take(&mut link.sessions);
             drop(link);
             ended.into_iter().for_each(|session| self.owner.withdraw(session));
-            return FrameNumber(0);
+            return Welcome { received, unreached };
         }
-        link.received
+        Welcome { received: link.received, unreached }
+    }
+
+    /// Whether frames of a caller are taken. A link may be older than the map, and than the process that
+    /// calls now; and whoever is given up gets no answers: it must not go on waiting for them.
+    ///
+    /// # Errors
+    /// When they are not: it has to greet again.
+    pub fn hears(&self, caller: Caller) -> Result<()> {
+        let known = self.peer(caller.host).map(|peer| {
+            let link = peer.link();
+            (link.theirs == Some(caller.instance), link.lost)
+        });
+        let why = match known {
+            Some((true, false)) => return Ok(()),
+            Some((true, true)) => "it is given up until it can be reached",
+            Some((false, _)) => {
+                "its link is of another process, or from before a change of the map"
+            }
+            None => "it is not in the cluster",
+        };
+        let name = self.name(caller.host);
+        Err(Error::new(Kind::Busy, format!("what {name} says is not heard: {why}")))
     }
 
     /// Takes a frame of a host in; one that was taken before is passed over. Frames of a host come one
     /// after the other.
     ///
     /// # Errors
-    /// [`crate::error::Kind::Usage`] for a frame that no engine writes; when this engine is ending.
-    pub fn take(&self, host: HostId, number: FrameNumber, frame: &[u8]) -> Result<()> {
-        let Some(peer) = self.peer(host) else { return Ok(()) };
+    /// As [`Cluster::hears`]; [`Kind::Usage`] for a frame that no engine writes; when this engine is
+    /// ending.
+    pub fn take(&self, caller: Caller, number: FrameNumber, frame: &[u8]) -> Result<()> {
+        self.hears(caller)?;
+        let Some(peer) = self.peer(caller.host) else { return Ok(()) };
         if number <= peer.link().received {
             return Ok(());
         }
         let mut reader = FrameReader::new(frame);
         let mut answered = Vec::new();
         while let Some(message) = reader.read_next()? {
-            self.obey(&peer, message, &mut answered)?;
+            self.obey((&peer, caller.instance), message, &mut answered)?;
         }
         answered.dedup();
         for session in answered {
@@ -109,26 +182,35 @@ impl Cluster {
                 (asking.wake)();
             }
         }
-        peer.link().received = number;
+        let mut link = peer.link();
+        // A process that was started meanwhile begins at its own first frame.
+        if link.theirs == Some(caller.instance) {
+            link.received = number;
+        }
         Ok(())
     }
 
     fn obey(
         &self,
-        peer: &Arc<Peer>,
+        (peer, instance): (&Arc<Peer>, Instance),
         message: Message,
         answered: &mut Vec<SessionId>,
     ) -> Result<()> {
         match message {
             Message::Ask(session, epoch, asked) => {
-                self.enter(peer, session)?;
-                self.ask_here(session, epoch, asked)
+                if self.enter(peer, instance, session)?
+                    && let Err(error) = self.ask_here(session, epoch, asked)
+                {
+                    // The frame is taken all the same: what else is in it must not be obeyed twice.
+                    self.put(peer.host, &Message::Failed(session, error.to_string()));
+                }
+                Ok(())
             }
             Message::Moved(session, epoch, asked) => self.came_back(peer, (session, epoch, asked)),
-            Message::Release(session, grants) => {
-                self.enter(peer, session)?;
-                self.owner.release(session, grants)
-            }
+            Message::Release(session, grants) => match self.enter(peer, instance, session)? {
+                true => self.owner.release(session, grants),
+                false => Ok(()),
+            },
             Message::Waiting(session, waiting) => {
                 if peer.link().sessions.contains(&session) {
                     self.owner.waiting(session, waiting)?;
@@ -192,7 +274,11 @@ impl Cluster {
         let asking = self.sessions().get(&session).cloned();
         let (Some(asking), Some((_, first))) = (asking, asked.first()) else { return Ok(()) };
         asking.answers.expect_less(peer.host, *first, asked.len() as u64);
-        self.ask_again(session, epoch, asked)
+        if let Err(error) = self.ask_again(session, epoch, asked) {
+            asking.answers.fail(&error);
+            (asking.wake)();
+        }
+        Ok(())
     }
 
     /// An answer to a session of ours.
@@ -210,11 +296,19 @@ impl Cluster {
         answered.push(session);
     }
 
-    /// A session of another host, known to our owner from its first word on.
-    fn enter(&self, peer: &Arc<Peer>, session: SessionId) -> Result<()> {
-        if session.host() != peer.host || !peer.link().sessions.insert(session) {
-            return Ok(());
+    /// A session of another host, known to our owner from its first word on. False if it is not one of
+    /// the process that says so.
+    fn enter(&self, peer: &Arc<Peer>, instance: Instance, session: SessionId) -> Result<bool> {
+        {
+            let mut link = peer.link();
+            if session.host() != peer.host || link.theirs != Some(instance) || link.lost {
+                return Ok(false);
+            }
+            if !link.sessions.insert(session) {
+                return Ok(true);
+            }
         }
-        self.owner.register(session, Arc::new(RemoteAsker::new(session, Arc::clone(peer))))
+        let asker = Arc::new(RemoteAsker::new(session, Arc::clone(peer)));
+        self.owner.register(session, asker).map(|()| true)
     }
 }

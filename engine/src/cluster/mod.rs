@@ -24,7 +24,7 @@ mod placement;
 #[allow(clippy::unwrap_used)]
 mod simulation;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
@@ -32,6 +32,7 @@ use std::time::{Duration, Instant};
 
 use self::frame::Message;
 use self::held::Held;
+pub use self::links::{Caller, Welcome};
 use self::map::{MapEpoch, Member, PartitionMap};
 use self::outbox::Share;
 use self::peer::Peer;
@@ -143,7 +144,7 @@ impl Cluster {
             ready: Box::new(ready),
             moved: Moves::new(!filled),
         };
-        cluster.meet_members(&map);
+        cluster.meet_new(&map);
         Arc::new(cluster)
     }
 
@@ -230,10 +231,13 @@ impl Cluster {
         let asking = self.sessions().get(&session).cloned();
         let (Some(asking), Some((_, first))) = (asking, asked.first()) else { return };
         if asking.answers.expect(host, *first, asked.len() as u64) {
-            self.put(host, &Message::Ask(session, epoch, asked));
-        } else {
-            (asking.wake)();
+            if self.peer(host).is_some() {
+                return self.put(host, &Message::Ask(session, epoch, asked));
+            }
+            // It left the map a moment ago.
+            asking.answers.cut(host);
         }
+        (asking.wake)();
     }
 
     /// Gives grants back to whoever owns them.
@@ -324,7 +328,7 @@ impl Cluster {
         (self.clock)()
     }
 
-    /// Gives hosts up that take nothing for too long. Called every second or so.
+    /// Gives hosts up that take nothing for too long. Called every second or so; may wait for the owner.
     pub fn look(&self) {
         let now = self.now();
         for peer in self.all_peers() {
@@ -339,7 +343,11 @@ impl Cluster {
             }
             let silent = now.saturating_duration_since(link.heard) > SILENCE;
             let lost = !link.lost && silent;
+            // Nobody waits for what sessions write that cannot be asked about it.
+            let ended =
+                if link.lost { std::mem::take(&mut link.sessions) } else { HashSet::default() };
             drop(link);
+            ended.into_iter().for_each(|session| self.owner.withdraw(session));
             if lost {
                 self.lose(&peer, &format!("it took nothing for {} s", SILENCE.as_secs()));
             }

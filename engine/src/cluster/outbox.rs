@@ -16,6 +16,9 @@ use crate::error::{Context, Error, Kind, Result};
 
 /// A frame is closed at this length: long enough to make calls rare, and 16 of them are a link's share.
 const FRAME: usize = 48 << 10;
+/// What a frame that is being filled takes besides the share: without memory left frames are no shorter,
+/// and 255 hosts take a MiB.
+const OWN: usize = 4 << 10;
 /// Bytes of a file at most, of one host: an hour of verdicts at full speed is less.
 const SPILL_MAX: u64 = 4 << 30;
 
@@ -65,6 +68,8 @@ pub struct Outbox {
 #[derive(Default)]
 struct State {
     open: FrameWriter,
+    /// What of it is counted in the share.
+    counted: usize,
     /// Closed frames that are not taken yet.
     frames: VecDeque<Frame>,
     /// The number of the first of them.
@@ -108,7 +113,7 @@ impl Outbox {
         let mut state = self.state();
         let was_empty = state.open.is_empty();
         state.open.push(message);
-        if state.open.len() >= FRAME {
+        if state.open.len() >= FRAME || !self.count(&mut state) {
             self.close(&mut state)?;
         }
         drop(state);
@@ -118,16 +123,31 @@ impl Outbox {
         Ok(())
     }
 
+    /// Counts the frame that is being filled; false where there is no memory for it.
+    fn count(&self, state: &mut State) -> bool {
+        let more = state.open.capacity().saturating_sub(OWN + state.counted);
+        let counted = self.share.take(more);
+        state.counted += if counted { more } else { 0 };
+        counted
+    }
+
+    /// The frame that is being filled, no longer counted.
+    fn take_open(&self, state: &mut State) -> Vec<u8> {
+        self.share.give_back(std::mem::take(&mut state.counted));
+        state.open.take()
+    }
+
     /// Ends the frame that is being filled.
     fn close(&self, state: &mut State) -> Result<()> {
         if state.open.is_empty() {
             return Ok(());
         }
-        let frame = state.open.take();
+        let mut frame = self.take_open(state);
+        frame.shrink_to_fit();
         // What is on disk is sent first, so what comes after it goes there, too: the memory is
         // for those who are quick.
         let spilling = state.spill.as_ref().is_some_and(|spill| spill.left > 0);
-        if !spilling && self.share.take(frame.len()) {
+        if !spilling && self.share.take(frame.capacity()) {
             state.frames.push_back(Frame::Memory(frame));
             return Ok(());
         }
@@ -189,7 +209,7 @@ impl Outbox {
     /// Drops everything; numbers go on.
     pub fn clear(&self) {
         let mut state = self.state();
-        state.open.take();
+        self.take_open(&mut state);
         while self.forget_first(&mut state) {}
         self.trim(&mut state);
     }
@@ -202,7 +222,7 @@ impl Outbox {
 
     fn forget_first(&self, state: &mut State) -> bool {
         match state.frames.pop_front() {
-            Some(Frame::Memory(bytes)) => self.share.give_back(bytes.len()),
+            Some(Frame::Memory(bytes)) => self.share.give_back(bytes.capacity()),
             Some(Frame::Spilled { .. }) => {
                 if let Some(spill) = &mut state.spill {
                     spill.left -= 1;

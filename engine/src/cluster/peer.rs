@@ -31,7 +31,8 @@ pub(super) struct Peer {
 pub(super) struct Link {
     /// The process that our frames go to.
     pub(super) instance: Option<Instance>,
-    pub(super) connected: bool,
+    /// It answered when we called it last.
+    pub(super) reached: bool,
     /// When it answered last, or we began to wait for it.
     pub(super) heard: Instant,
     /// It was silent for too long: nothing is asked until it is back.
@@ -53,7 +54,7 @@ impl Peer {
     ) -> Self {
         let link = Link {
             instance: None,
-            connected: false,
+            reached: false,
             heard: now,
             lost: false,
             theirs: None,

@@ -17,7 +17,7 @@ use super::map::{MapEpoch, PartitionMap};
 use super::peer::Peer;
 use super::{Cluster, Instance, SILENCE};
 use crate::detect::JournalPosition;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slice, Slices};
 
 /// The map, and what of it we cannot answer for yet.
@@ -144,9 +144,22 @@ impl Cluster {
     /// Goes by another map from here on, if it is a newer one.
     ///
     /// # Errors
-    /// When the engine is ending, or what must wait cannot be kept.
+    /// [`Kind::Failed`] for a map in which our number is another host's; when the engine is ending, or
+    /// what must wait cannot be kept.
     pub fn adopt(&self, map: PartitionMap) -> Result<()> {
         let map = Arc::new(map);
+        if map.epoch() <= self.map().epoch() {
+            return Ok(());
+        }
+        let name = |map: &PartitionMap| map.member(self.us).map(|member| member.name.clone());
+        if let (Some(ours), Some(other)) = (name(&self.map()), name(&map))
+            && ours != other
+        {
+            let what = format!("the partition map gives the number of {ours} to {other}");
+            return Err(Error::new(Kind::Failed, format!("{what}: restart this engine")));
+        }
+        // Whoever asks by the new map has somebody to ask.
+        self.meet_new(&map);
         let changed = {
             let mut placement = self.placement_mut();
             if map.epoch() <= placement.map.epoch() {
@@ -170,7 +183,7 @@ impl Cluster {
             placement.map = Arc::clone(&map);
             changed
         };
-        self.meet_members(&map);
+        self.forget_gone(&map);
         let late = self.late().take();
         late.each(|session, asked| self.ask(session, asked))?;
         self.look_at_early()?;
@@ -256,27 +269,29 @@ impl Cluster {
         early.each(|session, asked| self.ask_here(session, epoch, asked))
     }
 
-    /// Takes hosts of the map in, and forgets those that it no longer has.
-    pub(super) fn meet_members(&self, map: &PartitionMap) {
-        let mut gone = Vec::new();
-        {
-            let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
-            peers.retain(|host, peer| {
-                let stays = map.member(*host).is_some();
-                if !stays {
-                    gone.push(Arc::clone(peer));
-                }
-                stays
+    /// Takes hosts of the map in.
+    pub(super) fn meet_new(&self, map: &PartitionMap) {
+        let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        for member in map.members().iter().filter(|member| member.number != self.us) {
+            peers.entry(member.number).or_insert_with(|| {
+                let ready = (self.ready)(member.number);
+                let ours = Instance(self.next_instance.fetch_add(1, Ordering::AcqRel));
+                let who = (member.number, ours);
+                Arc::new(Peer::new(who, &self.dir, &self.share, ready, self.now()))
             });
-            for member in map.members().iter().filter(|member| member.number != self.us) {
-                peers.entry(member.number).or_insert_with(|| {
-                    let ready = (self.ready)(member.number);
-                    let ours = Instance(self.next_instance.fetch_add(1, Ordering::AcqRel));
-                    let who = (member.number, ours);
-                    Arc::new(Peer::new(who, &self.dir, &self.share, ready, self.now()))
-                });
-            }
         }
+    }
+
+    /// Forgets hosts that the map no longer has.
+    fn forget_gone(&self, map: &PartitionMap) {
+        let mut gone = Vec::new();
+        self.peers.write().unwrap_or_else(PoisonError::into_inner).retain(|host, peer| {
+            let stays = map.member(*host).is_some();
+            if !stays {
+                gone.push(Arc::clone(peer));
+            }
+            stays
+        });
         for peer in gone {
             let ended = {
                 let mut link = peer.link();

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use self::host::{Host, Local};
 use super::map::{MapEpoch, Member, PartitionMap};
 use super::outbox::FrameNumber;
-use super::{Move, SILENCE};
+use super::{Caller, Move, SILENCE};
 use crate::detect::{JournalPosition, Verdict, Watermark};
 use crate::ids::{Address, ContainerId, Fingerprint, HostId, Sequence, SessionId, Slot};
 use crate::owner::{Entry, Part};
@@ -58,13 +58,23 @@ struct Session {
     undetected: u64,
 }
 
+/// A link, as long as it lasts.
+struct Link {
+    caller: Caller,
+    next: FrameNumber,
+}
+
 struct World {
     dir: tempfile::TempDir,
     random: Random,
     base: Instant,
     clock: Arc<AtomicU64>,
     hosts: Vec<Option<Host>>,
-    links: [[bool; HOSTS]; HOSTS],
+    /// Whether packets of one host come to another.
+    network: [[bool; HOSTS]; HOSTS],
+    links: HashMap<(usize, usize), Link>,
+    /// A frame that came, and waits to be taken.
+    late: Option<(usize, Caller, FrameNumber, Vec<u8>)>,
     map: PartitionMap,
     journal: Vec<(JournalPosition, Vec<Entry>)>,
     store: HashMap<Address, Fingerprint>,
@@ -102,7 +112,9 @@ impl World {
             base: Instant::now(),
             clock: Arc::default(),
             hosts: (0..HOSTS).map(|_| None).collect(),
-            links: [[true; HOSTS]; HOSTS],
+            network: [[true; HOSTS]; HOSTS],
+            links: HashMap::new(),
+            late: None,
             map: map(1, &all),
             journal: Vec::new(),
             store: HashMap::new(),
@@ -148,7 +160,10 @@ impl World {
                 self.carry(host, to);
             }
             7 => self.begin(host),
-            8 => self.fill(host),
+            8 => {
+                self.fill(host);
+                self.take_late();
+            }
             _ => {
                 let n = self.random.below(self.sessions.len().max(1) as u64) as usize;
                 self.go_on(n);
@@ -156,32 +171,66 @@ impl World {
         }
     }
 
-    /// A frame goes from one host to another, if the link is up; sometimes nobody hears that it came.
+    /// A frame goes from one host to another, if the network lets it; sometimes nobody hears that it
+    /// came, or it is not taken before its host was started anew.
     fn carry(&mut self, from: usize, to: usize) {
-        if from == to || !self.links[from][to] {
-            return;
-        }
+        let up = from != to && self.network[from][to];
         let (Some(a), Some(b)) = (&self.hosts[from], &self.hosts[to]) else { return };
         let (a, b) = (Arc::clone(&a.cluster), Arc::clone(&b.cluster));
         let (us, them) = (a.us(), b.us());
-        // Who is not in the other's map is refused.
-        if !a.others().contains(&them) || !b.others().contains(&us) {
+        if !up {
+            self.links.remove(&(from, to));
+            return a.disconnected(them);
+        }
+        let Some(link) = self.links.get_mut(&(from, to)) else {
+            // Who is not in the other's map is refused.
+            if a.others().contains(&them) && b.others().contains(&us) {
+                let caller = Caller { host: us, instance: a.instance(them) };
+                let welcome = b.greeted(caller);
+                if welcome.unreached {
+                    return a.unreached(them, b.instance(us));
+                }
+                let ours = (them, caller.instance);
+                let next = a.connected(ours, b.instance(us), welcome.received).unwrap();
+                self.links.insert((from, to), Link { caller, next });
+            }
+            return;
+        };
+        if self.late.as_ref().is_some_and(|late| (late.0, late.1) == (to, link.caller)) {
+            // What a link brings is taken in the order in which it came.
             return;
         }
-        let received = b.greeted(us, a.instance(them));
-        let next: FrameNumber = a.connected(them, b.instance(us), received);
-        if let Some((number, frame)) = a.next(them, next).unwrap() {
-            b.take(us, number, &frame).unwrap();
-            if self.random.below(10) > 0 {
-                a.taken(them, number);
+        let chance = self.random.below(20);
+        let ours = (them, link.caller.instance);
+        let taken = match a.next(ours, link.next) {
+            Ok(Some((number, frame))) => {
+                link.next = FrameNumber(number.0 + 1);
+                if chance == 0 && self.late.is_none() {
+                    self.late = Some((to, link.caller, number, frame));
+                    return;
+                }
+                b.take(link.caller, number, &frame).map(|()| number)
             }
-        } else {
             // A sign of life.
-            a.taken(them, received);
-        }
-        if self.random.below(4) == 0 {
+            Ok(None) => b.hears(link.caller).map(|()| FrameNumber(link.next.0 - 1)),
+            Err(error) => Err(error),
+        };
+        // Sometimes the answer does not come.
+        if !taken.is_ok_and(|number| chance > 2 && a.taken(ours, number).is_ok()) {
+            self.links.remove(&(from, to));
             a.disconnected(them);
         }
+    }
+
+    /// A frame that waited long is taken.
+    fn take_late(&mut self) {
+        let Some((to, caller, number, frame)) = self.late.take() else { return };
+        if let Some(host) = &self.hosts[to] {
+            // It may have been refused since.
+            let _ = host.cluster.take(caller, number, &frame);
+        }
+        // In the order in which they came: whoever sent it sends what comes after it again.
+        self.links.remove(&(usize::from(caller.host.0), to));
     }
 
     fn begin(&mut self, host: usize) {
@@ -312,7 +361,7 @@ impl World {
             1 => self.adopt(host),
             2 => {
                 let other = self.random.below(HOSTS as u64) as usize;
-                self.links[host][other] = self.random.below(2) == 0;
+                self.network[host][other] = self.random.below(2) == 0;
             }
             3 if self.hosts[host].is_some() => self.crash(host),
             3 | 4 => {
@@ -340,6 +389,7 @@ impl World {
 
     fn crash(&mut self, host: usize) {
         self.hosts[host] = None;
+        self.links.retain(|(from, to), _| *from != host && *to != host);
         self.sessions.retain(|session| session.host != host);
     }
 
@@ -354,7 +404,7 @@ impl World {
 
     /// Everything is mended, and comes to its end.
     fn come_to_an_end(&mut self, seed: u64) {
-        self.links = [[true; HOSTS]; HOSTS];
+        self.network = [[true; HOSTS]; HOSTS];
         for member in self.map.members().to_vec() {
             let host = usize::from(member.number.0);
             if self.hosts[host].is_none() {

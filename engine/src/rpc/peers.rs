@@ -5,7 +5,7 @@
 //! there are, [`LINKS`] links at most are open each way: the rest wait. All that blocks happens on one
 //! thread, frame by frame.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -19,7 +19,7 @@ use futures::stream::FuturesOrdered;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
@@ -28,7 +28,7 @@ use super::MESSAGE_WORDS;
 use super::blocking::blocking;
 use super::tls::{Identity, proves};
 use crate::cluster::outbox::FrameNumber;
-use crate::cluster::{Cluster, Instance, SILENCE};
+use crate::cluster::{Caller, Cluster, Instance, SILENCE, Welcome};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::hosts::{self, HostReport};
 use crate::ids::{HostId, StoreId};
@@ -36,13 +36,17 @@ use crate::session::Context;
 
 /// Frames on their way to one host: enough to hide a round trip.
 const IN_FLIGHT: usize = 4;
-/// How long a connection may take, with its greeting, and a frame until it is taken.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a connection may take, with its greeting, and a frame until it is taken: longer than a turn
+/// of all others.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// Links at a time, each way: with TLS each takes some 100 KiB here and as much in the kernel.
 const LINKS: usize = 16;
 /// Between two signs of life on a link that has nothing else to say. One that is not needed any more
 /// ends after as long: what comes next often comes at once.
 const IDLE: Duration = Duration::from_secs(2);
+/// A link ends after as long where other hosts wait for its place: of 255 hosts each then has its turn
+/// every 16 s, about twice before it would be given up.
+const TURN: Duration = Duration::from_secs(1);
 /// How long a host may take to say how it is: its owner may be in the middle of a pass.
 const REPORT: Duration = Duration::from_secs(5);
 /// Before a link is tried again.
@@ -52,7 +56,7 @@ const QUEUE: usize = 4;
 
 /// A frame that came.
 struct Arrived {
-    host: HostId,
+    caller: Caller,
     number: FrameNumber,
     frame: Vec<u8>,
     taken: oneshot::Sender<Result<()>>,
@@ -67,8 +71,34 @@ pub struct Peers {
     store: StoreId,
     identity: Identity,
     arrived: mpsc::Sender<Arrived>,
-    outgoing: Semaphore,
+    outgoing: Places,
     incoming: Arc<Semaphore>,
+    looking: Arc<Semaphore>,
+}
+
+/// Places of links to other hosts.
+struct Places {
+    places: Semaphore,
+    /// Hosts that wait for one.
+    waiting: Cell<usize>,
+}
+
+impl Places {
+    fn new(count: usize) -> Self {
+        Places { places: Semaphore::new(count), waiting: Cell::new(0) }
+    }
+
+    /// Waits for one, in the order of those who wait.
+    async fn take(&self) -> Result<SemaphorePermit<'_>> {
+        self.waiting.set(self.waiting.get() + 1);
+        let place = self.places.acquire().await;
+        self.waiting.set(self.waiting.get() - 1);
+        place.map_err(|_| Error::new(Kind::Failed, "the engine is ending"))
+    }
+
+    fn are_wanted(&self) -> bool {
+        self.waiting.get() > 0
+    }
 }
 
 impl Peers {
@@ -88,15 +118,23 @@ impl Peers {
         std::thread::Builder::new()
             .name("peers".into())
             .spawn(move || {
-                while let Some(Arrived { host, number, frame, taken }) = queue.blocking_recv() {
-                    let _ = taken.send(taker.take(host, number, &frame));
+                while let Some(Arrived { caller, number, frame, taken }) = queue.blocking_recv() {
+                    let _ = taken.send(taker.take(caller, number, &frame));
                 }
             })
             .context(|| "cannot start the thread that takes frames".into())?;
-        let (outgoing, incoming) = (Semaphore::new(LINKS), Arc::new(Semaphore::new(LINKS)));
         let (name, store) = (name.to_owned(), context.store.id());
-        let peers = Peers { cluster, context, name, store, identity, arrived, outgoing, incoming };
-        Ok(Rc::new(peers))
+        Ok(Rc::new(Peers {
+            cluster,
+            context,
+            name,
+            store,
+            identity,
+            arrived,
+            outgoing: Places::new(LINKS),
+            incoming: Arc::new(Semaphore::new(LINKS)),
+            looking: Arc::new(Semaphore::new(1)),
+        }))
     }
 
     /// Keeps a link to every other host, rung by `bells`, and takes theirs at `listen`, for ever.
@@ -127,10 +165,27 @@ impl Peers {
                     }
                 },
                 _ = second.tick() => {
-                    self.cluster.look();
+                    self.look();
                     self.keep_links(&mut links, bells);
                 }
             }
+        }
+    }
+
+    /// Has hosts given up that are silent; one look at a time, as it may wait for the owner.
+    fn look(self: &Rc<Self>) {
+        if let Ok(looking) = Arc::clone(&self.looking).try_acquire_owned() {
+            let cluster = Arc::clone(&self.cluster);
+            tokio::task::spawn_local(async move {
+                let _looking = looking;
+                let looked = blocking(move || {
+                    cluster.look();
+                    Ok(())
+                });
+                if let Err(error) = looked.await {
+                    eprintln!("fleece-engine: {error}");
+                }
+            });
         }
     }
 
@@ -156,12 +211,12 @@ impl Peers {
         }
     }
 
-    fn greet(&self, to: HostId, mut greeting: greeting::Builder<'_>) {
+    fn greet(&self, ours: Instance, mut greeting: greeting::Builder<'_>) {
         let map = self.cluster.map();
         greeting.set_host(&self.name);
         greeting.set_store(self.store.0.as_bytes());
         greeting.set_map_digest(map.digest());
-        greeting.set_instance(self.cluster.instance(to).0);
+        greeting.set_instance(ours.0);
         greeting.set_protocol(PEER_PROTOCOL);
         greeting.set_version(env!("CARGO_PKG_VERSION"));
     }
@@ -197,7 +252,7 @@ impl Peers {
         };
         let shown = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
         let heard = Rc::new(Cell::new(Instant::now()));
-        let server = Server { peers: self, shown, host: RefCell::new(None), heard: heard.clone() };
+        let server = Server { peers: self, shown, caller: Cell::new(None), heard: heard.clone() };
         let client: peer::Client = capnp_rpc::new_client(server);
         let (read, write) = tokio::io::split(stream);
         let network = network(read, write, rpc_twoparty_capnp::Side::Server);
@@ -219,7 +274,7 @@ impl Peers {
 struct Server {
     peers: Rc<Peers>,
     shown: Option<Vec<rustls::pki_types::CertificateDer<'static>>>,
-    host: RefCell<Option<HostId>>,
+    caller: Cell<Option<Caller>>,
     /// When it called last: whoever is there gives signs of life.
     heard: Rc<Cell<Instant>>,
 }
@@ -236,11 +291,12 @@ impl peer::Server for Server {
         }
         let (host, instance) = self.peers.greeted(greeting)?;
         // It may have to tell the owner of sessions that are gone.
-        let cluster = Arc::clone(&self.peers.cluster);
-        let received = blocking(move || Ok(cluster.greeted(host, instance))).await?;
-        *self.host.borrow_mut() = Some(host);
-        results.get().set_received(received.0);
-        self.peers.greet(host, results.get().init_you());
+        let (cluster, caller) = (Arc::clone(&self.peers.cluster), Caller { host, instance });
+        let welcome = blocking(move || Ok(cluster.greeted(caller))).await?;
+        self.caller.set(Some(caller));
+        results.get().set_received(welcome.received.0);
+        results.get().set_unreached(welcome.unreached);
+        self.peers.greet(self.peers.cluster.instance(host), results.get().init_you());
         Ok(())
     }
 
@@ -249,18 +305,18 @@ impl peer::Server for Server {
         params: peer::DeliverParams,
         _: peer::DeliverResults,
     ) -> capnp::Result<()> {
-        let Some(host) = *self.host.borrow() else {
+        let Some(caller) = self.caller.get() else {
             return Err(capnp::Error::failed("greet first".into()));
         };
         self.heard.set(Instant::now());
         let (number, frame) = (params.get()?.get_number(), params.get()?.get_frame()?.to_vec());
         if number == 0 {
-            return Ok(());
+            return self.peers.cluster.hears(caller).map_err(|error| super::to_wire(&error));
         }
         let (taken, outcome) = oneshot::channel();
         let number = FrameNumber(number);
         let ending = |_| capnp::Error::failed("the engine is ending".into());
-        let arrived = Arrived { host, number, frame, taken };
+        let arrived = Arrived { caller, number, frame, taken };
         self.peers.arrived.send(arrived).await.map_err(|_| ending(()))?;
         outcome.await.map_err(|_| ending(()))?.map_err(|error| super::to_wire(&error))
     }
@@ -270,7 +326,7 @@ impl peer::Server for Server {
         _: peer::DescribeParams,
         mut results: peer::DescribeResults,
     ) -> capnp::Result<()> {
-        if self.host.borrow().is_none() {
+        if self.caller.get().is_none() {
             return Err(capnp::Error::failed("greet first".into()));
         }
         let context = self.peers.context.clone();
@@ -308,12 +364,12 @@ async fn keep_link(peers: Rc<Peers>, host: HostId, bell: Arc<Notify>) {
             // Answers that are awaited ring no bell.
             let _ = timeout(AGAIN, bell.notified()).await;
         }
-        let Ok(_place) = peers.outgoing.acquire().await else { return };
+        let Ok(_place) = peers.outgoing.take().await else { return };
         let ended = link(&peers, host, &bell).await;
-        peers.cluster.disconnected(host);
         match ended {
             Ok(()) => said.clear(),
             Err(error) => {
+                peers.cluster.disconnected(host);
                 // Once for each reason: a host may be away for days.
                 let why = error.to_string();
                 if why != said {
@@ -328,9 +384,15 @@ async fn keep_link(peers: Rc<Peers>, host: HostId, bell: Arc<Notify>) {
 
 /// One link, until it is not needed any more or breaks.
 async fn link(peers: &Peers, host: HostId, bell: &Notify) -> Result<()> {
-    with_host(peers, host, async |client, instance, received| {
-        let next = peers.cluster.connected(host, instance, received);
-        send(peers, host, &client, bell, next).await
+    let ours = peers.cluster.instance(host);
+    with_host(peers, (host, ours), async |client, instance, welcome| {
+        if welcome.unreached {
+            peers.cluster.unreached(host, instance);
+            let what = format!("{} cannot reach this host", peers.name_of(host));
+            return Err(Error::new(Kind::Failed, format!("{what}: see its log")));
+        }
+        let next = peers.cluster.connected((host, ours), instance, welcome.received)?;
+        send(peers, (host, ours), &client, bell, next).await
     })
     .await
 }
@@ -338,8 +400,8 @@ async fn link(peers: &Peers, host: HostId, bell: &Notify) -> Result<()> {
 /// Connects to a host, and runs `work` with it.
 async fn with_host<T>(
     peers: &Peers,
-    host: HostId,
-    work: impl AsyncFnOnce(peer::Client, Instance, FrameNumber) -> Result<T>,
+    (host, ours): (HostId, Instance),
+    work: impl AsyncFnOnce(peer::Client, Instance, Welcome) -> Result<T>,
 ) -> Result<T> {
     let map = peers.cluster.map();
     let gone = || Error::new(Kind::NotFound, format!("host {} is not in the cluster", host.0));
@@ -359,12 +421,12 @@ async fn with_host<T>(
     let client: peer::Client = system.bootstrap(rpc_twoparty_capnp::Side::Server);
     let talk = async {
         let mut request = client.greet_request();
-        peers.greet(host, request.get().init_us());
+        peers.greet(ours, request.get().init_us());
         let answer = timeout(PATIENCE, request.send().promise).await.map_err(|_| late())?;
         let answer = answer.map_err(|error| Error::caused(Kind::Failed, what(), error))?;
-        let (instance, received) = greeting_of(peers, host, &answer)
+        let (instance, welcome) = greeting_of(peers, host, &answer)
             .map_err(|error| Error::caused(Kind::Failed, what(), error))?;
-        work(client.clone(), instance, received).await
+        work(client.clone(), instance, welcome).await
     };
     let broken = |error: Option<capnp::Error>| match error {
         Some(error) => Error::caused(Kind::Failed, what(), error),
@@ -377,6 +439,11 @@ async fn with_host<T>(
 }
 
 impl Peers {
+    fn name_of(&self, host: HostId) -> String {
+        let map = self.cluster.map();
+        map.member(host).map_or_else(|| format!("host {}", host.0), |member| member.name.clone())
+    }
+
     /// How it is with all hosts, this one first; one that does not answer in time is silent.
     ///
     /// # Errors
@@ -398,7 +465,7 @@ impl Peers {
 
     async fn report(&self, host: HostId) -> Result<HostReport> {
         let failed = |error: capnp::Error| super::from_wire(&error);
-        with_host(self, host, async |client, _, _| {
+        with_host(self, (host, self.cluster.instance(host)), async |client, _, _| {
             let answer = client.describe_request().send().promise.await.map_err(failed)?;
             let text = answer.get().and_then(|answer| answer.get_report()).map_err(failed)?;
             serde_json::from_slice(text.as_bytes())
@@ -412,38 +479,48 @@ fn greeting_of(
     peers: &Peers,
     host: HostId,
     answer: &capnp::capability::Response<peer::greet_results::Owned>,
-) -> capnp::Result<(Instance, FrameNumber)> {
+) -> capnp::Result<(Instance, Welcome)> {
     let answer = answer.get()?;
     let (who, instance) = peers.greeted(answer.get_you()?)?;
     if who != host {
         return Err(capnp::Error::failed("another host answers there".into()));
     }
-    Ok((instance, FrameNumber(answer.get_received())))
+    let received = FrameNumber(answer.get_received());
+    Ok((instance, Welcome { received, unreached: answer.get_unreached() }))
 }
 
 /// Sends what waits, some frames ahead of what was taken.
 async fn send(
     peers: &Peers,
-    host: HostId,
+    (host, ours): (HostId, Instance),
     client: &peer::Client,
     bell: &Notify,
     mut next: FrameNumber,
 ) -> Result<()> {
     let mut in_flight = FuturesOrdered::new();
-    let mut needed = Instant::now();
+    let begun = Instant::now();
+    let mut needed = begun;
     loop {
-        while in_flight.len() < IN_FLIGHT
-            && let Some((number, frame)) = peers.cluster.next(host, next)?
+        let enough = begun.elapsed() > TURN && peers.outgoing.are_wanted();
+        if enough && in_flight.is_empty() {
+            return Ok(());
+        }
+        while !enough
+            && in_flight.len() < IN_FLIGHT
+            && let Some((number, frame)) = peers.cluster.next((host, ours), next)?
         {
             next = FrameNumber(number.0 + 1);
             in_flight.push_back(deliver(client, number, &frame));
         }
         tokio::select! {
             Some(taken) = in_flight.next(), if !in_flight.is_empty() => {
-                peers.cluster.taken(host, taken?);
+                peers.cluster.taken((host, ours), taken?)?;
             }
-            () = bell.notified(), if in_flight.len() < IN_FLIGHT => {}
-            () = tokio::time::sleep(IDLE), if in_flight.is_empty() => {
+            () = bell.notified(), if !enough && in_flight.len() < IN_FLIGHT => {}
+            () = tokio::time::sleep(TURN), if in_flight.is_empty() => {
+                if peers.outgoing.are_wanted() {
+                    continue;
+                }
                 if peers.cluster.needs(host) {
                     needed = Instant::now();
                     in_flight.push_back(deliver(client, FrameNumber(0), &[]));

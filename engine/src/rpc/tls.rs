@@ -1,5 +1,6 @@
 //! Who another engine is: certificates of the cluster's own CA, on both sides.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,6 +26,16 @@ impl Identity {
     /// [`Kind::Key`] when something of it is missing or wrong, or others may read it.
     pub(super) fn load(bundle: &Path) -> Result<Self> {
         let wrong = |what: String| Error::new(Kind::Key, format!("{}: {what}", bundle.display()));
+        let mode = std::fs::metadata(bundle)
+            .context(|| format!("cannot read {}", bundle.display()))?
+            .permissions()
+            .mode();
+        if mode & 0o077 != 0 {
+            return Err(wrong(format!(
+                "it can be read by others (mode {:04o}): chmod 0400",
+                mode & 0o777
+            )));
+        }
         let text = std::fs::read(bundle).context(|| format!("cannot read {}", bundle.display()))?;
         let certificates: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&text)
             .collect::<std::result::Result<_, _>>()

@@ -39,6 +39,8 @@ pub(super) struct Patience {
     pub(super) seen: u64,
     pub(super) backoff: Duration,
     pub(super) handover: Option<Handover>,
+    /// Since when a writer cannot be told anything.
+    pub(super) unheard: Option<(SessionId, Instant)>,
     /// Writers that do not answer: their blocks are written by us.
     pub(super) silent: Option<SessionId>,
 }
@@ -52,6 +54,7 @@ impl Patience {
             seen: 0,
             backoff: FIRST_BACKOFF,
             handover: None,
+            unheard: None,
             silent: None,
         }
     }
@@ -213,9 +216,19 @@ impl Session {
                 self.give_up(&claims)?;
             }
         }
+        let writer = handover.writer();
         if handover.ask(&self.context, self.id, now)? == Step::Asked {
+            self.patience.unheard = None;
             self.patience.handover = Some(handover);
             return Ok(false);
+        }
+        let since = match self.patience.unheard {
+            Some((same, since)) if same == writer => since,
+            _ => self.patience.unheard.insert((writer, now)).1,
+        };
+        if now.duration_since(since) > SILENCE {
+            self.patience.silent = Some(writer);
+            return self.ask_again();
         }
         // It ended, or is overloaded: the owner knows more, a little later.
         let later = now.duration_since(self.patience.asked) >= LAST_BACKOFF;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::*;
 use crate::cluster::map::{MapEpoch, Member, PartitionMap};
 use crate::cluster::outbox::FrameNumber;
-use crate::cluster::{Cluster, Here, Instance, SILENCE};
+use crate::cluster::{Caller, Cluster, Here, Instance, SILENCE};
 use crate::ids::{HostId, Slice};
 use crate::jobs::checkpoint::{Checkpoints, Part};
 use crate::moving::{self, Pace};
@@ -132,12 +132,25 @@ fn carry(from: &Engine, to: &Engine) -> usize {
     if !to.cluster.others().contains(&a) || !from.cluster.others().contains(&b) {
         return 0;
     }
-    let received = to.cluster.greeted(a, from.cluster.instance(b));
-    let mut next = from.cluster.connected(b, to.cluster.instance(a), received);
+    let caller = Caller { host: a, instance: from.cluster.instance(b) };
+    let welcome = to.cluster.greeted(caller);
+    if welcome.unreached {
+        from.cluster.unreached(b, to.cluster.instance(a));
+        return 0;
+    }
+    let ours = (b, caller.instance);
+    let Ok(mut next) = from.cluster.connected(ours, to.cluster.instance(a), welcome.received)
+    else {
+        return 0;
+    };
     let mut carried = 0;
-    while let Some((number, frame)) = from.cluster.next(b, next).unwrap() {
-        to.cluster.take(a, number, &frame).unwrap();
-        from.cluster.taken(b, number);
+    while let Some((number, frame)) = from.cluster.next(ours, next).unwrap_or(None) {
+        if to.cluster.take(caller, number, &frame).is_err() {
+            break;
+        }
+        if from.cluster.taken(ours, number).is_err() {
+            break;
+        }
         next = FrameNumber(number.0 + 1);
         carried += 1;
     }
