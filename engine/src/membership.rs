@@ -20,6 +20,7 @@ use etcd_client::{
     PutOptions, Txn, TxnOp,
 };
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use crate::cluster::Cluster;
@@ -133,9 +134,29 @@ pub struct Membership {
 /// A connection to etcd, with our lease.
 struct Registered {
     client: Client,
-    keeper: LeaseKeeper,
-    alive: LeaseKeepAliveStream,
     lease: i64,
+    /// Keeps the lease, whatever else takes its time; ends when that fails.
+    kept: JoinHandle<()>,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.kept.abort();
+    }
+}
+
+/// Keeps a lease until it has ended, or etcd does not answer.
+async fn keep_alive(mut keeper: LeaseKeeper, mut alive: LeaseKeepAliveStream) {
+    loop {
+        let answer = async {
+            keeper.keep_alive().await?;
+            alive.message().await
+        };
+        match timeout(PATIENCE, answer).await {
+            Ok(Ok(Some(alive))) if alive.ttl() > 0 => tokio::time::sleep(LEASE / 5).await,
+            _ => return,
+        }
+    }
 }
 
 impl Membership {
@@ -189,7 +210,8 @@ impl Membership {
         let mut registered = self.register().await?;
         for _ in 0..TRIES {
             let seen = self.look(&mut registered).await?;
-            let document = match self.next(&seen) {
+            let ours = self.kept().map_or(MapEpoch::default(), |kept| kept.epoch);
+            let document = match self.next(&seen, ours) {
                 Some(next) => {
                     if !self.put(&mut registered, &seen, &next).await? {
                         continue;
@@ -229,20 +251,19 @@ impl Membership {
         let granted = client.lease_grant(LEASE.as_secs() as i64, None);
         let lease = self.answer(granted).await?.id();
         let (keeper, alive) = self.answer(client.lease_keep_alive(lease)).await?;
+        let kept = tokio::spawn(keep_alive(keeper, alive));
         let key = format!("{}hosts/{}", self.prefix, self.name);
         let value = serde_json::to_vec(&self.announcement)
             .map_err(|error| Error::caused(Kind::Failed, "cannot announce this host", error))?;
         let options = PutOptions::new().with_lease(lease);
         self.answer(client.put(key, value, Some(options))).await?;
-        Ok(Registered { client, keeper, alive, lease })
+        Ok(Registered { client, lease, kept })
     }
 
-    /// Keeps the lease, and reads all that is there.
+    /// Reads all that is there.
     async fn look(&self, registered: &mut Registered) -> Result<Seen> {
-        self.answer(registered.keeper.keep_alive()).await?;
-        let alive = self.answer(registered.alive.message()).await?;
-        if alive.is_none_or(|alive| alive.ttl() <= 0) {
-            return Err(self.failed(&format!("the lease {} has ended", registered.lease)));
+        if registered.kept.is_finished() {
+            return Err(self.failed(&format!("the lease {} was not kept", registered.lease)));
         }
         let all = GetOptions::new().with_prefix();
         let answer = self.answer(registered.client.get(self.prefix.clone(), Some(all))).await?;
@@ -275,14 +296,19 @@ impl Membership {
         Ok(self.answer(registered.client.txn(replace)).await?.succeeded())
     }
 
-    /// The map that fits the hosts; `None` if the one there does. Where etcd has lost its map, the one
-    /// that this host had last goes on: epochs never go back, and numbers stay whose they were.
-    fn next(&self, seen: &Seen) -> Option<Document> {
-        if seen.map.is_some() {
+    /// The map that this host had last.
+    fn kept(&self) -> Option<Document> {
+        std::fs::read(&self.kept).ok().and_then(|bytes| Document::decode(&bytes).ok())
+    }
+
+    /// The map that fits the hosts; `None` if the one there does. Where etcd has lost its map, or was set
+    /// back to one before `ours`, the one that this host had last goes on: epochs never go back, and
+    /// numbers stay whose they were.
+    fn next(&self, seen: &Seen, ours: MapEpoch) -> Option<Document> {
+        if seen.map.as_ref().is_some_and(|map| map.epoch >= ours) {
             return seen.next();
         }
-        let kept = std::fs::read(&self.kept).ok().and_then(|bytes| Document::decode(&bytes).ok());
-        let Some(kept) = kept else { return seen.next() };
+        let Some(kept) = self.kept() else { return seen.next() };
         let again = Document { epoch: MapEpoch(kept.epoch.0 + 1), ..kept.clone() };
         let with = Seen { map: Some(kept), ..seen.clone() };
         Some(with.next().unwrap_or(again))
@@ -334,7 +360,7 @@ impl Membership {
             none => none.insert(self.register().await?),
         };
         let seen = self.look(registered).await?;
-        if let Some(next) = self.next(&seen) {
+        if let Some(next) = self.next(&seen, cluster.map().epoch()) {
             // Whoever loses sees the winner's a second later.
             self.put(registered, &seen, &next).await?;
             return Ok(());
@@ -344,9 +370,13 @@ impl Membership {
             let (cluster, map) = (std::sync::Arc::clone(cluster), document.map()?);
             let (epoch, hosts) = (document.epoch.0, document.hosts.len());
             eprintln!("fleece-engine: partition map {epoch}: {hosts} hosts");
-            // Its locks and files are not for this thread.
-            let adopted = tokio::task::spawn_blocking(move || cluster.adopt(map)).await;
-            adopted.map_err(|error| Error::caused(Kind::Failed, "the map", error))??;
+            // Its locks and files are not for this thread, nor for the one that looks names up.
+            let (done, adopted) = tokio::sync::oneshot::channel();
+            std::thread::Builder::new()
+                .name("adopt".into())
+                .spawn(move || done.send(cluster.adopt(map)))
+                .context(|| "cannot start the thread that adopts a map".into())?;
+            adopted.await.map_err(|error| Error::caused(Kind::Failed, "the map", error))??;
             self.keep(&document);
         }
         Ok(())
@@ -420,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn where_etcd_has_lost_its_map_the_last_one_goes_on() {
+    fn where_etcd_has_lost_its_map_or_was_set_back_the_last_one_goes_on() {
         let dir = tempfile::tempdir().unwrap();
         let membership = Membership {
             endpoints: Vec::new(),
@@ -430,16 +460,22 @@ mod tests {
             kept: dir.path().join("map.json"),
         };
         let nothing = seen(&["a", "b"], &[], None);
-        assert_eq!(membership.next(&nothing).unwrap().epoch, MapEpoch(1));
+        let next = |seen: &Seen| membership.next(seen, MapEpoch(2));
+        assert_eq!(next(&nothing).unwrap().epoch, MapEpoch(1));
         let joined = seen(&["a", "b", "c"], &[], nothing.next()).next().unwrap();
         membership.keep(&joined);
-        let again = membership.next(&seen(&["a", "b", "c"], &[], None)).unwrap();
+        let again = next(&seen(&["a", "b", "c"], &[], None)).unwrap();
         assert_eq!((again.epoch, &again.numbers), (MapEpoch(3), &joined.numbers));
         // Not all are there yet.
-        let some = membership.next(&nothing).unwrap();
+        let some = next(&nothing).unwrap();
         assert_eq!(
             (some.epoch, some.hosts.len(), &some.numbers),
             (MapEpoch(3), 2, &joined.numbers)
         );
+        // It was set back to the map before.
+        let back = seen(&["a", "b", "c"], &[], nothing.next());
+        let again = next(&back).unwrap();
+        assert_eq!((again.epoch, &again.numbers), (MapEpoch(3), &joined.numbers));
+        assert_eq!(next(&seen(&["a", "b", "c"], &[], Some(joined))), None);
     }
 }

@@ -9,6 +9,7 @@ use crate::cluster::{Cluster, Move};
 use crate::error::Result;
 use crate::jobs::checkpoint::{Checkpoints, Part};
 use crate::session::Context;
+use crate::store::shards;
 use crate::upkeep;
 
 /// How long is waited for what.
@@ -23,10 +24,13 @@ pub struct Pace {
     pub least: u64,
 }
 
-/// All hosts look for a new map every second. What a checkpoint does not have is read from directories:
-/// those of 64 K blocks are read in a second.
-pub const PACE: Pace =
-    Pace { settle: Duration::from_secs(3), look: Duration::from_secs(30), least: 64 << 10 };
+/// All hosts look for a new map every second. What a checkpoint does not have is read from directories,
+/// so little of it is not worth an object.
+pub const PACE: Pace = Pace {
+    settle: Duration::from_secs(3),
+    look: Duration::from_secs(10),
+    least: shards::PART_ENTRIES as u64,
+};
 /// Before what failed is tried again.
 const AGAIN: Duration = Duration::from_secs(10);
 

@@ -103,6 +103,7 @@ impl Store {
         }
         let objects = objects_at(location, &std::env::temp_dir())?;
         make_sure_that_nothing_is_there(&objects, location)?;
+        make_sure_that_nothing_is_overwritten(&objects, location)?;
         keep(&key)?;
         if let Some(passphrase) = &options.passphrase {
             objects.create(names::WRAPPED_KEY, key.wrap(passphrase)?)?;
@@ -182,6 +183,9 @@ impl Store {
         let codecs = Arc::new(Codecs::new(options.compression));
         let budget = options.budget;
         let journals = Journals::new(objects.clone(), sealer.clone());
+        if state_dir.is_some() {
+            make_sure_that_nothing_is_overwritten(&objects, location)?;
+        }
         let writer = if state_dir.is_some() { objects.join_writers()? } else { None };
         let journal = state_dir.map(|state_dir| Journal::open(journals, state_dir)).transpose()?;
         let directories = Directories::new(
@@ -328,6 +332,9 @@ fn make_sure_that_nothing_is_there(objects: &Objects, location: &Location) -> Re
     }
     let mut found = None;
     let listed = objects.list("", |key, _| {
+        if key == names::PROBE {
+            return Ok(()); // Of an init that failed.
+        }
         found = Some(key.to_owned());
         Err(Error::new(Kind::Usage, "one is enough"))
     });
@@ -337,6 +344,16 @@ fn make_sure_that_nothing_is_there(objects: &Objects, location: &Location) -> Re
             Err(Error::new(Kind::Usage, format!("{what}: a new store needs a folder of its own")))
         }
         None => listed.context(failed),
+    }
+}
+
+/// Directories are ours to know; of a bucket's server it must be seen.
+fn make_sure_that_nothing_is_overwritten(objects: &Objects, location: &Location) -> Result<()> {
+    match location {
+        Location::Directory(_) => Ok(()),
+        Location::Bucket(_) => {
+            objects.must_keep_what_is_there().context(|| format!("cannot use {location}"))
+        }
     }
 }
 

@@ -22,6 +22,8 @@ pub const MANIFEST_COPIES: &str = "manifests-copy";
 pub const SESSIONS: &str = "sessions";
 /// Slots known to be damaged.
 pub const DAMAGE: &str = "damage";
+/// In a bucket: what shows that no object of it can be overwritten.
+pub const PROBE: &str = "probe";
 /// Checkpoints of the index, a folder each.
 pub const SHARDS: &str = "shards";
 

@@ -543,3 +543,41 @@ fn where_a_checkpoint_is_damaged_directories_are_read() {
     assert_eq!(notes.count(), 2, "{said}");
     hosts.must_be_whole(&[(before, &old)]);
 }
+
+#[test]
+fn for_a_writer_that_is_cut_off_nobody_waits() {
+    let hosts = Hosts::new(3);
+    let common = image(71, 1500, 1500);
+    let slow = begin_in(&hosts.engines[0].context, 1, "", &common).unwrap();
+    slow.scan_all().unwrap();
+    let grants = slow.grants().unwrap();
+    assert!(!grants.extents.is_empty());
+    // It holds the grants of the others' parts, too; then nobody hears of it any more.
+    hosts.link(0, false);
+    let quick = std::thread::scope(|scope| {
+        let backup = scope.spawn(|| hosts.engines[1].backup(2, &common));
+        wait_until("the end of the backup", || {
+            for engine in &hosts.engines[1..] {
+                engine.cluster.look();
+                engine.late.fetch_add(SILENCE.as_secs() + 1, Ordering::AcqRel);
+                engine.cluster.look();
+                engine.cluster.look();
+            }
+            backup.is_finished()
+        });
+        backup.join().unwrap()
+    });
+    hosts.link(0, true);
+    for extent in grants.extents {
+        slow.write(extent.at, extent.blocks.into()).unwrap();
+    }
+    slow.write_all().unwrap();
+    let slow = slow.commit().unwrap();
+    for engine in &hosts.engines {
+        for manifest in [&quick, &slow] {
+            assert!(restore_in(&engine.context, manifest).unwrap() == common, "it differs");
+        }
+    }
+    let (clean, said) = verify_in(&hosts.engines[2].context);
+    assert!(clean, "{said}");
+}

@@ -14,8 +14,10 @@ use object_store::prefix::PrefixStore;
 use object_store::{BackoffConfig, ClientOptions, RetryConfig};
 use serde::{Deserialize, Serialize};
 
-use super::{Objects, READS_IN_FLIGHT};
+use super::{Created, Objects, READS_IN_FLIGHT};
 use crate::error::{Context, Error, Kind, Result};
+use crate::store::format::random;
+use crate::store::names;
 
 /// One request, with its whole body: 16 MiB in this time are 140 KB/s.
 const REQUEST: Duration = Duration::from_secs(120);
@@ -86,6 +88,25 @@ impl std::fmt::Display for Bucket {
 }
 
 impl Objects {
+    /// Makes sure that what is there cannot be overwritten: claims, journals and commits rest on that, and
+    /// there are servers that pass `If-None-Match` over. Leaves one object, [`names::PROBE`].
+    ///
+    /// # Errors
+    /// [`Kind::NoStore`] for such a server; when it does not answer.
+    pub fn must_keep_what_is_there(&self) -> Result<()> {
+        // The second one comes to a key that is taken, by us or by whoever was here before.
+        for _ in 0..2 {
+            if self.create(names::PROBE, random::<16>()?.to_vec())? == Created::Exists {
+                return Ok(());
+            }
+        }
+        let what = "the S3 server overwrites objects that it is told to create (If-None-Match: *)";
+        Err(Error::new(
+            Kind::NoStore,
+            format!("{what}: blocks would be lost, use one that knows conditional writes"),
+        ))
+    }
+
     /// The objects in a bucket. What is to be sent is staged in `staging`. Nothing is asked yet.
     ///
     /// # Errors

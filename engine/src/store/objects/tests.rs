@@ -220,3 +220,77 @@ fn a_full_file_system_says_so() {
         "{error}"
     );
 }
+
+/// A server that passes conditions over.
+#[derive(Debug)]
+struct Overwriting(object_store::memory::InMemory);
+
+impl std::fmt::Display for Overwriting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("overwriting")
+    }
+}
+
+type Stored<T> = object_store::Result<T>;
+
+#[async_trait::async_trait]
+impl ObjectStore for Overwriting {
+    async fn put_opts(
+        &self,
+        location: &Path,
+        payload: PutPayload,
+        _: object_store::PutOptions,
+    ) -> Stored<object_store::PutResult> {
+        self.0.put(location, payload).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        _: &Path,
+        _: object_store::PutMultipartOptions,
+    ) -> Stored<Box<dyn object_store::MultipartUpload>> {
+        Err(object_store::Error::NotImplemented {
+            operation: "multipart".into(),
+            implementer: self.to_string(),
+        })
+    }
+
+    async fn get_opts(&self, location: &Path, o: GetOptions) -> Stored<object_store::GetResult> {
+        self.0.get_opts(location, o).await
+    }
+
+    fn delete_stream(
+        &self,
+        locations: futures::stream::BoxStream<'static, Stored<Path>>,
+    ) -> futures::stream::BoxStream<'static, Stored<Path>> {
+        locations
+    }
+
+    fn list(
+        &self,
+        prefix: Option<&Path>,
+    ) -> futures::stream::BoxStream<'static, Stored<object_store::ObjectMeta>> {
+        self.0.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Stored<object_store::ListResult> {
+        self.0.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, _: &Path, _: &Path, _: object_store::CopyOptions) -> Stored<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_server_that_overwrites_is_refused() {
+    let server = Arc::new(Overwriting(object_store::memory::InMemory::new()));
+    let objects = Objects::over(server, None, &std::env::temp_dir()).unwrap();
+    let error = objects.must_keep_what_is_there().unwrap_err();
+    assert_eq!(error.kind(), Kind::NoStore);
+    assert!(error.to_string().contains("If-None-Match"), "{error}");
+    let objects = Objects::in_memory().unwrap();
+    for _ in 0..2 {
+        objects.must_keep_what_is_there().unwrap();
+    }
+}
