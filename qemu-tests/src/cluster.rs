@@ -218,6 +218,14 @@ impl Cluster {
         Ok(self.hosts[host].engine.as_ref().context("no engine runs")?.pid())
     }
 
+    /// What a host's engine has printed.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn printed(&self, host: usize) -> Result<String> {
+        Ok(self.hosts[host].engine.as_ref().context("no engine runs")?.printed())
+    }
+
     /// Hosts whose engines run.
     #[must_use]
     pub fn running(&self) -> Vec<usize> {

@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use qemu_tests::cluster::{Cluster, images, snapshot};
 use qemu_tests::process::{Finished, Running};
 use qemu_tests::wait::{LONG, wait_until};
-use qemu_tests::{Result, image};
+use qemu_tests::{MIB, Result, image};
 
 /// A backup that finds everything stored already.
 fn is_all_known(finished: &Finished) -> Result {
@@ -89,6 +89,36 @@ fn what_a_killed_host_answered_for_the_others_answer_for() -> Result {
         (snapshot("vm1", &during)?, all[1]),
         (snapshot("back", &back)?, all[1]),
     ])
+}
+
+#[test]
+fn what_a_lost_host_knew_its_checkpoint_has() -> Result {
+    let mut cluster = Cluster::of_etcd(3)?;
+    let path = cluster.fixture.path("large.raw");
+    image::raw(&path, 320 * MIB, &[(0, 300 * MIB, 1)])?;
+    let first = cluster.backup(0, "large", &path)?.finish(LONG)?.code(0)?;
+    ensure!(first.printed().contains("undetected 0"), "{}", first.printed());
+    wait_until(LONG, "checkpoints of all hosts", || {
+        let hosts = cluster.ask(0, &["hosts"])?;
+        Ok(hosts.iter().all(|host| host["checkpointed_blocks"].as_u64() > Some(0)))
+    })?;
+    cluster.kill(2)?;
+    cluster.wait_members(2)?;
+    for host in [0, 1] {
+        let printed = cluster.printed(host)?;
+        let filled = printed.lines().rfind(|line| line.contains("were read from checkpoints"));
+        let filled = filled.with_context(|| printed.clone())?;
+        ensure!(!filled.contains("; 0 entries"), "{filled}");
+    }
+    let distinct = image::distinct_blocks(&[&path])?;
+    ensure!(cluster.figure(0, "unique_blocks")? == distinct, "not exact after a loss");
+    is_all_known(&cluster.backup(1, "again", &path)?.finish(LONG)?.code(0)?)?;
+    // It comes back, and reads checkpoints, too.
+    cluster.start(2)?;
+    cluster.wait_members(3)?;
+    is_all_known(&cluster.backup(2, "back", &path)?.finish(LONG)?.code(0)?)?;
+    ensure!(cluster.figure(1, "double_blocks")? == 0, "something was stored twice");
+    cluster.must_be_whole(&[(snapshot("large", &first)?, &path)])
 }
 
 #[test]
