@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::damage::{address_in, different};
 use super::*;
 use crate::cluster::map::{MapEpoch, Member, PartitionMap};
 use crate::cluster::outbox::FrameNumber;
@@ -11,6 +12,7 @@ use crate::cluster::{Cluster, Here, Instance, SILENCE};
 use crate::ids::{HostId, Slice};
 use crate::moving;
 use crate::session::registry::Registry;
+use crate::store::damage::Found;
 
 /// One of the engines.
 struct Engine {
@@ -411,4 +413,30 @@ fn a_host_that_missed_a_map_fills_its_index_again() {
     assert_eq!((again.counts.new, again.counts.undetected), (0, 0));
     hosts.must_be_exact(&[&during]);
     hosts.must_be_whole(&[(made, &during)]);
+}
+
+#[test]
+fn what_one_host_found_damaged_no_other_one_deduplicates_against() {
+    let hosts = Hosts::new(2);
+    let [first, second] = [0, 1].map(|n| &hosts.engines[n]);
+    let content = different(1, 600);
+    let before = first.backup(1, &content);
+    hosts.must_be_exact(&[&content]);
+    // Both have started, and only one meets the damage.
+    let victim = address_in(&first.context, &before, 300);
+    let slots = (victim.slot.0, 1);
+    let found = Found { container: victim.container, slots, how: "test".into() };
+    first.context.damage.record(&first.context.store, &[found]).unwrap();
+    assert!(!second.context.damage.map().has(victim));
+    let again = second.backup(2, &content);
+    assert!(second.context.damage.map().has(victim));
+    assert_eq!(again.counts.new, BLOCK as u64, "the damaged block is stored again, nothing else");
+    assert_ne!(address_in(&second.context, &again, 300), victim);
+    // A later mark takes it back, for the other one as well: the slot was whole.
+    let (clean, said) = verify_in(&first.context);
+    assert!(clean, "{said}");
+    let third = second.backup(3, &content);
+    assert!(!second.context.damage.map().has(victim));
+    assert_eq!(third.counts.new, 0);
+    hosts.must_be_whole(&[(before, &content), (again, &content), (third, &content)]);
 }

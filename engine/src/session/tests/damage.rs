@@ -39,15 +39,7 @@ impl Host {
     }
 
     fn address_of(&self, manifest: &Manifest, block: u64) -> Address {
-        let disk = manifest.disk("").unwrap();
-        let shape = disk.shape(BLOCK as u32);
-        let nodes = self.context.store.directories();
-        let reader = RecipeReader::new(nodes, disk.root, shape).unwrap();
-        let run = reader.runs(block..block + 1).next().unwrap().unwrap();
-        match run.placement {
-            Placement::At(address) => address,
-            Placement::Zero => panic!("block {block} is zero"),
-        }
+        address_in(&self.context, manifest, block)
     }
 
     fn object_of(&self, address: Address) -> String {
@@ -55,8 +47,21 @@ impl Host {
     }
 }
 
+/// Where a block of a snapshot is.
+pub(super) fn address_in(context: &Context, manifest: &Manifest, block: u64) -> Address {
+    let disk = manifest.disk("").unwrap();
+    let shape = disk.shape(BLOCK as u32);
+    let nodes = context.store.directories();
+    let reader = RecipeReader::new(nodes, disk.root, shape).unwrap();
+    let run = reader.runs(block..block + 1).next().unwrap().unwrap();
+    match run.placement {
+        Placement::At(address) => address,
+        Placement::Zero => panic!("block {block} is zero"),
+    }
+}
+
 /// Blocks that differ all, so that every backup has containers of its own.
-fn different(first: u64, blocks: u64) -> Vec<u8> {
+pub(super) fn different(first: u64, blocks: u64) -> Vec<u8> {
     (first..first + blocks).flat_map(block_of).collect()
 }
 
