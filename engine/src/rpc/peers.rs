@@ -30,7 +30,7 @@ use super::tls::{Identity, proves};
 use crate::cluster::outbox::FrameNumber;
 use crate::cluster::{Cluster, Instance, SILENCE};
 use crate::error::{Context as _, Error, Kind, Result};
-use crate::hosts::{self, HostReport};
+use crate::hosts::{self, HostReport, SessionReport};
 use crate::ids::{HostId, StoreId};
 use crate::session::Context;
 
@@ -67,6 +67,8 @@ pub struct Peers {
     store: StoreId,
     identity: Identity,
     arrived: mpsc::Sender<Arrived>,
+    /// One question to all hosts at a time.
+    asking: Semaphore,
     outgoing: Semaphore,
     incoming: Arc<Semaphore>,
 }
@@ -94,8 +96,9 @@ impl Peers {
             })
             .context(|| "cannot start the thread that takes frames".into())?;
         let (outgoing, incoming) = (Semaphore::new(LINKS), Arc::new(Semaphore::new(LINKS)));
-        let (name, store) = (name.to_owned(), context.store.id());
-        let peers = Peers { cluster, context, name, store, identity, arrived, outgoing, incoming };
+        let (name, store, asking) = (name.to_owned(), context.store.id(), Semaphore::new(1));
+        let peers =
+            Peers { cluster, context, name, store, identity, arrived, asking, outgoing, incoming };
         Ok(Rc::new(peers))
     }
 
@@ -224,6 +227,14 @@ struct Server {
     heard: Rc<Cell<Instant>>,
 }
 
+impl Server {
+    /// Who calls. Nobody gets anything before.
+    fn greeted(&self) -> capnp::Result<HostId> {
+        let host = *self.host.borrow();
+        host.ok_or_else(|| capnp::Error::failed("greet first".into()))
+    }
+}
+
 impl peer::Server for Server {
     async fn greet(
         self: Rc<Self>,
@@ -249,9 +260,7 @@ impl peer::Server for Server {
         params: peer::DeliverParams,
         _: peer::DeliverResults,
     ) -> capnp::Result<()> {
-        let Some(host) = *self.host.borrow() else {
-            return Err(capnp::Error::failed("greet first".into()));
-        };
+        let host = self.greeted()?;
         self.heard.set(Instant::now());
         let (number, frame) = (params.get()?.get_number(), params.get()?.get_frame()?.to_vec());
         if number == 0 {
@@ -270,13 +279,20 @@ impl peer::Server for Server {
         _: peer::DescribeParams,
         mut results: peer::DescribeResults,
     ) -> capnp::Result<()> {
-        if self.host.borrow().is_none() {
-            return Err(capnp::Error::failed("greet first".into()));
-        }
+        self.greeted()?;
         let context = self.peers.context.clone();
         let report = blocking(move || hosts::own(&context)).await?;
-        let text = serde_json::to_string(&report).map_err(|e| capnp::Error::failed(e.to_string()));
-        results.get().set_report(text?);
+        results.get().set_report(to_json(&report)?);
+        Ok(())
+    }
+
+    async fn sessions(
+        self: Rc<Self>,
+        _: peer::SessionsParams,
+        mut results: peer::SessionsResults,
+    ) -> capnp::Result<()> {
+        self.greeted()?;
+        results.get().set_sessions(to_json(&hosts::sessions(&self.peers.context))?);
         Ok(())
     }
 }
@@ -384,28 +400,52 @@ impl Peers {
     pub(super) async fn reports(&self) -> capnp::Result<Vec<HostReport>> {
         let context = self.context.clone();
         let own = blocking(move || hosts::own(&context)).await?;
-        let others = hosts::known(&self.context).into_iter().skip(1);
-        let asked = others.map(|known| async {
-            match timeout(REPORT, self.report(HostId(known.number))).await {
-                // What it says of itself but what we know of the map.
-                Ok(Ok(report)) => HostReport { state: "answers".into(), ..report },
-                _ => known,
-            }
+        let asked = self.ask_others(async |client| {
+            let answer = client.describe_request().send().promise.await?;
+            of_json(answer.get()?.get_report()?)
         });
-        let others = futures::stream::iter(asked).buffered(LINKS).collect::<Vec<_>>().await;
+        let others = asked.await.into_iter().map(|(known, report)| match report {
+            // What it says of itself but what we know of the map.
+            Some(report) => HostReport { state: "answers".into(), ..report },
+            None => known,
+        });
         Ok(std::iter::once(own).chain(others).collect())
     }
 
-    async fn report(&self, host: HostId) -> Result<HostReport> {
-        let failed = |error: capnp::Error| super::from_wire(&error);
-        with_host(self, host, async |client, _, _| {
-            let answer = client.describe_request().send().promise.await.map_err(failed)?;
-            let text = answer.get().and_then(|answer| answer.get_report()).map_err(failed)?;
-            serde_json::from_slice(text.as_bytes())
-                .map_err(|error| Error::caused(Kind::Failed, "a host's report", error))
-        })
-        .await
+    /// The backups that run on the other hosts, by the hosts' names; none of one that does not answer.
+    pub(super) async fn sessions(&self) -> Vec<(String, Option<Vec<SessionReport>>)> {
+        let asked = self.ask_others(async |client| {
+            let answer = client.sessions_request().send().promise.await?;
+            of_json(answer.get()?.get_sessions()?)
+        });
+        asked.await.into_iter().map(|(known, running)| (known.name, running)).collect()
     }
+
+    /// Asks all other hosts, each with what is known of it; none: it does not answer in time.
+    async fn ask_others<T>(
+        &self,
+        ask: impl AsyncFn(peer::Client) -> capnp::Result<T>,
+    ) -> Vec<(HostReport, Option<T>)> {
+        // One after the other: each of them takes links of its own.
+        let Ok(_one) = self.asking.acquire().await else { return Vec::new() };
+        let asked = hosts::known(&self.context).into_iter().skip(1).map(|known| async {
+            let host = HostId(known.number);
+            let answer = with_host(self, host, async |client, _, _| {
+                ask(client).await.map_err(|error| super::from_wire(&error))
+            });
+            let answer = timeout(REPORT, answer).await;
+            (known, answer.ok().and_then(Result::ok))
+        });
+        futures::stream::iter(asked).buffered(LINKS).collect().await
+    }
+}
+
+fn to_json(value: &impl serde::Serialize) -> capnp::Result<String> {
+    serde_json::to_string(value).map_err(|error| capnp::Error::failed(error.to_string()))
+}
+
+fn of_json<T: serde::de::DeserializeOwned>(text: capnp::text::Reader<'_>) -> capnp::Result<T> {
+    serde_json::from_slice(text.as_bytes()).map_err(|error| capnp::Error::failed(error.to_string()))
 }
 
 fn greeting_of(
