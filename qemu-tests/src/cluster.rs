@@ -218,6 +218,12 @@ impl Cluster {
         Ok(self.hosts[host].engine.as_ref().context("no engine runs")?.pid())
     }
 
+    /// What a host's engine has printed since it was started.
+    #[must_use]
+    pub fn printed(&self, host: usize) -> String {
+        self.hosts[host].engine.as_ref().map(Running::printed).unwrap_or_default()
+    }
+
     /// Hosts whose engines run.
     #[must_use]
     pub fn running(&self) -> Vec<usize> {

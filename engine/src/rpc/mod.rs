@@ -13,6 +13,7 @@ mod flow;
 pub(crate) mod fuzzing;
 mod image;
 mod peers;
+mod reports;
 mod server;
 mod tls;
 

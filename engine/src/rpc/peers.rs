@@ -7,7 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,18 +19,20 @@ use futures::stream::FuturesOrdered;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 
 use super::MESSAGE_WORDS;
 use super::blocking::blocking;
-use super::tls::{Identity, proves};
+use super::reports::to_json;
+use super::tls::{Files, Identity, is_of_revoked, proves};
 use crate::cluster::outbox::FrameNumber;
 use crate::cluster::{Cluster, Instance, SILENCE};
+use crate::config::ClusterConfig;
 use crate::error::{Context as _, Error, Kind, Result};
-use crate::hosts::{self, HostReport, SessionReport};
+use crate::hosts;
 use crate::ids::{HostId, StoreId};
 use crate::session::Context;
 
@@ -39,16 +41,19 @@ const IN_FLIGHT: usize = 4;
 /// How long a connection may take, with its greeting, and a frame until it is taken.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Links at a time, each way: with TLS each takes some 100 KiB here and as much in the kernel.
-const LINKS: usize = 16;
+pub(super) const LINKS: usize = 16;
 /// Between two signs of life on a link that has nothing else to say. One that is not needed any more
 /// ends after as long: what comes next often comes at once.
 const IDLE: Duration = Duration::from_secs(2);
-/// How long a host may take to say how it is: its owner may be in the middle of a pass.
-const REPORT: Duration = Duration::from_secs(5);
+/// Between two looks at the list of revoked certificates.
+const LOOK: Duration = Duration::from_secs(1);
 /// Before a link is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
 /// Frames that wait for the thread that takes them.
 const QUEUE: usize = 4;
+
+/// What a host is told whose own certificate was taken back.
+const REVOKED: &str = "this host's certificate is revoked, no other one talks to it (fleecectl cluster invite makes a new one)";
 
 /// A frame that came.
 struct Arrived {
@@ -61,14 +66,18 @@ struct Arrived {
 /// This engine among the others.
 pub struct Peers {
     cluster: Arc<Cluster>,
-    context: Context,
+    pub(super) context: Context,
     /// Our name, which our certificate proves.
     name: String,
     store: StoreId,
-    identity: Identity,
+    files: Files,
+    /// Every link ends when it changes.
+    identity: watch::Sender<Rc<Identity>>,
+    /// Who was refused last, and whether its certificate is a revoked one.
+    refused: Cell<Option<(IpAddr, bool)>>,
     arrived: mpsc::Sender<Arrived>,
     /// One question to all hosts at a time.
-    asking: Semaphore,
+    pub(super) asking: Semaphore,
     outgoing: Semaphore,
     incoming: Arc<Semaphore>,
 }
@@ -77,14 +86,18 @@ impl Peers {
     /// Reads what this host proves itself with, and starts the thread that takes frames.
     ///
     /// # Errors
-    /// [`Kind::Key`] for a bad bundle; when no thread can be started.
+    /// [`Kind::Key`] for a bad bundle or list of revoked certificates, [`Kind::NotPermitted`] when this
+    /// host's is on it; when no thread can be started.
     pub fn start(
         cluster: Arc<Cluster>,
         context: Context,
-        name: &str,
-        bundle: &std::path::Path,
+        settings: &ClusterConfig,
     ) -> Result<Rc<Self>> {
-        let identity = Identity::load(bundle)?;
+        let files = Files::of(settings);
+        let identity = Identity::load(&files)?;
+        if identity.is_revoked {
+            return Err(Error::new(Kind::NotPermitted, REVOKED));
+        }
         let (arrived, mut queue) = mpsc::channel::<Arrived>(QUEUE);
         let taker = Arc::clone(&cluster);
         std::thread::Builder::new()
@@ -96,10 +109,21 @@ impl Peers {
             })
             .context(|| "cannot start the thread that takes frames".into())?;
         let (outgoing, incoming) = (Semaphore::new(LINKS), Arc::new(Semaphore::new(LINKS)));
-        let (name, store, asking) = (name.to_owned(), context.store.id(), Semaphore::new(1));
-        let peers =
-            Peers { cluster, context, name, store, identity, arrived, asking, outgoing, incoming };
-        Ok(Rc::new(peers))
+        let (name, store, asking) = (settings.name.clone(), context.store.id(), Semaphore::new(1));
+        let identity = watch::Sender::new(Rc::new(identity));
+        Ok(Rc::new(Peers {
+            cluster,
+            context,
+            name,
+            store,
+            files,
+            identity,
+            refused: Cell::new(None),
+            arrived,
+            asking,
+            outgoing,
+            incoming,
+        }))
     }
 
     /// Keeps a link to every other host, rung by `bells`, and takes theirs at `listen`, for ever.
@@ -110,6 +134,7 @@ impl Peers {
     pub async fn run(self: Rc<Self>, listen: &str, bells: &[Arc<Notify>]) -> Result<()> {
         let failed = || format!("cannot listen for other hosts at {listen}");
         let listener = TcpListener::bind(listen).await.context(failed)?;
+        tokio::task::spawn_local(Rc::clone(&self).follow_revocations());
         let mut links = HashMap::new();
         let mut second = tokio::time::interval(Duration::from_secs(1));
         loop {
@@ -134,6 +159,40 @@ impl Peers {
                     self.keep_links(&mut links, bells);
                 }
             }
+        }
+    }
+
+    /// Looks whether other certificates are revoked now, for ever. If so, every link is made anew.
+    async fn follow_revocations(self: Rc<Self>) {
+        let mut said = String::new();
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let (files, list) = (self.files.clone(), self.identity.borrow().list);
+            match blocking(move || Identity::renewed(&files, list)).await {
+                Ok(None) => said.clear(),
+                Ok(Some(identity)) => {
+                    let us = if identity.is_revoked { REVOKED } else { "all links are made anew" };
+                    eprintln!("fleece-engine: the list of revoked certificates has changed: {us}");
+                    self.identity.send_replace(Rc::new(identity));
+                }
+                Err(error) => {
+                    let why = super::from_wire(&error).to_string();
+                    if why != said {
+                        eprintln!("fleece-engine: {why}; on with what it said before");
+                        said = why;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Says once that somebody is no host of this cluster: it may try every second, for days.
+    fn refuse(&self, from: SocketAddr, revoked: bool) {
+        let who = Some((from.ip(), revoked));
+        if self.refused.replace(who) != who {
+            let what =
+                if revoked { "a revoked certificate" } else { "no certificate of this cluster" };
+            eprintln!("fleece-engine: {from} has {what}");
         }
     }
 
@@ -193,10 +252,12 @@ impl Peers {
     }
 
     async fn serve(self: Rc<Self>, stream: TcpStream, from: SocketAddr) {
-        let accepted = timeout(PATIENCE, self.identity.acceptor.accept(stream)).await;
-        let Ok(Ok(stream)) = accepted else {
-            eprintln!("fleece-engine: {from} has no certificate of this cluster");
-            return;
+        let mut identity = self.identity.subscribe();
+        let acceptor = identity.borrow_and_update().acceptor.clone();
+        let stream = match timeout(PATIENCE, acceptor.accept(stream)).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return self.refuse(from, is_of_revoked(&error)),
+            Err(_) => return self.refuse(from, false),
         };
         let shown = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
         let heard = Rc::new(Cell::new(Instant::now()));
@@ -214,6 +275,7 @@ impl Peers {
         tokio::select! {
             _ = system => {}
             () = silent => {}
+            _ = identity.changed() => {}
         }
     }
 }
@@ -352,7 +414,7 @@ async fn link(peers: &Peers, host: HostId, bell: &Notify) -> Result<()> {
 }
 
 /// Connects to a host, and runs `work` with it.
-async fn with_host<T>(
+pub(super) async fn with_host<T>(
     peers: &Peers,
     host: HostId,
     work: impl AsyncFnOnce(peer::Client, Instance, FrameNumber) -> Result<T>,
@@ -363,12 +425,18 @@ async fn with_host<T>(
     let what = || format!("no link to {} at {}", member.name, member.address);
     let late = || Error::new(Kind::Failed, format!("{}: no answer", what()));
     let name = ServerName::try_from(member.name.clone()).context(what)?;
+    let mut identity = peers.identity.subscribe();
+    let connector = identity.borrow_and_update().connector.clone();
     let connect = async {
         let stream = TcpStream::connect(&member.address).await?;
         stream.set_nodelay(true)?;
-        peers.identity.connector.connect(name, stream).await
+        connector.connect(name, stream).await
     };
-    let stream = timeout(PATIENCE, connect).await.map_err(|_| late())?.context(what)?;
+    let connected = timeout(PATIENCE, connect).await.map_err(|_| late())?;
+    if connected.as_ref().is_err_and(is_of_revoked) {
+        peers.cluster.refuse(host);
+    }
+    let stream = connected.context(what)?;
     let (read, write) = tokio::io::split(stream);
     let network = network(read, write, rpc_twoparty_capnp::Side::Client);
     let mut system = RpcSystem::new(Box::new(network), None);
@@ -389,63 +457,11 @@ async fn with_host<T>(
     tokio::select! {
         ended = &mut system => Err(broken(ended.err())),
         ended = talk => ended,
+        _ = identity.changed() => {
+            let why = "other certificates are revoked now, it is made anew";
+            Err(Error::new(Kind::Failed, format!("{}: {why}", what())))
+        }
     }
-}
-
-impl Peers {
-    /// How it is with all hosts, this one first; one that does not answer in time is silent.
-    ///
-    /// # Errors
-    /// When the engine is ending.
-    pub(super) async fn reports(&self) -> capnp::Result<Vec<HostReport>> {
-        let context = self.context.clone();
-        let own = blocking(move || hosts::own(&context)).await?;
-        let asked = self.ask_others(async |client| {
-            let answer = client.describe_request().send().promise.await?;
-            of_json(answer.get()?.get_report()?)
-        });
-        let others = asked.await.into_iter().map(|(known, report)| match report {
-            // What it says of itself but what we know of the map.
-            Some(report) => HostReport { state: "answers".into(), ..report },
-            None => known,
-        });
-        Ok(std::iter::once(own).chain(others).collect())
-    }
-
-    /// The backups that run on the other hosts, by the hosts' names; none of one that does not answer.
-    pub(super) async fn sessions(&self) -> Vec<(String, Option<Vec<SessionReport>>)> {
-        let asked = self.ask_others(async |client| {
-            let answer = client.sessions_request().send().promise.await?;
-            of_json(answer.get()?.get_sessions()?)
-        });
-        asked.await.into_iter().map(|(known, running)| (known.name, running)).collect()
-    }
-
-    /// Asks all other hosts, each with what is known of it; none: it does not answer in time.
-    async fn ask_others<T>(
-        &self,
-        ask: impl AsyncFn(peer::Client) -> capnp::Result<T>,
-    ) -> Vec<(HostReport, Option<T>)> {
-        // One after the other: each of them takes links of its own.
-        let Ok(_one) = self.asking.acquire().await else { return Vec::new() };
-        let asked = hosts::known(&self.context).into_iter().skip(1).map(|known| async {
-            let host = HostId(known.number);
-            let answer = with_host(self, host, async |client, _, _| {
-                ask(client).await.map_err(|error| super::from_wire(&error))
-            });
-            let answer = timeout(REPORT, answer).await;
-            (known, answer.ok().and_then(Result::ok))
-        });
-        futures::stream::iter(asked).buffered(LINKS).collect().await
-    }
-}
-
-fn to_json(value: &impl serde::Serialize) -> capnp::Result<String> {
-    serde_json::to_string(value).map_err(|error| capnp::Error::failed(error.to_string()))
-}
-
-fn of_json<T: serde::de::DeserializeOwned>(text: capnp::text::Reader<'_>) -> capnp::Result<T> {
-    serde_json::from_slice(text.as_bytes()).map_err(|error| capnp::Error::failed(error.to_string()))
 }
 
 fn greeting_of(

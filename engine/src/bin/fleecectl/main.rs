@@ -1,5 +1,6 @@
 //! The admin's tool: store and engine.
 
+mod authority;
 mod cluster;
 mod hosts;
 mod init;

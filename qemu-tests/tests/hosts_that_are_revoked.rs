@@ -1,0 +1,88 @@
+//! A host whose certificate the cluster's CA took back, while everything runs: the others hang up on it
+//! and refuse it both ways, take its part over, and go on; invited again, it is one of them again.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use qemu_tests::Result;
+use qemu_tests::cluster::{Cluster, images, snapshot};
+use qemu_tests::wait::{LONG, SOON, wait_until};
+
+/// How a host sees another one.
+fn state(cluster: &Cluster, host: usize, other: &str) -> Result<String> {
+    let hosts = cluster.ask(host, &["hosts"])?;
+    let seen = hosts.iter().find(|one| one["name"] == other);
+    let seen = seen.with_context(|| format!("hv{host} knows no {other}"))?;
+    Ok(seen["state"].as_str().unwrap_or_default().to_owned())
+}
+
+#[test]
+fn a_host_that_is_revoked_gets_nothing_and_the_others_go_on() -> Result {
+    let mut cluster = Cluster::of_etcd(3)?;
+    let paths = images(cluster.fixture.folder(), 3)?;
+    let all: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+    let first = cluster.backup(2, "vm0", all[0])?.finish(LONG)?.code(0)?;
+    ensure!(state(&cluster, 0, "hv2")? == "answers", "hv2 does not answer before");
+
+    let (ca, list) = (cluster.fixture.text("ca"), cluster.fixture.path("ca/crl.pem"));
+    let unknown = ["cluster", "revoke", "hv7", "--dir", &ca];
+    cluster.fixture.try_fleecectl(&unknown)?.code(14)?;
+    ensure!(!list.exists(), "a list for nobody");
+    let revoked = cluster.fixture.fleecectl(&["cluster", "revoke", "hv2", "--dir", &ca])?;
+    for step in ["crl.pem", "fleecectl drain hv2", "S3 credentials", "store's key"] {
+        ensure!(revoked.printed().contains(step), "{}", revoked.printed());
+    }
+    // All hosts of this test have their identities in one folder: this is every host's list.
+    let beside = cluster.fixture.path("crl.pem");
+    let next = cluster.fixture.path("crl.next");
+    fs::copy(&list, &next)?;
+    fs::rename(&next, &beside)?;
+    let changed = "the list of revoked certificates has changed";
+    wait_until(SOON, "all engines to read the list", || {
+        Ok((0..3).all(|host| cluster.printed(host).contains(changed)))
+    })?;
+    for host in [0, 1] {
+        ensure!(state(&cluster, host, "hv2")? == "silent", "hv{host} still talks to hv2");
+        let other = format!("hv{}", 1 - host);
+        ensure!(state(&cluster, host, &other)? == "answers", "{other} is refused, too");
+    }
+    // The other way as well: it gets no answer of anybody.
+    for other in ["hv0", "hv1"] {
+        ensure!(state(&cluster, 2, other)? == "silent", "{other} answers hv2");
+    }
+
+    // Nobody waits for it, whether its part has been taken over or not.
+    let during = cluster.backup(0, "vm1", all[1])?.finish(LONG)?.code(0)?;
+    cluster.ask(0, &["drain", "hv2"])?;
+    wait_until(LONG, "the others to have taken its part over", || {
+        let hosts = cluster.ask(1, &["hosts"])?;
+        let living = hosts.iter().filter(|host| host["name"] != "hv2");
+        let filled = living.clone().all(|host| host["index_epoch"] == host["map_epoch"]);
+        Ok(filled && living.filter_map(|host| host["slices"].as_u64()).sum::<u64>() == 4096)
+    })?;
+    for (host, vm, path) in [(0, "again0", all[0]), (1, "again1", all[1])] {
+        let again = cluster.backup(host, vm, path)?.finish(LONG)?.code(0)?;
+        let printed = again.printed();
+        ensure!(printed.contains("new 0 B") && printed.contains("undetected 0"), "{printed}");
+    }
+    // It does not start again, and says why.
+    cluster.kill(2)?;
+    let refused = cluster.start(2).err().context("a revoked host started")?.to_string();
+    ensure!(refused.contains("this host's certificate is revoked"), "{refused}");
+    let both = [(snapshot("vm0", &first)?, all[0]), (snapshot("vm1", &during)?, all[1])];
+    cluster.must_be_whole(&both)?;
+
+    // Invited again, with the same list about, it is one of them.
+    let identity = cluster.fixture.text("hv2.pem");
+    fs::remove_file(&identity)?;
+    let invite = ["cluster", "invite", "hv2", "--dir", &ca, "--out", &identity];
+    cluster.fixture.fleecectl(&invite)?;
+    cluster.start(2)?;
+    cluster.ask(0, &["drain", "hv2", "--undo"])?;
+    cluster.wait_members(3)?;
+    let back = cluster.backup(2, "back", all[0])?.finish(LONG)?.code(0)?;
+    let printed = back.printed();
+    ensure!(printed.contains("new 0 B") && printed.contains("undetected 0"), "{printed}");
+    cluster.must_be_whole(&both)
+}
