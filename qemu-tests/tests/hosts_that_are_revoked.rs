@@ -25,6 +25,14 @@ fn a_host_that_is_revoked_gets_nothing_and_the_others_go_on() -> Result {
     let first = cluster.backup(2, "vm0", all[0])?.finish(LONG)?.code(0)?;
     ensure!(state(&cluster, 0, "hv2")? == "answers", "hv2 does not answer before");
 
+    // It asks the others all the time, by links that there are when it is revoked.
+    let disk = format!("--image=vda={}", all[2].display());
+    let asking = cluster.begin(2, "fleece", &["backup", "slow", &disk, "--read-limit", "4M"])?;
+    wait_until(LONG, "its first questions", || {
+        let sessions = cluster.ask(2, &["sessions"])?;
+        Ok(sessions.iter().any(|one| one["vm"] == "slow" && one["requested"].as_u64() > Some(0)))
+    })?;
+
     let (ca, list) = (cluster.fixture.text("ca"), cluster.fixture.path("ca/crl.pem"));
     let unknown = ["cluster", "revoke", "hv7", "--dir", &ca];
     cluster.fixture.try_fleecectl(&unknown)?.code(14)?;
@@ -51,6 +59,10 @@ fn a_host_that_is_revoked_gets_nothing_and_the_others_go_on() -> Result {
     for other in ["hv0", "hv1"] {
         ensure!(state(&cluster, 2, other)? == "silent", "{other} answers hv2");
     }
+
+    // What was not answered before is not answered any more, so it stores that anew.
+    let asking = asking.finish(LONG)?.code(0)?;
+    ensure!(!asking.printed().contains("undetected 0"), "{}", asking.printed());
 
     // Nobody waits for it, whether its part has been taken over or not.
     let during = cluster.backup(0, "vm1", all[1])?.finish(LONG)?.code(0)?;
