@@ -17,6 +17,63 @@ fn state(cluster: &Cluster, host: usize, other: &str) -> Result<String> {
     Ok(seen["state"].as_str().unwrap_or_default().to_owned())
 }
 
+/// Takes hv2's certificates back, and gives the list to everybody.
+fn revoke(cluster: &Cluster) -> Result {
+    let (ca, list) = (cluster.fixture.text("ca"), cluster.fixture.path("ca/crl.pem"));
+    let unknown = ["cluster", "revoke", "hv7", "--dir", &ca];
+    cluster.fixture.try_fleecectl(&unknown)?.code(14)?;
+    ensure!(!list.exists(), "a list for nobody");
+    let revoked = cluster.fixture.fleecectl(&["cluster", "revoke", "hv2", "--dir", &ca])?;
+    for step in ["crl.pem", "fleecectl drain hv2", "S3 credentials", "store's key"] {
+        ensure!(revoked.printed().contains(step), "{}", revoked.printed());
+    }
+    // Once more is no mistake, and says the same.
+    let again = ["cluster", "revoke", "hv2", "--dir", &ca, "--json"];
+    let again = cluster.fixture.fleecectl(&again)?.json()?;
+    let said = again.iter().find(|line| line["message_type"] == "revoked").context("not said")?;
+    let count = |name: &str| said[name].as_array().map(Vec::len);
+    ensure!(count("serials") == Some(1) && count("steps") == Some(5), "{said}");
+    // All hosts of this test have their identities in one folder: this is every host's list.
+    let beside = cluster.fixture.path("crl.pem");
+    let next = cluster.fixture.path("crl.next");
+    fs::copy(&list, &next)?;
+    fs::rename(&next, &beside)?;
+    Ok(())
+}
+
+/// Every engine has read the list: hv0 and hv1 talk to one another, and neither to hv2.
+fn all_refuse(cluster: &Cluster) -> Result {
+    let changed = "the list of revoked certificates has changed";
+    wait_until(SOON, "all engines to read the list", || {
+        Ok((0..3).all(|host| cluster.printed(host).contains(changed)))
+    })?;
+    for host in [0, 1] {
+        ensure!(state(cluster, host, "hv2")? == "silent", "hv{host} still talks to hv2");
+        let other = format!("hv{}", 1 - host);
+        ensure!(state(cluster, host, &other)? == "answers", "{other} is refused, too");
+    }
+    // The other way as well: it gets no answer of anybody.
+    for other in ["hv0", "hv1"] {
+        ensure!(state(cluster, 2, other)? == "silent", "{other} answers hv2");
+    }
+    Ok(())
+}
+
+/// Invited again, with the same list about, it is one of them: it finds what is known.
+fn comes_back(cluster: &mut Cluster, known: &Path) -> Result {
+    let (ca, identity) = (cluster.fixture.text("ca"), cluster.fixture.text("hv2.pem"));
+    fs::remove_file(&identity)?;
+    let invite = ["cluster", "invite", "hv2", "--dir", &ca, "--out", &identity];
+    cluster.fixture.fleecectl(&invite)?;
+    cluster.start(2)?;
+    cluster.ask(0, &["drain", "hv2", "--undo"])?;
+    cluster.wait_members(4)?;
+    let back = cluster.backup(2, "back", known)?.finish(LONG)?.code(0)?;
+    let printed = back.printed();
+    ensure!(printed.contains("new 0 B") && printed.contains("undetected 0"), "{printed}");
+    Ok(())
+}
+
 #[test]
 fn a_host_that_is_revoked_gets_nothing_and_the_others_go_on() -> Result {
     let mut cluster = Cluster::of_etcd(3)?;
@@ -33,33 +90,8 @@ fn a_host_that_is_revoked_gets_nothing_and_the_others_go_on() -> Result {
         Ok(sessions.iter().any(|one| one["vm"] == "slow" && one["requested"].as_u64() > Some(0)))
     })?;
 
-    let (ca, list) = (cluster.fixture.text("ca"), cluster.fixture.path("ca/crl.pem"));
-    let unknown = ["cluster", "revoke", "hv7", "--dir", &ca];
-    cluster.fixture.try_fleecectl(&unknown)?.code(14)?;
-    ensure!(!list.exists(), "a list for nobody");
-    let revoked = cluster.fixture.fleecectl(&["cluster", "revoke", "hv2", "--dir", &ca])?;
-    for step in ["crl.pem", "fleecectl drain hv2", "S3 credentials", "store's key"] {
-        ensure!(revoked.printed().contains(step), "{}", revoked.printed());
-    }
-    // All hosts of this test have their identities in one folder: this is every host's list.
-    let beside = cluster.fixture.path("crl.pem");
-    let next = cluster.fixture.path("crl.next");
-    fs::copy(&list, &next)?;
-    fs::rename(&next, &beside)?;
-    let changed = "the list of revoked certificates has changed";
-    wait_until(SOON, "all engines to read the list", || {
-        Ok((0..3).all(|host| cluster.printed(host).contains(changed)))
-    })?;
-    for host in [0, 1] {
-        ensure!(state(&cluster, host, "hv2")? == "silent", "hv{host} still talks to hv2");
-        let other = format!("hv{}", 1 - host);
-        ensure!(state(&cluster, host, &other)? == "answers", "{other} is refused, too");
-    }
-    // The other way as well: it gets no answer of anybody.
-    for other in ["hv0", "hv1"] {
-        ensure!(state(&cluster, 2, other)? == "silent", "{other} answers hv2");
-    }
-
+    revoke(&cluster)?;
+    all_refuse(&cluster)?;
     // What was not answered before is not answered any more, so it stores that anew.
     let asking = asking.finish(LONG)?.code(0)?;
     ensure!(!asking.printed().contains("undetected 0"), "{}", asking.printed());
@@ -78,6 +110,11 @@ fn a_host_that_is_revoked_gets_nothing_and_the_others_go_on() -> Result {
         let printed = again.printed();
         ensure!(printed.contains("new 0 B") && printed.contains("undetected 0"), "{printed}");
     }
+    // Who is invited now gets the list with all the rest.
+    let fourth = cluster.join_by_bundle()?;
+    let given = fs::read(cluster.fixture.path(&format!("hv{fourth}/crl.pem")))?;
+    ensure!(!given.is_empty(), "no list in the bundle");
+    ensure!(state(&cluster, fourth, "hv2")? == "silent", "hv{fourth} talks to hv2");
     // It does not start again, and says why.
     cluster.kill(2)?;
     let refused = cluster.start(2).err().context("a revoked host started")?.to_string();
@@ -85,16 +122,6 @@ fn a_host_that_is_revoked_gets_nothing_and_the_others_go_on() -> Result {
     let both = [(snapshot("vm0", &first)?, all[0]), (snapshot("vm1", &during)?, all[1])];
     cluster.must_be_whole(&both)?;
 
-    // Invited again, with the same list about, it is one of them.
-    let identity = cluster.fixture.text("hv2.pem");
-    fs::remove_file(&identity)?;
-    let invite = ["cluster", "invite", "hv2", "--dir", &ca, "--out", &identity];
-    cluster.fixture.fleecectl(&invite)?;
-    cluster.start(2)?;
-    cluster.ask(0, &["drain", "hv2", "--undo"])?;
-    cluster.wait_members(3)?;
-    let back = cluster.backup(2, "back", all[0])?.finish(LONG)?.code(0)?;
-    let printed = back.printed();
-    ensure!(printed.contains("new 0 B") && printed.contains("undetected 0"), "{printed}");
+    comes_back(&mut cluster, all[0])?;
     cluster.must_be_whole(&both)
 }

@@ -25,7 +25,7 @@ use tokio::time::timeout;
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 
 use super::MESSAGE_WORDS;
-use super::blocking::blocking;
+use super::blocking::{blocking, long};
 use super::reports::to_json;
 use super::tls::{Files, Identity, is_of_revoked, proves};
 use crate::cluster::outbox::FrameNumber;
@@ -168,7 +168,8 @@ impl Peers {
         loop {
             tokio::time::sleep(LOOK).await;
             let (files, list) = (self.files.clone(), self.identity.borrow().list);
-            match blocking(move || Identity::renewed(&files, list)).await {
+            // Not after calls that wait for the store.
+            match long(move || Identity::renewed(&files, list)).await {
                 Ok(None) => said.clear(),
                 Ok(Some(identity)) => {
                     let us = if identity.is_revoked { REVOKED } else { "all links are made anew" };

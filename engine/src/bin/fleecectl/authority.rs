@@ -147,7 +147,7 @@ impl Authority {
         // What is written down is on every later list, whatever happens to this one.
         self.save()?;
         let list = self.dir.join(CRL_NAME);
-        replace(&list, &self.list()?, 0o644)?;
+        replace(&list, &self.list()?)?;
         Ok(Revoked { list, serials })
     }
 
@@ -189,7 +189,7 @@ impl Authority {
         let text = toml::to_string(&self.record).map_err(|e| {
             Error::caused(Kind::Failed, format!("cannot write {}", path.display()), e)
         })?;
-        replace(&path, &text, 0o600)
+        replace(&path, &text)
     }
 }
 
@@ -225,11 +225,11 @@ pub(super) fn write(path: &Path, text: &str) -> Result<()> {
 }
 
 /// Puts a file in the place of the one that is there.
-fn replace(path: &Path, text: &str, mode: u32) -> Result<()> {
+fn replace(path: &Path, text: &str) -> Result<()> {
     let next = path.with_extension("new");
     let replaced = match fs::remove_file(&next) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-        _ => create(&next, text, mode).and_then(|()| fs::rename(&next, path)),
+        _ => create(&next, text, 0o600).and_then(|()| fs::rename(&next, path)),
     };
     replaced.context(|| format!("cannot write {}", path.display()))
 }

@@ -132,7 +132,7 @@ fn say_revoked(host: &str, Revoked { list, serials }: &Revoked, json: bool) -> R
     let steps = [
         format!(
             "copy {CRL_NAME} to every other host, beside the file that cluster.identity names there (or \
-             where cluster.crl says). Engines that run follow it within seconds: they hang up on {host} \
+             where cluster.crl says), so that the engine's user can read it. Engines that run follow it within seconds: they hang up on {host} \
              and refuse it from then on"
         ),
         format!(
