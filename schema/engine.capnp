@@ -28,7 +28,8 @@ interface Engine {
   vmConfig @5 (vm :Text, snapshot :Text) -> (config :Data);
 
   status @6 () -> (status :Status);
-  sessions @7 () -> (sessions :List(SessionStatus));
+  sessions @7 () -> (sessions :List(SessionStatus), silent :List(Text));
+  # Of all hosts of the cluster; silent: the hosts that did not answer in time.
 
   verify @8 (vm :Text, snapshot :Text, events :EventSink) -> (clean :Bool);
   # Everything, or what one VM or snapshot needs ("" = all).
@@ -42,6 +43,9 @@ interface Engine {
   # in time are `silent`. owners: the number of the host that owns each slice of the fingerprints.
   drain @12 (host :Text, drain :Bool) -> ();
   # The host shall own nothing (or its share again); its backups go on.
+  rebalance @13 (without :Text) -> (report :Text);
+  # What would move if the partition map were computed now, `without` ("" for none) one host: JSON
+  # (engine/src/hosts.rs). Changes nothing.
 }
 
 enum Fate { committed @0; ended @1; }
@@ -221,5 +225,6 @@ struct SessionStatus {
   counts @4 :Counts;
   ageMs @5 :UInt64;
   requested @6 :UInt64;      # blocks whose fingerprint was asked
+  host @8 :Text;
   stageMs @7 :List(UInt64);  # milliseconds so far of scan, detect, write, settle, publish
 }

@@ -17,6 +17,8 @@ interface Peer {
 
   describe @2 () -> (report :Text);
   # How it is with the host, as JSON (engine/src/hosts.rs).
+  sessions @3 () -> (sessions :Text);
+  # The backups that run on it, as JSON, likewise.
 }
 
 struct Greeting {

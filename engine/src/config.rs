@@ -11,6 +11,8 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::ids::HostId;
 use crate::store::{Access, Location};
 
+/// The list of revoked certificates, beside the CA and beside the identity of each host.
+pub const CRL_NAME: &str = "crl.pem";
 /// Where the configuration is looked for.
 pub const DEFAULT_CONFIG: &str = "/etc/fleece/engine.toml";
 /// Where the engine listens.
@@ -60,6 +62,10 @@ pub struct ClusterConfig {
     pub name: String,
     /// What `fleecectl cluster invite` made for this host: its certificate and key, and the CA's certificate (mode 0400).
     pub identity: PathBuf,
+    /// The list of revoked certificates that `fleecectl cluster revoke` made; else `crl.pem` beside the
+    /// identity, if it is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crl: Option<PathBuf>,
     /// Where to listen, if not at the address in the list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listen: Option<String>,
@@ -102,6 +108,15 @@ impl ClusterConfig {
             }
             (false, true) if self.capacity == 0 => wrong("capacity is 0: drain the host instead"),
             (false, true) => Ok(()),
+        }
+    }
+
+    /// The list of revoked certificates, and whether it has to be there.
+    #[must_use]
+    pub fn revocations(&self) -> (PathBuf, bool) {
+        match &self.crl {
+            Some(path) => (path.clone(), true),
+            None => (self.identity.with_file_name(CRL_NAME), false),
         }
     }
 

@@ -1,9 +1,15 @@
 //! What a host says of itself to people, on its own and on any other host.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering::Relaxed;
+
 use serde::{Deserialize, Serialize};
 
+use crate::cluster::map::PartitionMap;
 use crate::error::Result;
+use crate::ids::{HostId, Slice, VmId};
 use crate::session::Context;
+use crate::session::registry::{Live, StageName};
 
 /// How it is with a host; the same names in `--json`.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -62,12 +68,153 @@ pub struct PartitionReport {
     pub last_pass_ms: Option<u64>,
 }
 
+/// A backup that runs; the same names in `--json`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SessionReport {
+    /// The host whose engine it runs on.
+    pub host: String,
+    /// The VM's name.
+    pub vm: String,
+    /// The VM.
+    pub vm_uuid: VmId,
+    /// The snapshot it will be.
+    pub snapshot: String,
+    /// What it is doing.
+    pub stage: String,
+    /// Since when, milliseconds.
+    pub age_ms: u64,
+    /// Bytes the scan reported.
+    pub read: u64,
+    /// Of it zero.
+    pub zero: u64,
+    /// Of it fingerprinted: all that is not zero.
+    pub hashed: u64,
+    /// Of it as in the parent.
+    pub unchanged: u64,
+    /// Of it stored before.
+    pub duplicate: u64,
+    /// Of it new.
+    pub new: u64,
+    /// Bytes of containers written.
+    pub stored: u64,
+    /// Blocks asked about.
+    pub requested: u64,
+    /// Milliseconds that each stage took so far.
+    pub stage_ms: BTreeMap<String, u64>,
+}
+
+impl SessionReport {
+    fn of(live: &Live, host: &str) -> Self {
+        let (progress, counts) = (&live.progress, live.progress.counts());
+        let times = progress.stage_times().map(|time| time.as_millis() as u64);
+        SessionReport {
+            host: host.to_owned(),
+            vm: live.vm_name.clone(),
+            vm_uuid: live.vm,
+            snapshot: live.snapshot.to_string(),
+            stage: progress.stage().into(),
+            age_ms: live.since.elapsed().as_millis() as u64,
+            read: counts.read,
+            zero: counts.zero,
+            hashed: counts.read.saturating_sub(counts.zero),
+            unchanged: counts.unchanged,
+            duplicate: counts.duplicate,
+            new: counts.new,
+            stored: counts.stored,
+            requested: progress.requested.load(Relaxed),
+            stage_ms: StageName::ALL
+                .map(|stage| stage.name().to_owned())
+                .into_iter()
+                .zip(times)
+                .collect(),
+        }
+    }
+}
+
+/// What another map would change; the same names in `--json`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Rebalance {
+    /// The map that there is.
+    pub map_epoch: u64,
+    /// Every host of either map.
+    pub hosts: Vec<Share>,
+    /// Slices of the fingerprints that another host would own, of 4096.
+    pub slices_moving: usize,
+    /// Blocks whose entries would be in another host's index then, as far as can be told.
+    pub blocks_moving: u64,
+}
+
+/// A host's share of the fingerprints, now and then.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Share {
+    /// Its name.
+    pub name: String,
+    /// Its share beside the others' then; 0 when it would own nothing.
+    pub capacity: u32,
+    /// Slices that it owns.
+    pub slices: usize,
+    /// Slices that it would own.
+    pub slices_then: usize,
+    /// Slices that it would get from others.
+    pub slices_gained: usize,
+    /// Slices that it would give to others.
+    pub slices_given: usize,
+    /// Blocks in those that it would get, as far as can be told.
+    pub blocks_gained: u64,
+    /// Blocks in those that it would give.
+    pub blocks_given: u64,
+}
+
+/// What becomes of everybody's share when the map `now` becomes `then`; blocks are estimated by what
+/// the hosts that answer have in their slices: fingerprints fall evenly.
+#[must_use]
+pub fn rebalance(now: &PartitionMap, then: &PartitionMap, known: &[HostReport]) -> Rebalance {
+    let answering = known.iter().filter(|host| host.state != "silent");
+    let (blocks, slices) = answering.fold((0_u128, 0_u128), |(blocks, slices), host| {
+        (blocks + u128::from(host.unique_blocks), slices + host.slices as u128)
+    });
+    let blocks_in = |moving: usize| (blocks * moving as u128 / slices.max(1)) as u64;
+    let moves: Vec<(HostId, HostId)> = Slice::all()
+        .map(|slice| (now.owner_of(slice), then.owner_of(slice)))
+        .filter(|(from, to)| from != to)
+        .collect();
+    let gone = now.members().iter().filter(|member| then.member(member.number).is_none());
+    let hosts = then.members().iter().chain(gone).map(|member| {
+        let number = member.number;
+        let gained = moves.iter().filter(|(_, to)| *to == number).count();
+        let given = moves.iter().filter(|(from, _)| *from == number).count();
+        Share {
+            name: member.name.clone(),
+            capacity: then.member(number).map_or(0, |member| member.capacity),
+            slices: now.slices(number).len(),
+            slices_then: then.slices(number).len(),
+            slices_gained: gained,
+            slices_given: given,
+            blocks_gained: blocks_in(gained),
+            blocks_given: blocks_in(given),
+        }
+    });
+    Rebalance {
+        map_epoch: now.epoch().0,
+        hosts: hosts.collect(),
+        slices_moving: moves.len(),
+        blocks_moving: blocks_in(moves.len()),
+    }
+}
+
+/// The backups that run on this host.
+#[must_use]
+pub fn sessions(context: &Context) -> Vec<SessionReport> {
+    let own = known(context).into_iter().next().unwrap_or_default();
+    context.registry.list().iter().map(|live| SessionReport::of(live, &own.name)).collect()
+}
+
 /// What is known of all hosts, the own one first; nobody is asked.
 #[must_use]
 pub fn known(context: &Context) -> Vec<HostReport> {
     let Some(cluster) = context.owners.cluster() else {
         let alone = HostReport { name: context.host.clone(), capacity: 1, ..HostReport::default() };
-        return vec![HostReport { slices: crate::ids::Slice::COUNT, ..alone }];
+        return vec![HostReport { slices: Slice::COUNT, ..alone }];
     };
     let report = |view: crate::cluster::HostView| HostReport {
         name: view.member.name,
@@ -88,7 +235,6 @@ pub fn known(context: &Context) -> Vec<HostReport> {
 /// # Errors
 /// When the engine is ending.
 pub fn own(context: &Context) -> Result<HostReport> {
-    use std::sync::atomic::Ordering::Relaxed;
     let figures = context.owners.figures();
     let cluster = context.owners.cluster();
     let known = known(context).into_iter().next().unwrap_or_default();
@@ -115,5 +261,56 @@ pub fn own(context: &Context) -> Result<HostReport> {
 pub fn owners(context: &Context) -> Vec<u8> {
     let map = context.owners.cluster().map(|cluster| cluster.map());
     let owner = |slice| map.as_ref().map_or(0, |map| map.owner_of(slice).0 as u8);
-    crate::ids::Slice::all().map(owner).collect()
+    Slice::all().map(owner).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::cluster::map::{MapEpoch, Member};
+
+    fn map(epoch: u64, hosts: &[(u16, u32)]) -> PartitionMap {
+        let member = |(number, capacity): &(u16, u32)| Member {
+            number: HostId(*number),
+            name: format!("hv{number}"),
+            address: String::new(),
+            capacity: *capacity,
+        };
+        PartitionMap::at(MapEpoch(epoch), hosts.iter().map(member).collect()).unwrap()
+    }
+
+    #[test]
+    fn what_moves_is_what_one_host_gives_and_others_get() {
+        let (now, joined) = (map(3, &[(0, 1), (1, 1)]), map(4, &[(0, 1), (1, 1), (2, 2)]));
+        let report = |number: u16, state: &str| HostReport {
+            slices: now.slices(HostId(number)).len(),
+            unique_blocks: now.slices(HostId(number)).len() as u64 * 10,
+            state: state.into(),
+            ..HostReport::default()
+        };
+        // One that is silent says nothing of its blocks: as many as the others' are taken for granted.
+        let known = [report(0, "here"), report(1, "silent")];
+        let planned = rebalance(&now, &joined, &known);
+        let [a, b, c] = &planned.hosts[..] else { panic!("{planned:?}") };
+        assert_eq!((planned.map_epoch, planned.slices_moving), (3, joined.slices(HostId(2)).len()));
+        assert_eq!(planned.blocks_moving, planned.slices_moving as u64 * 10);
+        assert_eq!((c.slices, c.slices_then), (0, planned.slices_moving));
+        assert_eq!(a.slices_given + b.slices_given, c.slices_gained);
+        assert_eq!((a.slices_gained, b.slices_gained, c.slices_given), (0, 0, 0));
+        assert_eq!(a.slices - a.slices_given, a.slices_then);
+        assert_eq!(c.blocks_gained, planned.blocks_moving);
+        // One that is gone gives all it had; the same map moves nothing.
+        let left = rebalance(&joined, &now, &known);
+        assert_eq!((left.hosts[2].name.as_str(), left.hosts[2].slices_then), ("hv2", 0));
+        assert_eq!(rebalance(&now, &now, &known).slices_moving, 0);
+    }
+
+    #[test]
+    fn a_map_without_a_host_is_that_of_one_that_is_drained() {
+        let all = map(3, &[(0, 1), (1, 1), (2, 2)]);
+        assert_eq!(all.without("hv1").unwrap(), map(3, &[(0, 1), (1, 0), (2, 2)]));
+        assert!(all.without("hv3").is_err());
+        assert!(map(1, &[(0, 1)]).without("hv0").is_err());
+    }
 }

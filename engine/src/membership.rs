@@ -71,6 +71,13 @@ struct Seen {
 }
 
 impl Seen {
+    fn must_know(&self, host: &str) -> Result<()> {
+        if self.hosts.contains_key(host) || self.drained.contains(host) {
+            return Ok(());
+        }
+        Err(Error::new(Kind::NotFound, format!("there is no host {host}")))
+    }
+
     /// The map that fits the hosts; `None` if the one there does.
     fn next(&self) -> Option<Document> {
         let mut numbers = self.map.as_ref().map(|map| map.numbers.clone()).unwrap_or_default();
@@ -243,11 +250,14 @@ impl Membership {
         timeout(PATIENCE, request).await.map_err(late)?.map_err(failed)
     }
 
+    async fn connect(&self) -> Result<Client> {
+        let options = ConnectOptions::new().with_connect_timeout(PATIENCE).with_timeout(PATIENCE);
+        self.answer(Client::connect(&self.endpoints, Some(options))).await
+    }
+
     /// Connects, takes a lease and announces this host.
     async fn register(&self) -> Result<Registered> {
-        let options = ConnectOptions::new().with_connect_timeout(PATIENCE).with_timeout(PATIENCE);
-        let connect = Client::connect(&self.endpoints, Some(options));
-        let mut client = self.answer(connect).await?;
+        let mut client = self.connect().await?;
         let granted = client.lease_grant(LEASE.as_secs() as i64, None);
         let lease = self.answer(granted).await?.id();
         let (keeper, alive) = self.answer(client.lease_keep_alive(lease)).await?;
@@ -265,8 +275,13 @@ impl Membership {
         if registered.kept.is_finished() {
             return Err(self.failed(&format!("the lease {} was not kept", registered.lease)));
         }
+        self.read(&mut registered.client).await
+    }
+
+    /// Reads all that is there.
+    async fn read(&self, client: &mut Client) -> Result<Seen> {
         let all = GetOptions::new().with_prefix();
-        let answer = self.answer(registered.client.get(self.prefix.clone(), Some(all))).await?;
+        let answer = self.answer(client.get(self.prefix.clone(), Some(all))).await?;
         let mut seen = Seen::default();
         for pair in answer.kvs() {
             let key = String::from_utf8_lossy(pair.key());
@@ -360,6 +375,10 @@ impl Membership {
             none => none.insert(self.register().await?),
         };
         let seen = self.look(registered).await?;
+        if !seen.hosts.contains_key(&self.name) {
+            // Whoever took the key away, a lease alone keeps nobody in the map.
+            return Err(self.failed("this host is not announced any more"));
+        }
         if let Some(next) = self.next(&seen, cluster.map().epoch()) {
             // Whoever loses sees the winner's a second later.
             self.put(registered, &seen, &next).await?;
@@ -387,18 +406,36 @@ impl Membership {
     /// # Errors
     /// [`Kind::NotFound`] for a host that is not in the cluster; when etcd does not answer.
     pub async fn drain(&self, host: &str, drain: bool) -> Result<()> {
-        let mut registered = self.register().await?;
-        let seen = self.look(&mut registered).await?;
-        if !seen.hosts.contains_key(host) && !seen.drained.contains(host) {
-            return Err(Error::new(Kind::NotFound, format!("there is no host {host}")));
-        }
+        // Without a lease: a second one would take this host's place over, and end with this call.
+        let mut client = self.connect().await?;
+        self.read(&mut client).await?.must_know(host)?;
         let key = format!("{}drained/{host}", self.prefix);
         if drain {
-            self.answer(registered.client.put(key, "", None)).await?;
+            self.answer(client.put(key, "", None)).await?;
         } else {
-            self.answer(registered.client.delete(key, None)).await?;
+            self.answer(client.delete(key, None)).await?;
         }
         Ok(())
+    }
+
+    /// The map that fits the hosts that live now, as if `without` were drained. Nothing is changed.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for a host that is not in the cluster, [`Kind::Usage`] when nobody would be
+    /// left; when etcd does not answer.
+    pub async fn planned(&self, without: Option<&str>) -> Result<PartitionMap> {
+        let mut seen = self.read(&mut self.connect().await?).await?;
+        if let Some(host) = without {
+            seen.must_know(host)?;
+            seen.drained.insert(host.to_owned());
+        }
+        if seen.hosts.keys().all(|name| seen.drained.contains(name)) {
+            return Err(Error::new(Kind::Usage, "no host would be left that owns anything"));
+        }
+        match self.next(&seen, MapEpoch::default()).or(seen.map) {
+            Some(document) => document.map(),
+            None => Err(self.failed("no map, and none can be made")),
+        }
     }
 }
 

@@ -499,34 +499,33 @@ impl OwnerThread {
                 self.refill_at = Some(Instant::now());
                 Ok(())
             }
-            Command::Describe { reply } => {
-                let _ = reply.send(self.describe());
+            command => {
+                self.reply(command);
                 Ok(())
             }
-            Command::Entries { partition, after, reply } => {
-                let _ = reply.send(self.entries(partition, after));
-                Ok(())
-            }
-            Command::Applied { reply } => {
-                let _ = reply.send(self.detector.applied().clone());
-                Ok(())
-            }
-            Command::Rebuild { part, reply } => {
-                let _ = reply.send(match part {
-                    Some(part) => self.detector.rebuild_as(part),
-                    None => self.detector.rebuild(),
-                });
-                Ok(())
-            }
-            Command::Install { rebuilt, reply } => {
-                let _ = reply.send(self.detector.install(rebuilt));
-                self.publish_figures();
-                Ok(())
-            }
-            Command::Stop => Ok(()),
         };
         if let Err(error) = outcome {
             report("the index could not take something in", &error);
+        }
+    }
+
+    /// Answers who waits for it; one that does not any more needs no answer.
+    fn reply(&mut self, command: Command) {
+        match command {
+            Command::Describe { reply } => drop(reply.send(self.describe())),
+            Command::Entries { partition, after, reply } => {
+                drop(reply.send(self.entries(partition, after)));
+            }
+            Command::Applied { reply } => drop(reply.send(self.detector.applied().clone())),
+            Command::Rebuild { part, reply } => drop(reply.send(match part {
+                Some(part) => self.detector.rebuild_as(part),
+                None => self.detector.rebuild(),
+            })),
+            Command::Install { rebuilt, reply } => {
+                drop(reply.send(self.detector.install(rebuilt)));
+                self.publish_figures();
+            }
+            _ => {}
         }
     }
 

@@ -3,12 +3,16 @@
 //! a fault explains it, and every host restores every snapshot.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use qemu_tests::cluster::{Cluster, images, snapshot};
 use qemu_tests::process::{Finished, Running};
 use qemu_tests::wait::{LONG, wait_until};
 use qemu_tests::{MIB, Result, image};
+
+/// Longer than an engine's lease.
+const LEASE: Duration = Duration::from_secs(20);
 
 /// A backup that finds everything stored already.
 fn is_all_known(finished: &Finished) -> Result {
@@ -49,6 +53,13 @@ fn hosts_join_and_are_drained_and_a_block_stays_stored_once() -> Result {
     is_all_known(&again)?;
     snapshots.push((snapshot("fourth", &again)?, all[0]));
 
+    let planned = cluster.ask(0, &["rebalance", "--dry-run", "--without", "hv1"])?;
+    cluster.begin(0, "fleecectl", &["rebalance"])?.finish(LONG)?.code(2)?;
+    let nobody = ["rebalance", "--dry-run", "--without", "hv9"];
+    cluster.begin(0, "fleecectl", &nobody)?.finish(LONG)?.code(14)?;
+    let unmoved = cluster.ask(0, &["rebalance", "--dry-run"])?;
+    let total = unmoved.last().context("no total")?;
+    ensure!(total["slices_moving"] == 0, "the map does not fit: {total}");
     cluster.ask(0, &["drain", "hv1"])?;
     wait_until(LONG, "hv1 to own nothing", || {
         let hosts = cluster.ask(2, &["hosts"])?;
@@ -57,10 +68,47 @@ fn hosts_join_and_are_drained_and_a_block_stays_stored_once() -> Result {
     })?;
     cluster.wait_members(4)?;
     ensure!(cluster.figure(0, "unique_blocks")? == expected, "not exact after a drain");
+    // All is as it was planned, and nothing else has changed the map.
+    let hosts = cluster.ask(0, &["hosts"])?;
+    for share in planned.iter().filter(|line| line["message_type"] == "share") {
+        let host = hosts.iter().find(|host| host["name"] == share["name"]).context("no host")?;
+        ensure!(host["slices"] == share["slices_then"], "{host} instead of {share}");
+    }
+    let epoch = hosts[0]["map_epoch"].as_u64().context("no epoch")?;
+    let before = planned.last().and_then(|total| total["map_epoch"].as_u64());
+    ensure!(before == Some(epoch - 1), "{before:?} before {epoch}");
     // Its backups go on.
     is_all_known(&cluster.backup(1, "drained", all[2])?.finish(LONG)?.code(0)?)?;
     ensure!(cluster.figure(0, "double_blocks")? == 0, "something was stored twice");
-    cluster.must_be_whole(&snapshots)
+    cluster.must_be_whole(&snapshots)?;
+    // Who asked for the drain is still a member when every lease of that time has ended.
+    let begun = Instant::now();
+    wait_until(LONG, "a lease's time", || {
+        let hosts = cluster.ask(2, &["hosts"])?;
+        ensure!(hosts.len() == 4 && hosts[0]["map_epoch"] == epoch, "the map has changed");
+        Ok(begun.elapsed() > LEASE)
+    })
+}
+
+#[test]
+fn sessions_of_all_hosts_are_listed_on_any_host() -> Result {
+    let mut cluster = Cluster::of_etcd(3)?;
+    let path = images(cluster.fixture.folder(), 1)?.remove(0);
+    // Slow enough to be seen.
+    let disk = format!("--image=vda={}", path.display());
+    let running = cluster.begin(1, "fleece", &["backup", "slow", &disk, "--read-limit", "4M"])?;
+    wait_until(LONG, "the backup to be listed", || {
+        let listed = cluster.ask(0, &["sessions"])?;
+        Ok(listed.iter().any(|one| one["host"] == "hv1" && one["vm"] == "slow"))
+    })?;
+    let listed = cluster.begin(2, "fleecectl", &["sessions"])?.finish(LONG)?.code(0)?;
+    ensure!(listed.printed().contains("hv1"), "{}", listed.printed());
+    cluster.kill(2)?;
+    let listed = cluster.ask(0, &["sessions"])?;
+    let silent = |one: &serde_json::Value| one["message_type"] == "silent" && one["host"] == "hv2";
+    ensure!(listed.iter().any(silent), "{listed:?}");
+    let slow = running.finish(LONG)?.code(0)?;
+    cluster.must_be_whole(&[(snapshot("slow", &slow)?, &path)])
 }
 
 #[test]
@@ -105,7 +153,7 @@ fn what_a_lost_host_knew_its_checkpoint_has() -> Result {
     cluster.kill(2)?;
     cluster.wait_members(2)?;
     for host in [0, 1] {
-        let printed = cluster.printed(host)?;
+        let printed = cluster.printed(host);
         let filled = printed.lines().rfind(|line| line.contains("were read from checkpoints"));
         let filled = filled.with_context(|| printed.clone())?;
         ensure!(!filled.contains("; 0 entries"), "{filled}");

@@ -181,9 +181,8 @@ fn keep_peers(
                 let cluster = Arc::clone(cluster);
                 tokio::task::spawn_local(Rc::new(membership).run(cluster));
             }
-            let (name, identity) = (&settings.name, &settings.identity);
             let cluster = Arc::clone(cluster);
-            Some((rpc::Peers::start(cluster, context.clone(), name, identity)?, listen))
+            Some((rpc::Peers::start(cluster, context.clone(), settings)?, listen))
         }
         _ => None,
     };

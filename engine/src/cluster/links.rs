@@ -198,13 +198,7 @@ impl Cluster {
     ) -> Result<()> {
         match message {
             Message::Ask(session, epoch, asked) => {
-                if self.enter(peer, instance, session)?
-                    && let Err(error) = self.ask_here(session, epoch, asked)
-                {
-                    // The frame is taken all the same: what else is in it must not be obeyed twice.
-                    self.put(peer.host, &Message::Failed(session, error.to_string()));
-                }
-                Ok(())
+                self.asked((peer, instance), (session, epoch, asked))
             }
             Message::Moved(session, epoch, asked) => self.came_back(peer, (session, epoch, asked)),
             Message::Release(session, grants) => match self.enter(peer, instance, session)? {
@@ -263,6 +257,21 @@ impl Cluster {
                 self.owner.refill()
             }
         }
+    }
+
+    /// Questions of another host.
+    fn asked(
+        &self,
+        (peer, instance): (&Arc<Peer>, Instance),
+        (session, epoch, asked): (SessionId, MapEpoch, Vec<(Fingerprint, Sequence)>),
+    ) -> Result<()> {
+        if self.enter(peer, instance, session)?
+            && let Err(error) = self.ask_here(session, epoch, asked)
+        {
+            // The frame is taken all the same: what else is in it must not be obeyed twice.
+            self.put(peer.host, &Message::Failed(session, error.to_string()));
+        }
+        Ok(())
     }
 
     /// Questions of ours come back from a host that does not own them.

@@ -91,6 +91,19 @@ impl PartitionMap {
         Ok(PartitionMap { epoch, digest: 0, members, owners })
     }
 
+    /// The map of the same hosts, one of which shall own nothing.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for a host that is not in it; [`Kind::Usage`] when nobody is left.
+    pub fn without(&self, host: &str) -> Result<Self> {
+        let mut members = self.members.clone();
+        match members.iter_mut().find(|member| member.name == host) {
+            Some(member) => member.capacity = 0,
+            None => return Err(Error::new(Kind::NotFound, format!("there is no host {host}"))),
+        }
+        Self::at(self.epoch, members)
+    }
+
     /// Which one it is.
     #[must_use]
     pub fn epoch(&self) -> MapEpoch {

@@ -355,6 +355,13 @@ impl Cluster {
         self.give_late_up(now);
     }
 
+    /// A host shows a certificate that was taken back. Nobody waits for it until it is silent.
+    pub fn refuse(&self, host: HostId) {
+        if let Some(peer) = self.peer(host) {
+            self.lose(&peer, "its certificate is revoked");
+        }
+    }
+
     /// Gives a host up until it has a link again.
     fn lose(&self, peer: &Peer, why: &str) {
         let met = {

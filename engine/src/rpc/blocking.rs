@@ -21,8 +21,8 @@ pub(super) async fn blocking<T: Send + 'static>(
     run(work).await.map_err(|e| to_wire(&e))
 }
 
-/// The same for a job that may wait for its client: it takes no place of the short calls, and who
-/// calls this bounds how many there are.
+/// The same for a job that may wait for its client, or must not wait for other calls: it takes no place
+/// of the short ones, and who calls this bounds how many there are.
 pub(super) async fn long<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> std::result::Result<T, capnp::Error> {

@@ -1,6 +1,5 @@
 //! `fleecectl`'s end of the socket.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -12,7 +11,8 @@ use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 
 use super::{MESSAGE_WORDS, from_wire};
 use crate::error::{Error, Kind, Result};
-use crate::hosts::HostReport;
+use crate::hosts::{HostReport, Rebalance, SessionReport};
+use crate::ids::VmId;
 use crate::session::registry::StageName;
 
 /// A connection to the engine of this host. Lives on a `LocalSet`.
@@ -62,40 +62,7 @@ pub struct Status {
     /// The engine's version.
     pub version: String,
     /// Backups that run.
-    pub sessions: Vec<Session>,
-}
-
-/// A backup that runs.
-#[derive(Serialize, Debug, Clone, Default)]
-pub struct Session {
-    /// The VM's name.
-    pub vm: String,
-    /// The VM.
-    pub vm_uuid: String,
-    /// The snapshot it will be.
-    pub snapshot: String,
-    /// What it is doing.
-    pub stage: String,
-    /// Since when, milliseconds.
-    pub age_ms: u64,
-    /// Bytes the scan reported.
-    pub read: u64,
-    /// Of it zero.
-    pub zero: u64,
-    /// Of it fingerprinted: all that is not zero.
-    pub hashed: u64,
-    /// Of it as in the parent.
-    pub unchanged: u64,
-    /// Of it stored before.
-    pub duplicate: u64,
-    /// Of it new.
-    pub new: u64,
-    /// Bytes of containers written.
-    pub stored: u64,
-    /// Blocks asked about.
-    pub requested: u64,
-    /// Milliseconds that each stage took so far.
-    pub stage_ms: BTreeMap<String, u64>,
+    pub sessions: Vec<SessionReport>,
 }
 
 /// Receives the lines of a long job.
@@ -187,14 +154,16 @@ impl EngineClient {
         })
     }
 
-    /// The backups that run.
+    /// The backups that run on all hosts, and the hosts that did not answer.
     ///
     /// # Errors
     /// What the engine says.
-    pub async fn sessions(&self) -> Result<Vec<Session>> {
+    pub async fn sessions(&self) -> Result<(Vec<SessionReport>, Vec<String>)> {
         let work = async {
             let response = self.engine.sessions_request().send().promise.await?;
-            sessions(response.get()?.get_sessions()?)
+            let response = response.get()?;
+            let silent = response.get_silent()?.iter().map(wire_text);
+            Ok((sessions(response.get_sessions()?)?, silent.collect::<capnp::Result<_>>()?))
         };
         work.await.map_err(|e: capnp::Error| from_wire(&e))
     }
@@ -225,6 +194,21 @@ impl EngineClient {
         request.get().set_host(host);
         request.get().set_drain(drain);
         request.send().promise.await.map(drop).map_err(|e| from_wire(&e))
+    }
+
+    /// What would move if the partition map were computed now, `without` one host.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub async fn rebalance(&self, without: Option<&str>) -> Result<Rebalance> {
+        let mut request = self.engine.rebalance_request();
+        request.get().set_without(without.unwrap_or_default());
+        let work = async {
+            let response = request.send().promise.await?;
+            serde_json::from_slice(response.get()?.get_report()?.as_bytes())
+                .map_err(|error| capnp::Error::failed(error.to_string()))
+        };
+        work.await.map_err(|e: capnp::Error| from_wire(&e))
     }
 
     /// Verifies; `each` gets every event as a line of JSON. `true`: nothing is wrong.
@@ -274,13 +258,14 @@ impl EngineClient {
 
 fn sessions(
     list: capnp::struct_list::Reader<'_, wire::session_status::Owned>,
-) -> std::result::Result<Vec<Session>, capnp::Error> {
+) -> std::result::Result<Vec<SessionReport>, capnp::Error> {
     list.iter()
         .map(|session| {
             let counts = session.get_counts()?;
-            Ok(Session {
+            Ok(SessionReport {
+                host: wire_text(session.get_host())?,
                 vm: wire_text(session.get_vm_name())?,
-                vm_uuid: wire_uuid(session.get_vm())?,
+                vm_uuid: VmId(uuid::Uuid::from_slice(session.get_vm()?).unwrap_or_default()),
                 snapshot: wire_text(session.get_snapshot())?,
                 stage: wire_text(session.get_stage())?,
                 age_ms: session.get_age_ms(),

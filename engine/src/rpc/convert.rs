@@ -4,10 +4,11 @@ use fleece_schema::engine_capnp as wire;
 use uuid::Uuid;
 
 use crate::error::{Context as _, Error, Kind, Result};
+use crate::hosts::SessionReport;
 use crate::ids::{DiskId, Fingerprint, VmId};
 use crate::session::begin::{DiskPlan, DiskSpec, Request};
 use crate::session::event::{Extent, GrantExtent, Grants};
-use crate::session::registry::Live;
+use crate::session::registry::StageName;
 use crate::session::spool::Position;
 use crate::store::manifest::{Counts, Disk, Manifest};
 
@@ -146,17 +147,23 @@ pub(super) fn set_snapshot(
     }
 }
 
-pub(super) fn set_session(mut to: wire::session_status::Builder<'_>, live: &Live) {
-    to.set_vm(live.vm.0.as_bytes());
-    to.set_vm_name(&live.vm_name);
-    to.set_snapshot(live.snapshot.as_str());
-    to.set_stage(live.progress.stage());
-    to.set_age_ms(live.since.elapsed().as_millis() as u64);
-    to.set_requested(live.progress.requested.load(std::sync::atomic::Ordering::Relaxed));
-    set_counts(to.reborrow().init_counts(), &live.progress.counts());
-    let times = live.progress.stage_times();
-    let mut list = to.init_stage_ms(times.len() as u32);
-    for (i, time) in times.iter().enumerate() {
-        list.set(i as u32, time.as_millis() as u64);
+pub(super) fn set_session(mut to: wire::session_status::Builder<'_>, session: &SessionReport) {
+    to.set_host(&session.host);
+    to.set_vm(session.vm_uuid.0.as_bytes());
+    to.set_vm_name(&session.vm);
+    to.set_snapshot(&session.snapshot);
+    to.set_stage(&session.stage);
+    to.set_age_ms(session.age_ms);
+    to.set_requested(session.requested);
+    let mut counts = to.reborrow().init_counts();
+    counts.set_read(session.read);
+    counts.set_zero(session.zero);
+    counts.set_unchanged(session.unchanged);
+    counts.set_duplicate(session.duplicate);
+    counts.set_new(session.new);
+    counts.set_stored(session.stored);
+    let mut list = to.init_stage_ms(StageName::ALL.len() as u32);
+    for (i, stage) in StageName::ALL.iter().enumerate() {
+        list.set(i as u32, session.stage_ms.get(stage.name()).copied().unwrap_or(0));
     }
 }

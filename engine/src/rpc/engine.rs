@@ -12,6 +12,7 @@ use super::flow::Flow;
 use super::image::ImageServer;
 use super::server::Services;
 use super::{convert, to_wire};
+use crate::cluster::map::PartitionMap;
 use crate::error::{Error, Kind, Result};
 use crate::hosts::{self, HostReport};
 use crate::ids::{SnapshotId, VmId};
@@ -299,9 +300,9 @@ impl engine::Server for EngineServer {
         status.set_undetected_blocks(usage.undetected / u64::from(store.block_size()));
         status.set_damaged_blocks(context.damage.map().slots());
         status.set_version(env!("CARGO_PKG_VERSION"));
-        let live = context.registry.list();
-        let mut sessions = status.init_sessions(live.len() as u32);
-        for (i, session) in live.iter().enumerate() {
+        let running = hosts::sessions(&context);
+        let mut sessions = status.init_sessions(running.len() as u32);
+        for (i, session) in running.iter().enumerate() {
             convert::set_session(sessions.reborrow().get(i as u32), session);
         }
         Ok(())
@@ -337,15 +338,52 @@ impl engine::Server for EngineServer {
         of_params(draining.await)
     }
 
+    async fn rebalance(
+        self: Rc<Self>,
+        params: engine::RebalanceParams,
+        mut results: engine::RebalanceResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let without = of_params(convert::text(params.get()?.get_without(), "the host"))?;
+        let without = Some(without.as_str()).filter(|host| !host.is_empty());
+        let Some(now) = context.owners.cluster().map(|cluster| cluster.map()) else {
+            let what = "this engine is in no cluster: it owns everything";
+            return Err(to_wire(&Error::new(Kind::Usage, what)));
+        };
+        let then = match (&self.services.membership, without) {
+            (Some(membership), without) => Box::pin(membership.planned(without)).await,
+            (None, Some(host)) => now.without(host),
+            (None, None) => Ok(PartitionMap::clone(&now)),
+        };
+        let (then, known) = (of_params(then)?, self.reports(&context).await?);
+        let text = serde_json::to_string(&hosts::rebalance(&now, &then, &known));
+        results.get().set_report(text.map_err(|e| capnp::Error::failed(e.to_string()))?);
+        Ok(())
+    }
+
     async fn sessions(
         self: Rc<Self>,
         _: engine::SessionsParams,
         mut results: engine::SessionsResults,
     ) -> Answer {
-        let live = self.context()?.registry.list();
-        let mut sessions = results.get().init_sessions(live.len() as u32);
-        for (i, session) in live.iter().enumerate() {
+        let mut running = hosts::sessions(&self.context()?);
+        let mut silent = Vec::new();
+        if let Some(peers) = &self.services.peers {
+            for (host, theirs) in peers.sessions().await {
+                match theirs {
+                    Some(theirs) => running.extend(theirs),
+                    None => silent.push(host),
+                }
+            }
+        }
+        let mut results = results.get();
+        let mut sessions = results.reborrow().init_sessions(running.len() as u32);
+        for (i, session) in running.iter().enumerate() {
             convert::set_session(sessions.reborrow().get(i as u32), session);
+        }
+        let mut names = results.init_silent(silent.len() as u32);
+        for (i, name) in silent.iter().enumerate() {
+            names.set(i as u32, name);
         }
         Ok(())
     }

@@ -12,7 +12,9 @@ mod flow;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod image;
+mod links;
 mod peers;
+mod reports;
 mod server;
 mod tls;
 

@@ -7,52 +7,50 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capnp_rpc::{RpcSystem, rpc_twoparty_capnp, twoparty};
 use fleece_schema::peer_capnp::{PEER_PROTOCOL, greeting, peer};
-use futures::StreamExt;
-use futures::stream::FuturesOrdered;
-use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, Semaphore, SemaphorePermit, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 
 use super::MESSAGE_WORDS;
-use super::blocking::blocking;
-use super::tls::{Identity, proves};
+use super::blocking::{blocking, long};
+use super::links::{Places, keep_link};
+use super::reports::to_json;
+use super::tls::{Files, Identity, is_of_revoked, proves};
 use crate::cluster::outbox::FrameNumber;
-use crate::cluster::{Caller, Cluster, Instance, SILENCE, Welcome};
+use crate::cluster::{Caller, Cluster, Instance, SILENCE};
+use crate::config::ClusterConfig;
 use crate::error::{Context as _, Error, Kind, Result};
-use crate::hosts::{self, HostReport};
+use crate::hosts;
 use crate::ids::{HostId, StoreId};
 use crate::session::Context;
 
-/// Frames on their way to one host: enough to hide a round trip.
-const IN_FLIGHT: usize = 4;
 /// How long a connection may take, with its greeting, and a frame until it is taken: longer than a turn
 /// of all others.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// Links at a time, each way: with TLS each takes some 100 KiB here and as much in the kernel.
-const LINKS: usize = 16;
+pub(super) const LINKS: usize = 16;
 /// Between two signs of life on a link that has nothing else to say. One that is not needed any more
 /// ends after as long: what comes next often comes at once.
-const IDLE: Duration = Duration::from_secs(2);
-/// A link ends after as long where other hosts wait for its place: of 255 hosts each then has its turn
-/// every 16 s, about twice before it would be given up.
-const TURN: Duration = Duration::from_secs(1);
-/// How long a host may take to say how it is: its owner may be in the middle of a pass.
-const REPORT: Duration = Duration::from_secs(5);
+pub(super) const IDLE: Duration = Duration::from_secs(2);
+/// Between two looks at the list of revoked certificates.
+const LOOK: Duration = Duration::from_secs(1);
 /// Before a link is tried again.
-const AGAIN: Duration = Duration::from_secs(1);
+pub(super) const AGAIN: Duration = Duration::from_secs(1);
 /// Frames that wait for the thread that takes them.
 const QUEUE: usize = 4;
+
+/// What a host is told whose own certificate was taken back.
+const REVOKED: &str = "this host's certificate is revoked, no other one talks to it (fleecectl cluster invite makes a new one)";
 
 /// A frame that came.
 struct Arrived {
@@ -64,55 +62,40 @@ struct Arrived {
 
 /// This engine among the others.
 pub struct Peers {
-    cluster: Arc<Cluster>,
-    context: Context,
+    pub(super) cluster: Arc<Cluster>,
+    pub(super) context: Context,
     /// Our name, which our certificate proves.
     name: String,
     store: StoreId,
-    identity: Identity,
+    files: Files,
+    /// Every link ends when it changes.
+    pub(super) identity: watch::Sender<Rc<Identity>>,
+    /// Who was refused last, and whether its certificate is a revoked one.
+    refused: Cell<Option<(IpAddr, bool)>>,
     arrived: mpsc::Sender<Arrived>,
-    outgoing: Places,
+    /// One question to all hosts at a time.
+    pub(super) asking: Semaphore,
+    pub(super) outgoing: Places,
     incoming: Arc<Semaphore>,
     looking: Arc<Semaphore>,
-}
-
-/// Places of links to other hosts.
-struct Places {
-    places: Semaphore,
-    /// Hosts that wait for one.
-    waiting: Cell<usize>,
-}
-
-impl Places {
-    fn new(count: usize) -> Self {
-        Places { places: Semaphore::new(count), waiting: Cell::new(0) }
-    }
-
-    /// Waits for one, in the order of those who wait.
-    async fn take(&self) -> Result<SemaphorePermit<'_>> {
-        self.waiting.set(self.waiting.get() + 1);
-        let place = self.places.acquire().await;
-        self.waiting.set(self.waiting.get() - 1);
-        place.map_err(|_| Error::new(Kind::Failed, "the engine is ending"))
-    }
-
-    fn are_wanted(&self) -> bool {
-        self.waiting.get() > 0
-    }
 }
 
 impl Peers {
     /// Reads what this host proves itself with, and starts the thread that takes frames.
     ///
     /// # Errors
-    /// [`Kind::Key`] for a bad bundle; when no thread can be started.
+    /// [`Kind::Key`] for a bad bundle or list of revoked certificates, [`Kind::NotPermitted`] when this
+    /// host's is on it; when no thread can be started.
     pub fn start(
         cluster: Arc<Cluster>,
         context: Context,
-        name: &str,
-        bundle: &std::path::Path,
+        settings: &ClusterConfig,
     ) -> Result<Rc<Self>> {
-        let identity = Identity::load(bundle)?;
+        let files = Files::of(settings);
+        let identity = Identity::load(&files)?;
+        if identity.is_revoked {
+            return Err(Error::new(Kind::NotPermitted, REVOKED));
+        }
         let (arrived, mut queue) = mpsc::channel::<Arrived>(QUEUE);
         let taker = Arc::clone(&cluster);
         std::thread::Builder::new()
@@ -123,14 +106,18 @@ impl Peers {
                 }
             })
             .context(|| "cannot start the thread that takes frames".into())?;
-        let (name, store) = (name.to_owned(), context.store.id());
+        let (name, store, asking) = (settings.name.clone(), context.store.id(), Semaphore::new(1));
+        let identity = watch::Sender::new(Rc::new(identity));
         Ok(Rc::new(Peers {
             cluster,
             context,
             name,
             store,
+            files,
             identity,
+            refused: Cell::new(None),
             arrived,
+            asking,
             outgoing: Places::new(LINKS),
             incoming: Arc::new(Semaphore::new(LINKS)),
             looking: Arc::new(Semaphore::new(1)),
@@ -145,6 +132,7 @@ impl Peers {
     pub async fn run(self: Rc<Self>, listen: &str, bells: &[Arc<Notify>]) -> Result<()> {
         let failed = || format!("cannot listen for other hosts at {listen}");
         let listener = TcpListener::bind(listen).await.context(failed)?;
+        tokio::task::spawn_local(Rc::clone(&self).follow_revocations());
         let mut links = HashMap::new();
         let mut second = tokio::time::interval(Duration::from_secs(1));
         loop {
@@ -189,6 +177,41 @@ impl Peers {
         }
     }
 
+    /// Looks whether other certificates are revoked now, for ever. If so, every link is made anew.
+    async fn follow_revocations(self: Rc<Self>) {
+        let mut said = String::new();
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let (files, list) = (self.files.clone(), self.identity.borrow().list);
+            // Not after calls that wait for the store.
+            match long(move || Identity::renewed(&files, list)).await {
+                Ok(None) => said.clear(),
+                Ok(Some(identity)) => {
+                    let us = if identity.is_revoked { REVOKED } else { "all links are made anew" };
+                    eprintln!("fleece-engine: the list of revoked certificates has changed: {us}");
+                    self.identity.send_replace(Rc::new(identity));
+                }
+                Err(error) => {
+                    let why = super::from_wire(&error).to_string();
+                    if why != said {
+                        eprintln!("fleece-engine: {why}; on with what it said before");
+                        said = why;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Says once that somebody is no host of this cluster: it may try every second, for days.
+    fn refuse(&self, from: SocketAddr, revoked: bool) {
+        let who = Some((from.ip(), revoked));
+        if self.refused.replace(who) != who {
+            let what =
+                if revoked { "a revoked certificate" } else { "no certificate of this cluster" };
+            eprintln!("fleece-engine: {from} has {what}");
+        }
+    }
+
     /// One task for each of the hosts that there are now.
     fn keep_links(
         self: &Rc<Self>,
@@ -211,7 +234,7 @@ impl Peers {
         }
     }
 
-    fn greet(&self, ours: Instance, mut greeting: greeting::Builder<'_>) {
+    pub(super) fn greet(&self, ours: Instance, mut greeting: greeting::Builder<'_>) {
         let map = self.cluster.map();
         greeting.set_host(&self.name);
         greeting.set_store(self.store.0.as_bytes());
@@ -222,7 +245,10 @@ impl Peers {
     }
 
     /// Who greets; an error says what does not fit.
-    fn greeted(&self, greeting: greeting::Reader<'_>) -> capnp::Result<(HostId, Instance)> {
+    pub(super) fn greeted(
+        &self,
+        greeting: greeting::Reader<'_>,
+    ) -> capnp::Result<(HostId, Instance)> {
         let name = greeting.get_host()?.to_str()?;
         let refused = |what: String| Err(capnp::Error::failed(what));
         if greeting.get_protocol() != PEER_PROTOCOL {
@@ -245,10 +271,12 @@ impl Peers {
     }
 
     async fn serve(self: Rc<Self>, stream: TcpStream, from: SocketAddr) {
-        let accepted = timeout(PATIENCE, self.identity.acceptor.accept(stream)).await;
-        let Ok(Ok(stream)) = accepted else {
-            eprintln!("fleece-engine: {from} has no certificate of this cluster");
-            return;
+        let mut identity = self.identity.subscribe();
+        let acceptor = identity.borrow_and_update().acceptor.clone();
+        let stream = match timeout(PATIENCE, acceptor.accept(stream)).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return self.refuse(from, is_of_revoked(&error)),
+            Err(_) => return self.refuse(from, false),
         };
         let shown = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
         let heard = Rc::new(Cell::new(Instant::now()));
@@ -266,6 +294,7 @@ impl Peers {
         tokio::select! {
             _ = system => {}
             () = silent => {}
+            _ = identity.changed() => {}
         }
     }
 }
@@ -277,6 +306,13 @@ struct Server {
     caller: Cell<Option<Caller>>,
     /// When it called last: whoever is there gives signs of life.
     heard: Rc<Cell<Instant>>,
+}
+
+impl Server {
+    /// Who calls. Nobody gets anything before.
+    fn greeted(&self) -> capnp::Result<Caller> {
+        self.caller.get().ok_or_else(|| capnp::Error::failed("greet first".into()))
+    }
 }
 
 impl peer::Server for Server {
@@ -305,9 +341,7 @@ impl peer::Server for Server {
         params: peer::DeliverParams,
         _: peer::DeliverResults,
     ) -> capnp::Result<()> {
-        let Some(caller) = self.caller.get() else {
-            return Err(capnp::Error::failed("greet first".into()));
-        };
+        let caller = self.greeted()?;
         self.heard.set(Instant::now());
         let (number, frame) = (params.get()?.get_number(), params.get()?.get_frame()?.to_vec());
         if number == 0 {
@@ -326,18 +360,25 @@ impl peer::Server for Server {
         _: peer::DescribeParams,
         mut results: peer::DescribeResults,
     ) -> capnp::Result<()> {
-        if self.caller.get().is_none() {
-            return Err(capnp::Error::failed("greet first".into()));
-        }
+        self.greeted()?;
         let context = self.peers.context.clone();
         let report = blocking(move || hosts::own(&context)).await?;
-        let text = serde_json::to_string(&report).map_err(|e| capnp::Error::failed(e.to_string()));
-        results.get().set_report(text?);
+        results.get().set_report(to_json(&report)?);
+        Ok(())
+    }
+
+    async fn sessions(
+        self: Rc<Self>,
+        _: peer::SessionsParams,
+        mut results: peer::SessionsResults,
+    ) -> capnp::Result<()> {
+        self.greeted()?;
+        results.get().set_sessions(to_json(&hosts::sessions(&self.peers.context))?);
         Ok(())
     }
 }
 
-fn network<R, W>(
+pub(super) fn network<R, W>(
     read: R,
     write: W,
     side: rpc_twoparty_capnp::Side,
@@ -354,198 +395,4 @@ where
         side,
         options,
     )
-}
-
-/// Makes a link to a host whenever one is needed, for ever.
-async fn keep_link(peers: Rc<Peers>, host: HostId, bell: Arc<Notify>) {
-    let mut said = String::new();
-    loop {
-        while !peers.cluster.needs(host) {
-            // Answers that are awaited ring no bell.
-            let _ = timeout(AGAIN, bell.notified()).await;
-        }
-        let Ok(_place) = peers.outgoing.take().await else { return };
-        let ended = link(&peers, host, &bell).await;
-        match ended {
-            Ok(()) => said.clear(),
-            Err(error) => {
-                peers.cluster.disconnected(host);
-                // Once for each reason: a host may be away for days.
-                let why = error.to_string();
-                if why != said {
-                    eprintln!("fleece-engine: {why}");
-                    said = why;
-                }
-                tokio::time::sleep(AGAIN).await;
-            }
-        }
-    }
-}
-
-/// One link, until it is not needed any more or breaks.
-async fn link(peers: &Peers, host: HostId, bell: &Notify) -> Result<()> {
-    let ours = peers.cluster.instance(host);
-    with_host(peers, (host, ours), async |client, instance, welcome| {
-        if welcome.unreached {
-            peers.cluster.unreached(host, instance);
-            let what = format!("{} cannot reach this host", peers.name_of(host));
-            return Err(Error::new(Kind::Failed, format!("{what}: see its log")));
-        }
-        let next = peers.cluster.connected((host, ours), instance, welcome.received)?;
-        send(peers, (host, ours), &client, bell, next).await
-    })
-    .await
-}
-
-/// Connects to a host, and runs `work` with it.
-async fn with_host<T>(
-    peers: &Peers,
-    (host, ours): (HostId, Instance),
-    work: impl AsyncFnOnce(peer::Client, Instance, Welcome) -> Result<T>,
-) -> Result<T> {
-    let map = peers.cluster.map();
-    let gone = || Error::new(Kind::NotFound, format!("host {} is not in the cluster", host.0));
-    let member = map.member(host).ok_or_else(gone)?;
-    let what = || format!("no link to {} at {}", member.name, member.address);
-    let late = || Error::new(Kind::Failed, format!("{}: no answer", what()));
-    let name = ServerName::try_from(member.name.clone()).context(what)?;
-    let connect = async {
-        let stream = TcpStream::connect(&member.address).await?;
-        stream.set_nodelay(true)?;
-        peers.identity.connector.connect(name, stream).await
-    };
-    let stream = timeout(PATIENCE, connect).await.map_err(|_| late())?.context(what)?;
-    let (read, write) = tokio::io::split(stream);
-    let network = network(read, write, rpc_twoparty_capnp::Side::Client);
-    let mut system = RpcSystem::new(Box::new(network), None);
-    let client: peer::Client = system.bootstrap(rpc_twoparty_capnp::Side::Server);
-    let talk = async {
-        let mut request = client.greet_request();
-        peers.greet(ours, request.get().init_us());
-        let answer = timeout(PATIENCE, request.send().promise).await.map_err(|_| late())?;
-        let answer = answer.map_err(|error| Error::caused(Kind::Failed, what(), error))?;
-        let (instance, welcome) = greeting_of(peers, host, &answer)
-            .map_err(|error| Error::caused(Kind::Failed, what(), error))?;
-        work(client.clone(), instance, welcome).await
-    };
-    let broken = |error: Option<capnp::Error>| match error {
-        Some(error) => Error::caused(Kind::Failed, what(), error),
-        None => Error::new(Kind::Failed, format!("{}: it hung up", what())),
-    };
-    tokio::select! {
-        ended = &mut system => Err(broken(ended.err())),
-        ended = talk => ended,
-    }
-}
-
-impl Peers {
-    fn name_of(&self, host: HostId) -> String {
-        let map = self.cluster.map();
-        map.member(host).map_or_else(|| format!("host {}", host.0), |member| member.name.clone())
-    }
-
-    /// How it is with all hosts, this one first; one that does not answer in time is silent.
-    ///
-    /// # Errors
-    /// When the engine is ending.
-    pub(super) async fn reports(&self) -> capnp::Result<Vec<HostReport>> {
-        let context = self.context.clone();
-        let own = blocking(move || hosts::own(&context)).await?;
-        let others = hosts::known(&self.context).into_iter().skip(1);
-        let asked = others.map(|known| async {
-            match timeout(REPORT, self.report(HostId(known.number))).await {
-                // What it says of itself but what we know of the map.
-                Ok(Ok(report)) => HostReport { state: "answers".into(), ..report },
-                _ => known,
-            }
-        });
-        let others = futures::stream::iter(asked).buffered(LINKS).collect::<Vec<_>>().await;
-        Ok(std::iter::once(own).chain(others).collect())
-    }
-
-    async fn report(&self, host: HostId) -> Result<HostReport> {
-        let failed = |error: capnp::Error| super::from_wire(&error);
-        with_host(self, (host, self.cluster.instance(host)), async |client, _, _| {
-            let answer = client.describe_request().send().promise.await.map_err(failed)?;
-            let text = answer.get().and_then(|answer| answer.get_report()).map_err(failed)?;
-            serde_json::from_slice(text.as_bytes())
-                .map_err(|error| Error::caused(Kind::Failed, "a host's report", error))
-        })
-        .await
-    }
-}
-
-fn greeting_of(
-    peers: &Peers,
-    host: HostId,
-    answer: &capnp::capability::Response<peer::greet_results::Owned>,
-) -> capnp::Result<(Instance, Welcome)> {
-    let answer = answer.get()?;
-    let (who, instance) = peers.greeted(answer.get_you()?)?;
-    if who != host {
-        return Err(capnp::Error::failed("another host answers there".into()));
-    }
-    let received = FrameNumber(answer.get_received());
-    Ok((instance, Welcome { received, unreached: answer.get_unreached() }))
-}
-
-/// Sends what waits, some frames ahead of what was taken.
-async fn send(
-    peers: &Peers,
-    (host, ours): (HostId, Instance),
-    client: &peer::Client,
-    bell: &Notify,
-    mut next: FrameNumber,
-) -> Result<()> {
-    let mut in_flight = FuturesOrdered::new();
-    let begun = Instant::now();
-    let mut needed = begun;
-    loop {
-        let enough = begun.elapsed() > TURN && peers.outgoing.are_wanted();
-        if enough && in_flight.is_empty() {
-            return Ok(());
-        }
-        while !enough
-            && in_flight.len() < IN_FLIGHT
-            && let Some((number, frame)) = peers.cluster.next((host, ours), next)?
-        {
-            next = FrameNumber(number.0 + 1);
-            in_flight.push_back(deliver(client, number, &frame));
-        }
-        tokio::select! {
-            Some(taken) = in_flight.next(), if !in_flight.is_empty() => {
-                peers.cluster.taken((host, ours), taken?)?;
-            }
-            () = bell.notified(), if !enough && in_flight.len() < IN_FLIGHT => {}
-            () = tokio::time::sleep(TURN), if in_flight.is_empty() => {
-                if peers.outgoing.are_wanted() {
-                    continue;
-                }
-                if peers.cluster.needs(host) {
-                    needed = Instant::now();
-                    in_flight.push_back(deliver(client, FrameNumber(0), &[]));
-                } else if needed.elapsed() > IDLE {
-                    return Ok(());
-                }
-            }
-        }
-    }
-}
-
-fn deliver(
-    client: &peer::Client,
-    number: FrameNumber,
-    frame: &[u8],
-) -> impl Future<Output = Result<FrameNumber>> + use<> {
-    let mut request = client.deliver_request();
-    request.get().set_number(number.0);
-    request.get().set_frame(frame);
-    let answer = request.send().promise;
-    async move {
-        match timeout(PATIENCE, answer).await {
-            Ok(Ok(_)) => Ok(number),
-            Ok(Err(error)) => Err(super::from_wire(&error)),
-            Err(_) => Err(Error::new(Kind::Failed, "a frame was not taken in time")),
-        }
-    }
 }

@@ -152,6 +152,8 @@ fn begin_alone(
             format!("there is no VM {} in the store that could be adopted", request.vm),
         ));
     }
+    // What other hosts found damaged is read again, and not deduplicated against.
+    context.damage.refresh(&context.store)?;
     let mut states = Vec::with_capacity(request.disks.len());
     let mut plans = Vec::with_capacity(request.disks.len());
     for spec in &request.disks {

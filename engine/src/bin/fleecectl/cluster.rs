@@ -1,25 +1,16 @@
 //! `fleecectl cluster`: the cluster's own CA, and what each host proves itself with.
 
 use std::fs;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
-use fleece_engine::config::Config;
+use fleece_engine::config::{CRL_NAME, Config};
 use fleece_engine::error::{Context as _, Error, Kind, Result};
 use fleece_engine::store::keys::StoreKey;
-use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
-};
 use serde::{Deserialize, Serialize};
 
+use super::authority::{Authority, Revoked, bytes_of, write};
 use super::init::{key_name, read_passphrase, write_config};
-
-/// The CA's files in its folder.
-const CERTIFICATE: &str = "ca.pem";
-const KEY: &str = "ca.key";
 
 #[derive(Subcommand)]
 pub(crate) enum Verb {
@@ -45,6 +36,15 @@ pub(crate) enum Verb {
         #[arg(long)]
         passphrase_file: Option<PathBuf>,
     },
+    /// Take a host's certificates back: sign the list of all that were, which every host has to get, and
+    /// say what is left to do. The host can be invited again.
+    Revoke {
+        /// The host's name.
+        host: String,
+        /// The folder of the CA.
+        #[arg(long)]
+        dir: PathBuf,
+    },
     /// Make this host's configuration, key and identity from what `invite --passphrase-file` made.
     Join {
         /// That file.
@@ -69,6 +69,9 @@ struct Bundle {
     host: String,
     store_key: String,
     identity: String,
+    /// What the CA has taken back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    crl: Option<String>,
     config: Config,
 }
 
@@ -78,29 +81,42 @@ const VERSION: u32 = 1;
 pub(crate) fn run(verb: &Verb, config: &Path, json: bool) -> Result<()> {
     let (files, hint) = match verb {
         Verb::Init { dir } => {
-            fs::create_dir_all(dir).context(|| format!("cannot create {}", dir.display()))?;
-            let key = KeyPair::generate().map_err(failed)?;
-            let certificate = authority()?.self_signed(&key).map_err(failed)?;
-            let (path, secret) = (dir.join(CERTIFICATE), dir.join(KEY));
-            write(&secret, &key.serialize_pem())?;
-            write(&path, &certificate.pem())?;
-            (vec![path, secret], "fleecectl cluster invite HOST makes a host's certificate")
+            (Authority::make(dir)?, "fleecectl cluster invite HOST makes a host's certificate")
         }
         Verb::Invite { host, dir, out, passphrase_file: None } => {
-            write(out, &invite(host, dir)?)?;
-            (vec![out.clone()], "move it to the host and name it as cluster.identity there")
+            let mut authority = Authority::open(dir)?;
+            write(out, &authority.invite(host)?)?;
+            let hint = match authority.revocations()? {
+                None => "move it to the host and name it as cluster.identity there",
+                Some(_) => {
+                    "move it to the host and name it as cluster.identity there, and put the CA's \
+                     crl.pem beside it"
+                }
+            };
+            (vec![out.clone()], hint)
         }
         Verb::Invite { host, dir, out, passphrase_file: Some(passphrase) } => {
-            let bundle = bundle(host, invite(host, dir)?, config, passphrase)?;
+            let bundle = bundle(host, &mut Authority::open(dir)?, config, passphrase)?;
             write(out, &bundle)?;
             (vec![out.clone()], "move it to the host; fleecectl cluster join makes the rest of it")
+        }
+        Verb::Revoke { host, dir } => {
+            return say_revoked(host, &Authority::open(dir)?.revoke(host)?, json);
         }
         Verb::Join { bundle, passphrase_file, address, capacity } => {
             let place = (address.clone(), *capacity);
             (join(bundle, passphrase_file, place, config)?, "now start fleece-engine")
         }
     };
-    for file in &files {
+    say_written(&files, json);
+    if !json {
+        println!("{hint}");
+    }
+    Ok(())
+}
+
+fn say_written(files: &[PathBuf], json: bool) {
+    for file in files {
         if json {
             let line = serde_json::json!({ "message_type": "file", "path": file });
             println!("{line}");
@@ -108,36 +124,56 @@ pub(crate) fn run(verb: &Verb, config: &Path, json: bool) -> Result<()> {
             println!("wrote {}", file.display());
         }
     }
-    if !json {
-        println!("{hint}");
+}
+
+/// What is left to do, of which nothing can be done from here.
+fn say_revoked(host: &str, Revoked { list, serials }: &Revoked, json: bool) -> Result<()> {
+    say_written(std::slice::from_ref(list), json);
+    let steps = [
+        format!(
+            "copy {CRL_NAME} to every other host, beside the file that cluster.identity names there (or \
+             where cluster.crl says), so that the engine's user can read it. Engines that run follow it within seconds: they hang up on {host} \
+             and refuse it from then on"
+        ),
+        format!(
+            "run fleecectl drain {host} on another host, so that the others take its part over (with \
+             cluster.static take it out of every list). Keep it from etcd: whoever reaches that is \
+             believed"
+        ),
+        format!(
+            "{host} can still read everything in the store, and add to it, with the credentials that it \
+             has: revoke its S3 credentials (give the other hosts new ones, if they had the same), or its \
+             access to the directory"
+        ),
+        format!(
+            "{host} had the store's key. That opens all that is and will be in this store, and cannot be \
+             changed today, nor can the passphrase of its copy in the store: what {host} has copied it \
+             can read for ever, so step 3 is what keeps it from the rest. If it must never read what \
+             comes, make a new store (fleecectl init: a new key) and back the VMs up there"
+        ),
+        format!("delete bundles that were made for {host}: their passphrase opens that key, too"),
+    ];
+    if json {
+        let line = serde_json::json!({
+            "message_type": "revoked", "host": host, "serials": serials, "steps": steps,
+        });
+        println!("{line}");
+        return Ok(());
+    }
+    println!("{host} is revoked ({} of its certificates). Left to do:", serials.len());
+    for (n, step) in steps.iter().enumerate() {
+        println!("{}. {step}", n + 1);
     }
     Ok(())
 }
 
-/// A host's certificate, the CA's, and the host's key.
-fn invite(host: &str, dir: &Path) -> Result<String> {
-    let read = |name: &str| {
-        let path = dir.join(name);
-        let hint = || format!("cannot read {} (fleecectl cluster init makes it)", path.display());
-        fs::read_to_string(&path).context(hint)
-    };
-    let (certificate, key) = (read(CERTIFICATE)?, read(KEY)?);
-    let issuer = Issuer::new(authority()?, KeyPair::from_pem(&key).map_err(failed)?);
-    let mut params = CertificateParams::new([host.to_owned()]).map_err(|error| {
-        Error::caused(Kind::Usage, format!("'{host}' cannot be a host's name"), error)
-    })?;
-    params.distinguished_name.push(DnType::CommonName, host);
-    params.use_authority_key_identifier_extension = true;
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages =
-        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-    let own = KeyPair::generate().map_err(failed)?;
-    let signed = params.signed_by(&own, &issuer).map_err(failed)?;
-    Ok([signed.pem(), certificate, own.serialize_pem()].concat())
-}
-
 /// A host's bundle with this host's configuration, and the key under a passphrase.
-fn bundle(host: &str, identity: String, config: &Path, passphrase: &Path) -> Result<String> {
+fn bundle(
+    host: &str,
+    authority: &mut Authority,
+    config: &Path,
+    passphrase: &Path,
+) -> Result<String> {
     let config = Config::load(config)?;
     if config.cluster.is_none() {
         let what = "this host's configuration has no [cluster]: who is in it, and how they meet";
@@ -145,7 +181,9 @@ fn bundle(host: &str, identity: String, config: &Path, passphrase: &Path) -> Res
     }
     let wrapped = StoreKey::load(&config.key)?.wrap(&read_passphrase(passphrase)?)?;
     let store_key = wrapped.iter().map(|byte| format!("{byte:02x}")).collect();
-    let bundle = Bundle { version: VERSION, host: host.to_owned(), store_key, identity, config };
+    let (identity, crl) = (authority.invite(host)?, authority.revocations()?);
+    let host = host.to_owned();
+    let bundle = Bundle { version: VERSION, host, store_key, identity, crl, config };
     toml::to_string(&bundle)
         .map_err(|error| Error::caused(Kind::Failed, "cannot write the bundle", error))
 }
@@ -161,17 +199,14 @@ fn join(
         fs::read_to_string(bundle).context(|| format!("cannot read {}", bundle.display()))?;
     // The cause would quote what is in it.
     let bad = |_| Error::new(Kind::Key, format!("{} is no bundle of a host", bundle.display()));
-    let Bundle { version, host, store_key, identity, mut config } =
+    let Bundle { version, host, store_key, identity, crl, mut config } =
         toml::from_str(&text).map_err(bad)?;
     if version != VERSION {
         let what = format!("{} is of version {version}: upgrade fleece", bundle.display());
         return Err(Error::new(Kind::Usage, what));
     }
-    let digits = store_key.as_bytes().chunks(2);
-    let bytes = digits
-        .map(|two| std::str::from_utf8(two).ok().and_then(|two| u8::from_str_radix(two, 16).ok()));
-    let wrapped: Option<Vec<u8>> = bytes.collect();
-    let wrapped = wrapped.ok_or_else(|| Error::new(Kind::Key, "the bundle's key is damaged"))?;
+    let wrapped =
+        bytes_of(&store_key).ok_or_else(|| Error::new(Kind::Key, "the bundle's key is damaged"))?;
     let key = StoreKey::unwrap(&wrapped, &read_passphrase(passphrase)?)?;
     let folder = config_path.parent().filter(|p| !p.as_os_str().is_empty());
     let folder = std::path::absolute(folder.unwrap_or(Path::new(".")))
@@ -182,42 +217,25 @@ fn join(
         cluster.name.clone_from(&host);
         cluster.identity.clone_from(&identity_path);
         (cluster.address, cluster.capacity, cluster.listen) = (address, capacity, None);
+        // The other host's may be anywhere; ours is beside our identity.
+        cluster.crl = None;
     }
     config.check()?;
     fs::create_dir_all(&folder).context(|| format!("cannot create {}", folder.display()))?;
-    for path in [config_path, &config.key, &identity_path] {
+    let list = crl.map(|text| (folder.join(CRL_NAME), text));
+    let mut files = vec![config_path.to_owned(), config.key.clone(), identity_path.clone()];
+    files.extend(list.iter().map(|(path, _)| path.clone()));
+    for path in &files {
         if path.exists() {
             let what = format!("{} is there already: nothing is replaced", path.display());
             return Err(Error::new(Kind::Usage, what));
         }
     }
+    if let Some((path, text)) = &list {
+        write(path, text)?;
+    }
     write(&identity_path, &identity)?;
     key.save(&config.key)?;
     write_config(config_path, &config)?;
-    Ok(vec![config_path.to_owned(), config.key, identity_path])
-}
-
-/// What the CA's certificate says; the same whenever it signs.
-fn authority() -> Result<CertificateParams> {
-    let mut params = CertificateParams::new([]).map_err(failed)?;
-    params.distinguished_name.push(DnType::CommonName, "Fleece cluster");
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    Ok(params)
-}
-
-/// Writes a file that only its owner can read, and that is not there yet.
-fn write(path: &Path, text: &str) -> Result<()> {
-    let mut options = fs::OpenOptions::new();
-    options
-        .write(true)
-        .create_new(true)
-        .mode(0o400)
-        .open(path)
-        .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
-        .context(|| format!("cannot write {} (it must not be there yet)", path.display()))
-}
-
-fn failed(error: rcgen::Error) -> Error {
-    Error::caused(Kind::Failed, "cannot make a certificate", error)
+    Ok(files)
 }

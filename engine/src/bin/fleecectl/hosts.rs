@@ -1,8 +1,8 @@
-//! `fleecectl hosts`, `partitions` and `drain`: the cluster, as its engines tell it.
+//! `fleecectl hosts`, `partitions`, `rebalance` and `drain`: the cluster, as its engines tell it.
 
 use std::path::Path;
 
-use fleece_engine::error::Result;
+use fleece_engine::error::{Error, Kind, Result};
 use fleece_engine::hosts::HostReport;
 
 use super::report::{human, print_json, with_engine};
@@ -100,6 +100,55 @@ fn draw(hosts: &[HostReport], owners: &[u8]) {
             owners.len()
         );
     }
+}
+
+/// What a new map would move. There is nothing else to do: maps are made by the engines themselves.
+pub(crate) fn rebalance(
+    socket: &Path,
+    dry_run: bool,
+    without: Option<&str>,
+    json: bool,
+) -> Result<()> {
+    if !dry_run {
+        let what = "nothing is to be done: shares follow the hosts that live, their capacity \
+                    (cluster.capacity) and fleecectl drain by themselves. --dry-run says what would move";
+        return Err(Error::new(Kind::Usage, what));
+    }
+    let plan = with_engine(socket, async |engine| engine.rebalance(without).await)?;
+    if json {
+        plan.hosts.iter().try_for_each(|share| print_json("share", share))?;
+        let total = serde_json::json!({
+            "map_epoch": plan.map_epoch,
+            "slices_moving": plan.slices_moving,
+            "blocks_moving": plan.blocks_moving,
+        });
+        return print_json("rebalance", &total);
+    }
+    println!(
+        "{:16} {:>8} {:>8} {:>8} {:>14} {:>14}",
+        "host", "capacity", "now", "then", "gets", "gives"
+    );
+    let percent = |slices: usize| format!("{:.1} %", slices as f64 * 100.0 / 4096.0);
+    for share in &plan.hosts {
+        println!(
+            "{:16} {:>8} {:>8} {:>8} {:>14} {:>14}",
+            share.name,
+            share.capacity,
+            percent(share.slices),
+            percent(share.slices_then),
+            share.blocks_gained,
+            share.blocks_given
+        );
+    }
+    match plan.slices_moving {
+        0 => println!("nothing would move"),
+        moving => println!(
+            "{} of the fingerprints, about {} blocks, would move to other hosts' indexes; nothing was changed",
+            percent(moving),
+            plan.blocks_moving
+        ),
+    }
+    Ok(())
 }
 
 pub(crate) fn drain(socket: &Path, host: &str, undo: bool, json: bool) -> Result<()> {

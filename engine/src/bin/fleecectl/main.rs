@@ -1,5 +1,6 @@
 //! The admin's tool: store and engine.
 
+mod authority;
 mod cluster;
 mod hosts;
 mod init;
@@ -36,7 +37,7 @@ enum Verb {
     Init(init::Options),
     /// What the store holds, what it takes, and what runs.
     Status,
-    /// The backups that run now.
+    /// The backups that run now, on all hosts.
     Sessions,
     /// The hosts of the cluster: what each owns and holds.
     Hosts,
@@ -45,6 +46,16 @@ enum Verb {
         /// Draw who owns which slice of the fingerprints.
         #[arg(long)]
         map: bool,
+    },
+    /// Say what would move between hosts if shares were computed now. They follow the hosts that live,
+    /// their capacity and drain by themselves, so there is nothing else to do.
+    Rebalance {
+        /// Only say it: there is no other way.
+        #[arg(long)]
+        dry_run: bool,
+        /// As if this host were drained.
+        #[arg(long, value_name = "HOST")]
+        without: Option<String>,
     },
     /// Let a host own nothing, so that it can go; its backups go on.
     Drain {
@@ -119,6 +130,9 @@ fn run(options: Options) -> Result<ExitCode> {
         Verb::Sessions => report::sessions(&socket(&options)?, options.json)?,
         Verb::Hosts => hosts::hosts(&socket(&options)?, options.json)?,
         Verb::Partitions { map } => hosts::partitions(&socket(&options)?, map, options.json)?,
+        Verb::Rebalance { dry_run, ref without } => {
+            hosts::rebalance(&socket(&options)?, dry_run, without.as_deref(), options.json)?;
+        }
         Verb::Drain { ref host, undo } => {
             hosts::drain(&socket(&options)?, host, undo, options.json)?;
         }

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use std::rc::Rc;
 
 use fleece_engine::error::{Context as _, Error, Kind, Result};
-use fleece_engine::rpc::client::{EngineClient, Session, no_engine};
+use fleece_engine::hosts::SessionReport;
+use fleece_engine::rpc::client::{EngineClient, no_engine};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -109,22 +110,29 @@ pub(crate) fn status(socket: &Path, json: bool) -> Result<()> {
 }
 
 pub(crate) fn sessions(socket: &Path, json: bool) -> Result<()> {
-    let sessions = with_engine(socket, async |engine| engine.sessions().await)?;
+    let (sessions, silent) = with_engine(socket, async |engine| engine.sessions().await)?;
     if json {
-        return sessions.iter().try_for_each(|session| print_json("session", session));
+        sessions.iter().try_for_each(|session| print_json("session", session))?;
+        return silent
+            .iter()
+            .try_for_each(|host| print_json("silent", &serde_json::json!({ "host": host })));
     }
     if sessions.is_empty() {
         println!("no backup runs");
     }
     print_sessions(&sessions);
+    for host in silent {
+        println!("silent     {host}: what runs there is not known");
+    }
     Ok(())
 }
 
-fn print_sessions(sessions: &[Session]) {
+fn print_sessions(sessions: &[SessionReport]) {
     for s in sessions {
         println!(
-            "session    {}@{} {}: read {} = zero {} + unchanged {} + the rest; {} blocks asked about, \
+            "session    {:10} {}@{} {}: read {} = zero {} + unchanged {} + the rest; {} blocks asked about, \
              new {}, written {}, since {} s",
+            s.host,
             s.vm,
             s.snapshot,
             s.stage,

@@ -4,20 +4,20 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::damage::{address_in, different};
 use super::*;
 use crate::cluster::map::{MapEpoch, Member, PartitionMap};
 use crate::cluster::outbox::FrameNumber;
 use crate::cluster::{Caller, Cluster, Here, Instance, SILENCE};
 use crate::ids::{HostId, Slice};
-use crate::jobs::checkpoint::{Checkpoints, Part};
 use crate::moving::{self, Pace};
 use crate::session::registry::Registry;
-use crate::store::shards;
+use crate::store::damage::Found;
 
 /// One of the engines.
-struct Engine {
-    context: Context,
-    cluster: Arc<Cluster>,
+pub(super) struct Engine {
+    pub(super) context: Context,
+    pub(super) cluster: Arc<Cluster>,
     thread: Option<std::thread::JoinHandle<()>>,
     mover: Option<std::thread::JoinHandle<()>>,
     /// Seconds that its clock is ahead.
@@ -25,8 +25,8 @@ struct Engine {
 }
 
 /// All of them, and what carries their frames.
-struct Hosts {
-    engines: Vec<Arc<Engine>>,
+pub(super) struct Hosts {
+    pub(super) engines: Vec<Arc<Engine>>,
     /// Whether frames of one host come to another.
     links: Arc<Vec<Vec<AtomicBool>>>,
     stop: Arc<AtomicBool>,
@@ -35,13 +35,11 @@ struct Hosts {
 }
 
 /// All hosts go by a new map `settle` after one of them at the latest.
-const PACE: Pace =
+pub(super) const PACE: Pace =
     Pace { settle: Duration::from_millis(100), look: Duration::from_millis(50), least: 500 };
-/// The same for hosts that write no checkpoints by themselves.
-const NO_CHECKPOINTS: Pace = Pace { least: u64::MAX, ..PACE };
 
 /// A map of these hosts.
-fn map(epoch: u64, hosts: &[u16]) -> PartitionMap {
+pub(super) fn map(epoch: u64, hosts: &[u16]) -> PartitionMap {
     let member = |n: &u16| Member {
         number: HostId(*n),
         name: format!("hv{n}"),
@@ -112,7 +110,7 @@ impl Engine {
         Engine { context, cluster, thread: Some(thread), mover: Some(mover), late }
     }
 
-    fn backup(&self, vm: u128, image: &[u8]) -> Manifest {
+    pub(super) fn backup(&self, vm: u128, image: &[u8]) -> Manifest {
         begin_in(&self.context, vm, "", image).unwrap().run().unwrap()
     }
 }
@@ -158,7 +156,7 @@ fn carry(from: &Engine, to: &Engine) -> usize {
 }
 
 impl Hosts {
-    fn new(count: usize) -> Self {
+    pub(super) fn new(count: usize) -> Self {
         let all: Vec<u16> = (0..count as u16).collect();
         Self::with(&vec![map(1, &all); count])
     }
@@ -168,7 +166,7 @@ impl Hosts {
         Self::paced(maps, PACE)
     }
 
-    fn paced(maps: &[PartitionMap], pace: Pace) -> Self {
+    pub(super) fn paced(maps: &[PartitionMap], pace: Pace) -> Self {
         let count = maps.len();
         let dir = tempfile::tempdir().unwrap();
         let location = Location::Directory(dir.path().join("store"));
@@ -206,7 +204,7 @@ impl Hosts {
         Hosts { engines, links, stop, wire: Some(wire), dir }
     }
 
-    fn store(&self) -> std::path::PathBuf {
+    pub(super) fn store(&self) -> std::path::PathBuf {
         self.dir.path().join("store")
     }
 
@@ -219,7 +217,7 @@ impl Hosts {
     }
 
     /// Every host restores every snapshot, and finds nothing wrong.
-    fn must_be_whole(&self, snapshots: &[(Manifest, &[u8])]) {
+    pub(super) fn must_be_whole(&self, snapshots: &[(Manifest, &[u8])]) {
         for engine in &self.engines {
             for (manifest, image) in snapshots {
                 assert!(restore_in(&engine.context, manifest).unwrap() == *image, "it differs");
@@ -230,7 +228,7 @@ impl Hosts {
     }
 
     /// Every block of these images is stored once, and known to one host.
-    fn must_be_exact(&self, images: &[&[u8]]) {
+    pub(super) fn must_be_exact(&self, images: &[&[u8]]) {
         assert_eq!(stored_slots_in(&self.engines[0].context), distinct(images));
         let unique = |engine: &Arc<Engine>| {
             engine.context.owners.figures().unique_blocks.load(Ordering::Relaxed)
@@ -347,7 +345,7 @@ fn a_host_that_is_silent_is_given_up_and_comes_back() {
     hosts.must_be_whole(&done);
 }
 
-fn wait_filled(hosts: &[&Arc<Engine>]) {
+pub(super) fn wait_filled(hosts: &[&Arc<Engine>]) {
     wait_until("the indexes", || hosts.iter().all(|engine| engine.cluster.filling() == 0));
 }
 
@@ -446,104 +444,6 @@ fn a_host_that_missed_a_map_fills_its_index_again() {
     hosts.must_be_whole(&[(made, &during)]);
 }
 
-/// Two hosts whose checkpoints have a whole backup, a third that is to join, and the backup.
-fn checkpointed(image: &[u8]) -> (Hosts, Manifest) {
-    let two = map(1, &[0, 1]);
-    let hosts = Hosts::paced(&[two.clone(), two.clone(), two], NO_CHECKPOINTS);
-    let made = hosts.engines[0].backup(1, image);
-    hosts.must_be_exact(&[image]);
-    let written = hosts.engines[..2].iter().map(|engine| {
-        let (host, slices) =
-            (engine.cluster.us(), engine.cluster.map().slices(engine.cluster.us()));
-        let part = Part { host, map_epoch: 1, slices: &slices };
-        let (store, owner) = (&engine.context.store, engine.context.owners.here());
-        Checkpoints::default().write(store, owner, &part, (7, &|| true)).unwrap().unwrap()
-    });
-    assert_eq!(written.sum::<u64>(), distinct(&[image]) as u64);
-    (hosts, made)
-}
-
-#[test]
-fn checkpoints_are_written_as_the_index_grows() {
-    let hosts = Hosts::new(2);
-    let images = [64, 65, 66].map(|seed| image(seed, 2000, 1_000_000));
-    for (vm, image) in images.iter().enumerate() {
-        hosts.engines[vm % 2].backup(vm as u128 + 1, image);
-        for engine in &hosts.engines {
-            let figures = engine.context.owners.figures();
-            wait_until("a checkpoint", || {
-                let written = figures.checkpointed_blocks.load(Ordering::Relaxed);
-                let known = figures.unique_blocks.load(Ordering::Relaxed);
-                written > 0 && known < written + PACE.least.max(written / 4)
-            });
-        }
-    }
-    assert!(shards::list(&hosts.engines[0].context.store).unwrap().len() >= 4);
-}
-
-fn join_third(hosts: &Hosts) {
-    let three = map(2, &[0, 1, 2]);
-    for engine in hosts.engines.iter().rev() {
-        engine.cluster.adopt(three.clone()).unwrap();
-    }
-    wait_filled(&hosts.engines.iter().collect::<Vec<_>>());
-}
-
-/// All files below a folder.
-fn files(folder: &Path) -> Vec<std::path::PathBuf> {
-    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
-}
-
-#[test]
-fn who_takes_over_reads_checkpoints_and_what_was_stored_since() {
-    let (old, since) = (image(61, 3000, 2500), image(62, 400, 400));
-    let (hosts, before) = checkpointed(&old);
-    let store = hosts.store();
-    let covered = [files(&store.join("containers")), files(&store.join("directories"))].concat();
-    // Less than a checkpoint is written for.
-    let after = hosts.engines[1].backup(2, &since);
-    // While what checkpoints have is away, it can be known by them only.
-    let away = |path: &std::path::PathBuf| path.with_extension("away");
-    covered.iter().for_each(|path| std::fs::rename(path, away(path)).unwrap());
-    join_third(&hosts);
-    covered.iter().for_each(|path| std::fs::rename(away(path), path).unwrap());
-    let again = [(3, &old), (4, &since)].map(|(vm, image)| hosts.engines[2].backup(vm, image));
-    assert!(again.iter().all(|made| (made.counts.new, made.counts.undetected) == (0, 0)));
-    hosts.must_be_exact(&[&old, &since]);
-    hosts.must_be_whole(&[(before, &old), (after, &since)]);
-}
-
-#[test]
-fn where_a_checkpoint_is_damaged_directories_are_read() {
-    let old = image(63, 3000, 2500);
-    let (hosts, before) = checkpointed(&old);
-    // A part of one, the record of another.
-    let all = files(&hosts.store().join("shards"));
-    let of = |host: &str, record: bool| {
-        let is = |path: &&std::path::PathBuf| {
-            path.to_string_lossy().contains(&format!("/{host}-"))
-                && path.ends_with("record") == record
-        };
-        all.iter().find(is).unwrap().clone()
-    };
-    for path in [of("0000", false), of("0001", true)] {
-        let mut bytes = std::fs::read(&path).unwrap();
-        let middle = bytes.len() / 2;
-        bytes[middle] ^= 1;
-        std::fs::write(&path, bytes).unwrap();
-    }
-    join_third(&hosts);
-    let again = hosts.engines[2].backup(2, &old);
-    assert_eq!((again.counts.new, again.counts.undetected), (0, 0));
-    hosts.must_be_exact(&[&old]);
-    let (clean, said) = verify_in(&hosts.engines[1].context);
-    assert!(clean, "{said}");
-    let notes = said.lines().filter(|line| line.contains("hosts read directories instead"));
-    assert_eq!(notes.count(), 2, "{said}");
-    hosts.must_be_whole(&[(before, &old)]);
-}
-
 #[test]
 fn for_a_writer_that_is_cut_off_nobody_waits() {
     let hosts = Hosts::new(3);
@@ -580,4 +480,30 @@ fn for_a_writer_that_is_cut_off_nobody_waits() {
     }
     let (clean, said) = verify_in(&hosts.engines[2].context);
     assert!(clean, "{said}");
+}
+
+#[test]
+fn what_one_host_found_damaged_no_other_one_deduplicates_against() {
+    let hosts = Hosts::new(2);
+    let [first, second] = [0, 1].map(|n| &hosts.engines[n]);
+    let content = different(1, 600);
+    let before = first.backup(1, &content);
+    hosts.must_be_exact(&[&content]);
+    // Both have started, and only one meets the damage.
+    let victim = address_in(&first.context, &before, 300);
+    let slots = (victim.slot.0, 1);
+    let found = Found { container: victim.container, slots, how: "test".into() };
+    first.context.damage.record(&first.context.store, &[found]).unwrap();
+    assert!(!second.context.damage.map().has(victim));
+    let again = second.backup(2, &content);
+    assert!(second.context.damage.map().has(victim));
+    assert_eq!(again.counts.new, BLOCK as u64, "the damaged block is stored again, nothing else");
+    assert_ne!(address_in(&second.context, &again, 300), victim);
+    // A later mark takes it back, for the other one as well: the slot was whole.
+    let (clean, said) = verify_in(&first.context);
+    assert!(clean, "{said}");
+    let third = second.backup(3, &content);
+    assert!(!second.context.damage.map().has(victim));
+    assert_eq!(third.counts.new, 0);
+    hosts.must_be_whole(&[(before, &content), (again, &content), (third, &content)]);
 }

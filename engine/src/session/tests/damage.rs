@@ -1,7 +1,7 @@
 //! Damage of every kind of object: named, refused, read again, repaired.
 
 use super::*;
-use crate::ids::{Address, ContainerId, Incarnation};
+use crate::ids::{Address, ContainerId, Incarnation, Slot};
 use crate::store::commit::SnapshotKey;
 use crate::store::container::SlotInfo;
 use crate::store::recipe::{Placement, RecipeReader};
@@ -39,15 +39,7 @@ impl Host {
     }
 
     fn address_of(&self, manifest: &Manifest, block: u64) -> Address {
-        let disk = manifest.disk("").unwrap();
-        let shape = disk.shape(BLOCK as u32);
-        let nodes = self.context.store.directories();
-        let reader = RecipeReader::new(nodes, disk.root, shape).unwrap();
-        let run = reader.runs(block..block + 1).next().unwrap().unwrap();
-        match run.placement {
-            Placement::At(address) => address,
-            Placement::Zero => panic!("block {block} is zero"),
-        }
+        address_in(&self.context, manifest, block)
     }
 
     fn object_of(&self, address: Address) -> String {
@@ -55,8 +47,21 @@ impl Host {
     }
 }
 
+/// Where a block of a snapshot is.
+pub(super) fn address_in(context: &Context, manifest: &Manifest, block: u64) -> Address {
+    let disk = manifest.disk("").unwrap();
+    let shape = disk.shape(BLOCK as u32);
+    let nodes = context.store.directories();
+    let reader = RecipeReader::new(nodes, disk.root, shape).unwrap();
+    let run = reader.runs(block..block + 1).next().unwrap().unwrap();
+    match run.placement {
+        Placement::At(address) => address,
+        Placement::Zero => panic!("block {block} is zero"),
+    }
+}
+
 /// Blocks that differ all, so that every backup has containers of its own.
-fn different(first: u64, blocks: u64) -> Vec<u8> {
+pub(super) fn different(first: u64, blocks: u64) -> Vec<u8> {
     (first..first + blocks).flat_map(block_of).collect()
 }
 
@@ -417,10 +422,17 @@ fn a_mark_that_cannot_be_read_condemns_until_it_is_taken_back() {
         // A mark of a container that is there and sound.
         let container = f.host.address_of(&f.one, 5).container;
         let found = damage::Found { container, slots: (5, 1), how: "test".into() };
-        f.host.context.damage.record(&f.host.context.store, &[found]).unwrap();
+        let (damage, store) = (&f.host.context.damage, &f.host.context.store);
+        damage.record(store, &[found]).unwrap();
+        damage.refresh(store).unwrap();
         let mark = names::damage(container, 1);
         harm(&f.host.path(&mark), kind, 90);
-        f.host.context.damage.reload(&f.host.context.store).unwrap();
+        let beside = Address { container, slot: Slot(6) };
+        // What was read once is not read again where nothing was added.
+        damage.refresh(store).unwrap();
+        assert!(!damage.map().has(beside));
+        damage.reload(store).unwrap();
+        assert!(damage.map().has(beside));
         assert_eq!(f.host.restore(&f.one).unwrap_err().kind(), Kind::Damaged);
         let (_, said) = f.host.verify();
         assert!(said.contains(&mark), "{said}");

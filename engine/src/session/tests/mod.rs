@@ -2,6 +2,7 @@
 //! slowly, or not at all.
 #![allow(clippy::unwrap_used)]
 
+mod checkpoints;
 mod cluster;
 mod damage;
 mod power_cut;

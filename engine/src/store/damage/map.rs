@@ -1,6 +1,6 @@
 //! What the marks of a store say, in memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Kind, Result};
 use crate::ids::{Address, ContainerId, Slot};
@@ -152,6 +152,18 @@ impl DamageMap {
             let newest = self.rewritten.entry(container).or_default();
             *newest = generation.max(*newest);
         }
+    }
+
+    /// What `news` has of these containers takes the place of what was known of them.
+    pub fn replace(&mut self, containers: &BTreeSet<ContainerId>, news: Self) {
+        self.containers.retain(|container, _| !containers.contains(container));
+        for (container, ranges) in news.containers {
+            ranges.into_iter().for_each(|(first, count)| self.add(container, first, count));
+        }
+        for (container, generation) in news.rewritten {
+            self.rewrite(container, generation);
+        }
+        self.overflow |= news.overflow;
     }
 
     /// What is known of one container.

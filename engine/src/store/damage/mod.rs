@@ -65,23 +65,53 @@ impl Found {
     }
 }
 
-impl DamageMap {
-    /// Reads all marks of a store.
+/// The names of the marks of a store. A mark never changes, so these say whether there is news.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Marks {
+    each: BTreeSet<(ContainerId, u32)>,
+    /// There are more than are read.
+    more: bool,
+}
+
+impl Marks {
+    /// Lists them.
     ///
     /// # Errors
-    /// When they cannot be listed or read; an unreadable mark condemns its whole container.
-    pub fn load(objects: &Objects, sealer: &Sealer) -> Result<Self> {
-        let mut marks = BTreeSet::new();
-        let mut map = DamageMap::default();
+    /// When they cannot be listed.
+    pub fn list(objects: &Objects) -> Result<Self> {
+        let mut marks = Marks::default();
         objects.list(names::DAMAGE, |name, _| {
             match names::parse_damage(name) {
-                Some(mark) if marks.len() < MAX_MARKS => drop(marks.insert(mark)),
-                Some(_) => map.overflow(),
+                Some(mark) if marks.each.len() < MAX_MARKS => drop(marks.each.insert(mark)),
+                Some(_) => marks.more = true,
                 None => {}
             }
             Ok(())
         })?;
-        for (container, n) in marks {
+        Ok(marks)
+    }
+
+    /// Containers with marks that were not among `before`.
+    #[must_use]
+    pub fn news(&self, before: &Self) -> BTreeSet<ContainerId> {
+        self.each.difference(&before.each).map(|(container, _)| *container).collect()
+    }
+
+    /// Reads those of the containers that are `wanted`, in their order.
+    ///
+    /// # Errors
+    /// When one cannot be read; a damaged one condemns its whole container.
+    pub fn read(
+        &self,
+        objects: &Objects,
+        sealer: &Sealer,
+        wanted: impl Fn(ContainerId) -> bool,
+    ) -> Result<DamageMap> {
+        let mut map = DamageMap::default();
+        if self.more {
+            map.overflow();
+        }
+        for &(container, n) in self.each.iter().filter(|(container, _)| wanted(*container)) {
             match read(objects, sealer, &names::damage(container, n)) {
                 Ok(mark) => map.apply(container, &mark),
                 Err(error) if error.kind() == Kind::Damaged => map.add(container, ALL.0, ALL.1),
@@ -89,6 +119,16 @@ impl DamageMap {
             }
         }
         Ok(map)
+    }
+}
+
+impl DamageMap {
+    /// Reads all marks of a store.
+    ///
+    /// # Errors
+    /// When they cannot be listed or read; a damaged one condemns its whole container.
+    pub fn load(objects: &Objects, sealer: &Sealer) -> Result<Self> {
+        Marks::list(objects)?.read(objects, sealer, |_| true)
     }
 
     pub(super) fn apply(&mut self, container: ContainerId, mark: &DamageMark) {
