@@ -213,6 +213,8 @@ mod tests {
         KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
     };
 
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     /// A CA. All have one name.
@@ -241,6 +243,10 @@ mod tests {
             std::fs::create_dir_all(&folder).unwrap();
             let bundle = folder.join("identity.pem");
             std::fs::write(&bundle, [own, self.pem.clone(), key.serialize_pem()].concat()).unwrap();
+            // Not while others may read it.
+            let open = Bundle::read(&bundle).err().map(|error| error.to_string());
+            assert!(open.is_some_and(|error| error.contains("chmod 0400")));
+            std::fs::set_permissions(&bundle, PermissionsExt::from_mode(0o400)).unwrap();
             Files { bundle, revoked: folder.join("crl.pem"), needed: false }
         }
 
