@@ -87,25 +87,37 @@ impl Cluster {
     /// # Errors
     /// When one does not come up.
     pub fn of_etcd(count: usize) -> Result<Self> {
+        let mut cluster = Self::with_etcd(true)?;
+        (0..count).try_for_each(|_| cluster.join().map(drop))?;
+        cluster.wait_members(count)?;
+        Ok(cluster)
+    }
+
+    /// No host yet, with etcd and a store, in S3 or in a directory.
+    ///
+    /// # Errors
+    /// When that does not come up.
+    pub fn with_etcd(in_s3: bool) -> Result<Self> {
         let home = tempfile::Builder::new().prefix("fleece-cluster").tempdir()?;
         let network = Network::new()?;
         let etcd = Etcd::start(&home.path().join("etcd"), &network.ours())?;
-        let s3 = S3::start_at(&home.path().join("s3"), &network.ours())?;
-        let credentials = home.path().join("credentials.toml");
-        S3::write_credentials(&credentials)?;
-        let init = [
-            "--s3-endpoint".to_owned(),
-            format!("http://{}", s3.address()),
-            "--s3-region=us-east-1".to_owned(),
-            format!("--s3-credentials={}", credentials.display()),
-        ];
-        let store = Some(PathBuf::from(format!("s3://{BUCKET}/cluster")));
-        let fixture = Fixture::at(Places { store, init: init.into(), ..Places::default() })?;
-        let (network, etcd, s3) = (Some(network), Some(etcd), Some(s3));
-        let mut cluster = Cluster { fixture, network, etcd, s3, hosts: Vec::new(), _home: home };
+        let (mut places, mut s3) = (Places::default(), None);
+        if in_s3 {
+            let server = S3::start_at(&home.path().join("s3"), &network.ours())?;
+            let credentials = home.path().join("credentials.toml");
+            S3::write_credentials(&credentials)?;
+            places.store = Some(PathBuf::from(format!("s3://{BUCKET}/cluster")));
+            places.init = vec![
+                "--s3-endpoint".to_owned(),
+                format!("http://{}", server.address()),
+                "--s3-region=us-east-1".to_owned(),
+                format!("--s3-credentials={}", credentials.display()),
+            ];
+            s3 = Some(server);
+        }
+        let (fixture, network, etcd) = (Fixture::at(places)?, Some(network), Some(etcd));
+        let cluster = Cluster { fixture, network, etcd, s3, hosts: Vec::new(), _home: home };
         cluster.make_ca()?;
-        (0..count).try_for_each(|_| cluster.join().map(drop))?;
-        cluster.wait_members(count)?;
         Ok(cluster)
     }
 
@@ -274,7 +286,15 @@ impl Cluster {
     /// # Errors
     /// When that takes too long.
     pub fn wait_members(&self, count: usize) -> Result {
-        wait_until(LONG, &format!("a map of {count} hosts"), || {
+        self.wait_members_for(count, LONG)
+    }
+
+    /// The same, where it takes longer.
+    ///
+    /// # Errors
+    /// When that takes too long.
+    pub fn wait_members_for(&self, count: usize, limit: std::time::Duration) -> Result {
+        wait_until(limit, &format!("a map of {count} hosts"), || {
             for host in self.running() {
                 let hosts = self.ask(host, &["hosts"])?;
                 let of_one_map = |other: &Value| {
