@@ -121,9 +121,8 @@ pub(crate) struct Session {
 pub(crate) struct Told {
     pub(crate) granted: u64,
     pub(crate) stored: u64,
+    /// The same as what a session is to write: asked again.
     pub(crate) same: u64,
-    /// Of them, the same as what another session writes: asked again.
-    pub(crate) again: u64,
     pub(crate) undetected: u64,
 }
 
@@ -348,11 +347,10 @@ impl Engine {
                     self.granted.push(content);
                 }
                 Some(Verdict::SameAs(writer, first)) => {
+                    // Of its own ones too, as a session does: once they are stored they have a place.
                     self.told.same += 1;
-                    if writer != session.id {
-                        self.told.again += 1;
-                        session.asked.push(at);
-                    } else if session.contents[first.0 as usize] != content {
+                    session.asked.push(at);
+                    if writer == session.id && session.contents[first.0 as usize] != content {
                         return Err("a block is said to be the same as another one".into());
                     }
                 }

@@ -79,7 +79,7 @@ fn of_round(n: usize, round: &Round) -> Value {
     json!({
         "kind": "round", "round": n + 1, "asked": round.asked, "requests": round.requests,
         "granted": round.told.granted, "stored": round.told.stored, "same": round.told.same,
-        "again": round.told.again, "undetected": round.told.undetected, "seconds": spread(&all),
+        "undetected": round.told.undetected, "seconds": spread(&all),
     })
 }
 

@@ -145,7 +145,6 @@ impl World {
             round.told.granted += told.granted;
             round.told.stored += told.stored;
             round.told.same += told.same;
-            round.told.again += told.again;
             round.told.undetected += told.undetected;
         }
         Ok(round)
@@ -226,10 +225,9 @@ impl World {
         let mut again = false;
         for n in 0..self.engines.len() {
             for session in 0..self.sizes.vms {
-                let sequences = self.engines[n].take_again(session);
-                if !sequences.is_empty() {
+                for batch in self.engines[n].take_again(session).chunks(BLOCKS_PER_SUBMIT) {
                     again = true;
-                    self.engines[n].ask(session, &sequences)?;
+                    self.engines[n].ask(session, batch)?;
                 }
             }
             self.engines[n].wait(true);

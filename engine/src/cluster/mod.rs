@@ -40,12 +40,17 @@ use crate::detect::JournalPosition;
 use crate::error::Result;
 use crate::ids::{Address, Fingerprint, HostId, Sequence, SessionId, Slices};
 use crate::owner::{Part, Wake};
-use crate::session::answers::Answers;
+use crate::session::answers::{Answers, LIKE_REACH};
 use crate::session::event::Claim;
 use crate::session::registry::Registry;
 
 /// How long a host may take nothing of what waits for it: an engine starts anew in less.
 pub const SILENCE: Duration = Duration::from_secs(30);
+
+/// Fingerprints of a batch that are remembered, so that what it has often is asked about once.
+const SEEN: usize = 4096;
+/// Of them those that others may be like: their answers are remembered.
+const LIKED: usize = 512;
 
 /// Distinguishes what an engine's process says to a host from what it, or another process there, said
 /// before: a host that was forgotten is told everything anew.
@@ -203,6 +208,53 @@ impl Cluster {
     /// # Errors
     /// When the engine is ending, or what must wait cannot be kept.
     pub fn ask(&self, session: SessionId, asked: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        let once = self.once(session, asked)?;
+        self.ask_each(session, once)
+    }
+
+    /// What a batch has several times is asked about once; the others get the same answer. Else the owner of
+    /// a block that is everywhere would have more to do than all other hosts.
+    fn once(
+        &self,
+        session: SessionId,
+        asked: Vec<(Fingerprint, Sequence)>,
+    ) -> Result<Vec<(Fingerprint, Sequence)>> {
+        let Some(Asking { answers, .. }) = self.sessions().get(&session).cloned() else {
+            return Ok(asked);
+        };
+        let mut once = Vec::with_capacity(asked.len());
+        for batch in asked.chunks(LIKE_REACH) {
+            // By the fingerprint's last bits; whether others are like it was said. What is seen next at a
+            // place takes it, as long as it is not.
+            let mut seen: Vec<Option<(Fingerprint, Sequence, bool)>> = vec![None; SEEN];
+            let mut liked = 0;
+            for (fingerprint, sequence) in batch {
+                let [.., high, low] = fingerprint.0;
+                let place = usize::from(u16::from_be_bytes([high, low])) % SEEN;
+                if let Some((known, first, told)) = &mut seen[place] {
+                    let room = *told || liked < LIKED;
+                    if known == fingerprint
+                        && room
+                        && answers.put_like(*sequence, (session, *first), *told)?
+                    {
+                        liked += usize::from(!*told);
+                        *told = true;
+                        continue;
+                    }
+                    if !*told {
+                        seen[place] = Some((*fingerprint, *sequence, false));
+                    }
+                } else {
+                    seen[place] = Some((*fingerprint, *sequence, false));
+                }
+                once.push((*fingerprint, *sequence));
+            }
+        }
+        Ok(once)
+    }
+
+    /// The same, whatever a batch has several times.
+    fn ask_each(&self, session: SessionId, asked: Vec<(Fingerprint, Sequence)>) -> Result<()> {
         let map = self.map();
         for (host, asked) in split(&map, asked) {
             if host == self.us {

@@ -307,7 +307,7 @@ impl Cluster {
                 return late.held.push(session, &asked);
             }
         }
-        self.ask(session, asked)
+        self.ask_each(session, asked)
     }
 
     /// Questions that have waited too long for a newer map: nobody answers them.

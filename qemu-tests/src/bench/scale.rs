@@ -102,14 +102,14 @@ impl Run {
         Ok(each / self.seconds(rounds, "all", "mean")?)
     }
 
-    /// Bytes over the network for each request that went to another engine.
+    /// Bytes over the network for each block asked about.
     ///
     /// # Errors
     /// When a figure is not there.
-    pub fn bytes_a_request(&self) -> Result<f64> {
+    pub fn bytes_a_block(&self) -> Result<f64> {
         let kinds = ["asking", "answering", "learning", "ending"];
         let bytes = kinds.iter().map(|kind| self.get(&format!("/network/{kind}")));
-        Ok(bytes.sum::<Result<f64>>()? / self.get("/remote")?)
+        Ok(bytes.sum::<Result<f64>>()? / self.asked(Rounds::All)?)
     }
 
     /// What was asked about over what is distinct.
@@ -189,10 +189,25 @@ impl Model {
         constants.extend([
             constant("again", "requests for a block asked", "", again),
             constant("log", "request logs, larger index", "ns a request", large("log_ns")?),
-            constant("pass", "sort, join, verdicts, larger index", "ns a request", large("pass_ns")?),
+            constant(
+                "pass",
+                "sort, join, verdicts, larger index",
+                "ns a request",
+                large("pass_ns")?,
+            ),
             constant("sweep", "larger index", "ns an entry", large("sweep_ns_per_entry")?),
-            constant("tell", "telling owners what is stored", "ns a new block", per(run, "tell", new)?),
-            constant("learn", "into the memtable, young runs", "ns a new block", large("learn_ns")?),
+            constant(
+                "tell",
+                "telling owners what is stored",
+                "ns a new block",
+                per(run, "tell", new)?,
+            ),
+            constant(
+                "learn",
+                "into the memtable, young runs",
+                "ns a new block",
+                large("learn_ns")?,
+            ),
             constant("merge", "all merges, larger index", "ns a new block", large("merge_ns")?),
             constant(
                 "sessions",
@@ -200,9 +215,19 @@ impl Model {
                 "ms a round",
                 run.seconds(Rounds::Later, "sessions", "mean")? * 1e3 / rounds,
             ),
-            constant("uneven", "busiest engine over mean", "", run.seconds(Rounds::Later, "all", "imbalance")?),
+            constant(
+                "uneven",
+                "busiest engine over mean",
+                "",
+                run.seconds(Rounds::Later, "all", "imbalance")?,
+            ),
             constant("entry", "on disk, after merges", "bytes", large("bytes_per_entry_merging")?),
-            constant("wire", "both directions, TLS not counted", "bytes a request", run.bytes_a_request()?),
+            constant(
+                "wire",
+                "both directions, TLS not counted",
+                "bytes a block asked",
+                run.bytes_a_block()?,
+            ),
         ]);
         Ok(Model {
             constants,
@@ -233,7 +258,8 @@ impl Model {
     /// Processor seconds of a round, of an engine that is as busy as the mean.
     #[must_use]
     pub fn processor(&self) -> f64 {
-        let block = ["ask", "send", "receive", "settle"].iter().map(|name| self.get(name)).sum::<f64>();
+        let block =
+            ["ask", "send", "receive", "settle"].iter().map(|name| self.get(name)).sum::<f64>();
         let request = self.get("again") * (self.get("log") + self.get("pass"));
         let new = self.get("tell") + self.get("learn") + self.get("merge");
         let nanoseconds =
@@ -275,6 +301,6 @@ impl Model {
     #[must_use]
     pub fn network(&self) -> f64 {
         // What is sent is received by another one.
-        2.0 * self.asked * self.get("again") * self.get("wire")
+        2.0 * self.asked * self.get("wire")
     }
 }
