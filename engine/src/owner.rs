@@ -159,6 +159,7 @@ impl Owner {
             waiting: HashSet::new(),
             figures: Arc::clone(&figures),
             last_passes: HashMap::new(),
+            has_advanced: false,
             failed_passes: 0,
             refill,
             refill_at: None,
@@ -328,6 +329,8 @@ struct OwnerThread {
     waiting: HashSet<SessionId>,
     figures: Arc<Figures>,
     last_passes: HashMap<Partition, Instant>,
+    /// Blocks were sealed or a session ended, and the sessions were not told yet.
+    has_advanced: bool,
     failed_passes: u32,
     refill: Refill,
     /// When the index is to be brought up to the journals again.
@@ -345,6 +348,7 @@ impl OwnerThread {
                     patience = Duration::ZERO;
                 }
                 Err(RecvTimeoutError::Timeout) => {
+                    self.tell_advanced();
                     let worked = self.work();
                     patience = if worked { Duration::ZERO } else { TICK };
                 }
@@ -547,9 +551,17 @@ impl OwnerThread {
         self.figures.index_bytes.store(self.detector.index_bytes(), Ordering::Relaxed);
     }
 
-    fn advanced(&self) {
-        let progress = self.figures.progress.fetch_add(1, Ordering::Release);
-        self.sessions.values().for_each(|asker| asker.advanced(progress));
+    fn advanced(&mut self) {
+        self.figures.progress.fetch_add(1, Ordering::Release);
+        self.has_advanced = true;
+    }
+
+    /// Tells the sessions, of which a cluster has thousands: once for all commands that came together.
+    fn tell_advanced(&mut self) {
+        if std::mem::take(&mut self.has_advanced) {
+            let progress = self.figures.progress.load(Ordering::Acquire);
+            self.sessions.values().for_each(|asker| asker.advanced(progress));
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use fleece_engine::session::registry::Registry;
 
 use crate::Outcome;
 use crate::content::Content;
-use crate::cost::{Costs, Stage};
+use crate::cost::{Costs, Stage, processor};
 
 /// Blocks of a container: 16 MiB of blocks that cannot be compressed. Larger ones make fewer messages.
 pub(crate) const CONTAINER: usize = 4096;
@@ -32,6 +32,16 @@ enum Command {
     Release(SessionId, Vec<(Fingerprint, Sequence)>),
     Learn(Vec<Entry>, JournalPosition),
     Withdraw(SessionId),
+}
+
+impl Command {
+    fn stage(&self) -> Stage {
+        match self {
+            Command::Register(..) | Command::Withdraw(_) => Stage::Sessions,
+            Command::Ask(..) | Command::Release(..) => Stage::Log,
+            Command::Learn(..) => Stage::Learn,
+        }
+    }
 }
 
 /// An owner that works when the simulation lets it.
@@ -144,6 +154,7 @@ pub(crate) struct Engine {
     owned: Owned,
     askers: HashMap<SessionId, Arc<dyn Asker>>,
     progress: u64,
+    has_advanced: bool,
     next_session: u32,
     pub(crate) dir: PathBuf,
     budget: Budget,
@@ -203,6 +214,7 @@ impl Engine {
             owned,
             askers: HashMap::new(),
             progress: 0,
+            has_advanced: false,
             next_session: 1,
             dir,
             budget,
@@ -216,7 +228,7 @@ impl Engine {
         let us = self.cluster.us();
         let id = SessionId::on(us, self.next_session);
         self.next_session += 1;
-        let begun = crate::cost::processor();
+        let begun = processor();
         let answers =
             Arc::new(Answers::new(&self.dir.join("sessions"), self.budget.session_sort / 2));
         answers.open(0);
@@ -224,7 +236,7 @@ impl Engine {
         self.owned.register(id, Arc::new(local))?;
         let wake: fleece_engine::owner::Wake = Arc::new(|| ());
         self.cluster.register(id, &answers, &wake);
-        self.costs.add(Stage::Sessions, crate::cost::processor().saturating_sub(begun));
+        self.costs.until_now(Some(Stage::Sessions), begun);
         self.sessions.push(Session { id, answers, contents, asked: Vec::new() });
         self.obey_all()
     }
@@ -253,19 +265,30 @@ impl Engine {
 
     /// Does what the owner was told.
     pub(crate) fn obey_all(&mut self) -> Outcome<()> {
+        // The clock is read where the stage changes: messages of many hosts are small.
+        let (mut begun, mut running) = (processor(), None);
         while let Some(command) = self.owned.pop() {
-            let begun = crate::cost::processor();
-            let stage = self.obey(command)?;
-            self.costs.add(stage, crate::cost::processor().saturating_sub(begun));
+            let stage = command.stage();
+            if running.is_some_and(|running| running != stage) {
+                begun = self.costs.until_now(running, begun);
+            }
+            running = Some(stage);
+            self.obey(command)?;
+        }
+        self.costs.until_now(running, begun);
+        // As the owner does once nothing waits for it.
+        if std::mem::take(&mut self.has_advanced) {
+            let (askers, progress) = (&self.askers, self.progress);
+            let tell = || askers.values().for_each(|asker| asker.advanced(progress));
+            self.costs.of(Stage::Sessions, tell);
         }
         Ok(())
     }
 
-    fn obey(&mut self, command: Command) -> Outcome<Stage> {
-        Ok(match command {
+    fn obey(&mut self, command: Command) -> Outcome<()> {
+        match command {
             Command::Register(session, asker) => {
                 self.askers.insert(session, asker);
-                Stage::Sessions
             }
             Command::Ask(session, asked) => {
                 self.requests += asked.len() as u64;
@@ -273,29 +296,24 @@ impl Engine {
                     self.remote += asked.len() as u64;
                 }
                 self.detector.submit(session, &asked)?;
-                Stage::Log
             }
-            Command::Release(session, grants) => {
-                self.detector.release(session, &grants)?;
-                Stage::Log
-            }
+            Command::Release(session, grants) => self.detector.release(session, &grants)?,
             Command::Learn(mut entries, position) => {
                 self.detector.learn(&mut entries, position)?;
                 self.advance();
-                Stage::Learn
             }
             Command::Withdraw(session) => {
                 self.askers.remove(&session);
                 self.detector.withdraw(session);
                 self.advance();
-                Stage::Sessions
             }
-        })
+        }
+        Ok(())
     }
 
     fn advance(&mut self) {
         self.progress += 1;
-        self.askers.values().for_each(|asker| asker.advanced(self.progress));
+        self.has_advanced = true;
     }
 
     /// A pass over a partition that has requests; false if there is none.

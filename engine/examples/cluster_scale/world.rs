@@ -240,8 +240,10 @@ impl World {
     fn carry(&mut self) -> Outcome<()> {
         loop {
             let mut carried = 0;
-            for to in 0..self.engines.len() {
-                for from in 0..self.engines.len() {
+            let count = self.engines.len();
+            for to in 0..count {
+                // In turns: whoever comes first after somebody's memory was freed pays for getting it again.
+                for from in (to + 1..count).chain(0..to) {
                     if self.engines[from].ready[to].swap(false, Ordering::AcqRel) {
                         carried += self.carry_between(from, to)?;
                     }
@@ -267,14 +269,12 @@ impl World {
         loop {
             let begun = processor();
             let frame = a.next(them, next)?;
-            let read = processor();
-            self.engines[from].costs.add(Stage::Send, read.saturating_sub(begun));
+            let read = self.engines[from].costs.until_now(Some(Stage::Send), begun);
             let Some((number, frame)) = frame else { break };
             b.take(us, number, &frame)?;
-            let taken = processor();
-            self.engines[to].costs.add(Stage::Receive, taken.saturating_sub(read));
+            let taken = self.engines[to].costs.until_now(Some(Stage::Receive), read);
             a.taken(them, number);
-            self.engines[from].costs.add(Stage::Send, processor().saturating_sub(taken));
+            self.engines[from].costs.until_now(Some(Stage::Send), taken);
             let bytes = frame.len() as u64;
             self.traffic.bytes[self.why as usize] += bytes;
             self.traffic.frames += 1;

@@ -12,6 +12,13 @@ use crate::error::Result;
 use crate::ids::{Fingerprint, HostId, Sequence, SessionId};
 use crate::session::event::Event;
 
+/// What a frame has for sessions of ours, who hear of it once it is taken.
+#[derive(Default)]
+struct Heard {
+    answered: Vec<SessionId>,
+    advanced: bool,
+}
+
 impl Cluster {
     /// What waits for a host, from a frame on.
     ///
@@ -99,12 +106,16 @@ impl Cluster {
             return Ok(());
         }
         let mut reader = FrameReader::new(frame);
-        let mut answered = Vec::new();
+        let mut heard = Heard::default();
         while let Some(message) = reader.read_next()? {
-            self.obey(&peer, message, &mut answered)?;
+            self.obey(&peer, message, &mut heard)?;
         }
-        answered.dedup();
-        for session in answered {
+        if heard.advanced {
+            self.owner.advanced();
+            self.wake_all();
+        }
+        heard.answered.dedup();
+        for session in heard.answered {
             if let Some(asking) = self.sessions().get(&session) {
                 (asking.wake)();
             }
@@ -113,12 +124,7 @@ impl Cluster {
         Ok(())
     }
 
-    fn obey(
-        &self,
-        peer: &Arc<Peer>,
-        message: Message,
-        answered: &mut Vec<SessionId>,
-    ) -> Result<()> {
+    fn obey(&self, peer: &Arc<Peer>, message: Message, heard: &mut Heard) -> Result<()> {
         match message {
             Message::Ask(session, epoch, asked) => {
                 self.enter(peer, session)?;
@@ -143,7 +149,7 @@ impl Cluster {
             }
             Message::Learn(position, entries) => self.learn_from(position, entries),
             Message::Verdict(session, sequence, verdict) => {
-                self.answer(peer, (session, sequence, verdict), answered);
+                self.answer(peer, (session, sequence, verdict), &mut heard.answered);
                 Ok(())
             }
             Message::Failed(session, reason) => {
@@ -151,13 +157,12 @@ impl Cluster {
                 eprintln!("fleece-engine: {name} cannot answer, so blocks are missed: {reason}");
                 if let Some(asking) = self.sessions().get(&session) {
                     asking.answers.cut(peer.host);
-                    answered.push(session);
+                    heard.answered.push(session);
                 }
                 Ok(())
             }
             Message::Advanced => {
-                self.owner.advanced();
-                self.wake_all();
+                heard.advanced = true;
                 Ok(())
             }
             Message::GiveUp { to, writer, claims } => {

@@ -434,8 +434,10 @@ fn split<T>(
     all: Vec<(Fingerprint, T)>,
 ) -> BTreeMap<HostId, Vec<(Fingerprint, T)>> {
     let mut split = BTreeMap::<HostId, Vec<_>>::new();
+    let fair = all.len() / map.members().len().max(1) * 3 / 2 + 4;
     for one in all {
-        split.entry(map.owner(&one.0)).or_default().push(one);
+        let theirs = split.entry(map.owner(&one.0));
+        theirs.or_insert_with(|| Vec::with_capacity(fair)).push(one);
     }
     split
 }

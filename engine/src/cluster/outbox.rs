@@ -65,6 +65,8 @@ pub struct Outbox {
 #[derive(Default)]
 struct State {
     open: FrameWriter,
+    /// The open frame says that questions may have new answers; once is enough, as it is not sent yet.
+    advanced: bool,
     /// Closed frames that are not taken yet.
     frames: VecDeque<Frame>,
     /// The number of the first of them.
@@ -106,6 +108,9 @@ impl Outbox {
     /// When it can be kept neither in memory nor on disk: the host is to be given up.
     pub fn put(&self, message: &Message) -> Result<()> {
         let mut state = self.state();
+        if *message == Message::Advanced && std::mem::replace(&mut state.advanced, true) {
+            return Ok(());
+        }
         let was_empty = state.open.is_empty();
         state.open.push(message);
         if state.open.len() >= FRAME {
@@ -124,6 +129,7 @@ impl Outbox {
             return Ok(());
         }
         let frame = state.open.take();
+        state.advanced = false;
         // What is on disk is sent first, so what comes after it goes there, too: the memory is
         // for those who are quick.
         let spilling = state.spill.as_ref().is_some_and(|spill| spill.left > 0);
@@ -190,6 +196,7 @@ impl Outbox {
     pub fn clear(&self) {
         let mut state = self.state();
         state.open.take();
+        state.advanced = false;
         while self.forget_first(&mut state) {}
         self.trim(&mut state);
     }
@@ -282,6 +289,21 @@ mod tests {
             assert!(outbox.is_empty());
         }
         assert_eq!(share.used(), 0);
+    }
+
+    #[test]
+    fn a_frame_says_once_that_questions_may_have_new_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let outbox = Outbox::new(dir.path(), &Share::new(FRAME), || ());
+        for number in 1..=2 {
+            for n in 0..10 {
+                outbox.put(&Message::Advanced).unwrap();
+                outbox.put(&message(n)).unwrap();
+            }
+            let (_, frame) = outbox.next(FrameNumber(number)).unwrap().unwrap();
+            let advanced = read(&frame).into_iter().filter(|m| *m == Message::Advanced).count();
+            assert_eq!((advanced, read(&frame).len()), (1, 11));
+        }
     }
 
     #[test]
