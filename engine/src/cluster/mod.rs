@@ -224,28 +224,26 @@ impl Cluster {
         };
         let mut once = Vec::with_capacity(asked.len());
         for batch in asked.chunks(LIKE_REACH) {
-            // By the fingerprint's last bits; whether others are like it was said. What is seen next at a
-            // place takes it, as long as it is not.
-            let mut seen: Vec<Option<(Fingerprint, Sequence, bool)>> = vec![None; SEEN];
+            // By the fingerprint's last bits: a request's place in the batch, and whether others are said
+            // to be like it. Until they are, the next one of these bits takes its place.
+            let mut seen: Vec<Option<(u16, bool)>> = vec![None; SEEN];
             let mut liked = 0;
-            for (fingerprint, sequence) in batch {
+            for (at, (fingerprint, sequence)) in batch.iter().enumerate() {
                 let [.., high, low] = fingerprint.0;
-                let place = usize::from(u16::from_be_bytes([high, low])) % SEEN;
-                if let Some((known, first, told)) = &mut seen[place] {
-                    let room = *told || liked < LIKED;
-                    if known == fingerprint
-                        && room
-                        && answers.put_like(*sequence, (session, *first), *told)?
+                let place = &mut seen[usize::from(u16::from_be_bytes([high, low])) % SEEN];
+                let known = place.map(|(first, told)| (batch[usize::from(first)], told));
+                match known {
+                    Some(((known, first), told))
+                        if known == *fingerprint
+                            && (told || liked < LIKED)
+                            && answers.put_like(*sequence, (session, first), told)? =>
                     {
-                        liked += usize::from(!*told);
-                        *told = true;
+                        liked += usize::from(!told);
+                        *place = place.map(|(first, _)| (first, true));
                         continue;
                     }
-                    if !*told {
-                        seen[place] = Some((*fingerprint, *sequence, false));
-                    }
-                } else {
-                    seen[place] = Some((*fingerprint, *sequence, false));
+                    Some((_, true)) => {}
+                    _ => *place = Some((at as u16, false)),
                 }
                 once.push((*fingerprint, *sequence));
             }
