@@ -98,7 +98,7 @@ impl Vm {
         let content = if kind < NEW || self.own == 0 {
             self.own += 1;
             self.number * self.numbers.each + self.own - 1
-        } else if kind % 2 == 0 {
+        } else if kind.is_multiple_of(2) {
             self.number * self.numbers.each + self.random.below(self.own)
         } else {
             let pool = self.numbers.pool() as f64;

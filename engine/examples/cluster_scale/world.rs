@@ -14,8 +14,8 @@ use crate::cost::{Costs, Stage, files, processor};
 use crate::engine::{Engine, Told};
 use crate::{Outcome, Sizes};
 
-/// Batches that an engine takes in before frames are carried: well below what outboxes keep in memory.
-const CARRY_EVERY: usize = 8;
+/// Blocks that an engine asks about before frames are carried: below what outboxes keep in memory.
+const CARRY_EVERY: usize = 8 * BLOCKS_PER_SUBMIT;
 
 /// Why bytes go over the network.
 #[derive(Clone, Copy)]
@@ -167,14 +167,15 @@ impl World {
     fn scan(&mut self, blocks: usize) -> Outcome<()> {
         self.why = Why::Asking;
         let sequences: Vec<u32> = (0..blocks as u32).collect();
-        let mut batches = 0;
+        let mut asked = 0;
         for session in 0..self.sizes.vms {
             for batch in sequences.chunks(BLOCKS_PER_SUBMIT) {
                 for engine in &mut self.engines {
                     engine.ask(session, batch)?;
                 }
-                batches += 1;
-                if batches % CARRY_EVERY == 0 {
+                asked += batch.len();
+                if asked >= CARRY_EVERY {
+                    asked = 0;
                     self.carry()?;
                 }
             }

@@ -277,7 +277,7 @@ impl AnswerStream {
     /// When a spilled answer cannot be read, or one is missing.
     pub fn answer(&mut self, sequence: Sequence) -> Result<Option<Verdict>> {
         self.asked += 1;
-        if self.asked % LIKE_REACH == 0 {
+        if self.asked.is_multiple_of(LIKE_REACH) {
             self.liked.swap(0, 1);
             self.liked[0].clear();
         }
