@@ -162,6 +162,7 @@ impl Owner {
             waiting: HashSet::new(),
             figures: Arc::clone(&figures),
             last_passes: HashMap::new(),
+            has_advanced: false,
             failed_passes: 0,
             refill,
             refill_at: None,
@@ -341,6 +342,8 @@ struct OwnerThread {
     waiting: HashSet<SessionId>,
     figures: Arc<Figures>,
     last_passes: HashMap<Partition, Instant>,
+    /// Blocks were sealed or a session ended, and the sessions were not told yet.
+    has_advanced: bool,
     failed_passes: u32,
     refill: Refill,
     /// When the index is to be brought up to the journals again.
@@ -358,6 +361,7 @@ impl OwnerThread {
                     patience = Duration::ZERO;
                 }
                 Err(RecvTimeoutError::Timeout) => {
+                    self.tell_advanced();
                     let worked = self.work();
                     patience = if worked { Duration::ZERO } else { TICK };
                 }
@@ -563,9 +567,17 @@ impl OwnerThread {
         self.figures.index_bytes.store(self.detector.index_bytes(), Ordering::Relaxed);
     }
 
-    fn advanced(&self) {
-        let progress = self.figures.progress.fetch_add(1, Ordering::Release);
-        self.sessions.values().for_each(|asker| asker.advanced(progress));
+    fn advanced(&mut self) {
+        self.figures.progress.fetch_add(1, Ordering::Release);
+        self.has_advanced = true;
+    }
+
+    /// Tells the sessions, of which a cluster has thousands: once for all commands that came together.
+    fn tell_advanced(&mut self) {
+        if std::mem::take(&mut self.has_advanced) {
+            let progress = self.figures.progress.load(Ordering::Acquire);
+            self.sessions.values().for_each(|asker| asker.advanced(progress));
+        }
     }
 }
 

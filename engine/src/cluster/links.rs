@@ -30,6 +30,13 @@ pub struct Welcome {
     pub unreached: bool,
 }
 
+/// What a frame has for sessions of ours, who hear of it once it is taken.
+#[derive(Default)]
+struct Heard {
+    answered: Vec<SessionId>,
+    advanced: bool,
+}
+
 impl Cluster {
     /// The host that a link goes to, if what goes over it is still of this instance of ours: since the
     /// link was made it may have left the map and come back, and be told everything anew.
@@ -172,12 +179,16 @@ impl Cluster {
             return Ok(());
         }
         let mut reader = FrameReader::new(frame);
-        let mut answered = Vec::new();
+        let mut heard = Heard::default();
         while let Some(message) = reader.read_next()? {
-            self.obey((&peer, caller.instance), message, &mut answered)?;
+            self.obey((&peer, caller.instance), message, &mut heard)?;
         }
-        answered.dedup();
-        for session in answered {
+        if heard.advanced {
+            self.owner.advanced();
+            self.wake_all();
+        }
+        heard.answered.dedup();
+        for session in heard.answered {
             if let Some(asking) = self.sessions().get(&session) {
                 (asking.wake)();
             }
@@ -194,7 +205,7 @@ impl Cluster {
         &self,
         (peer, instance): (&Arc<Peer>, Instance),
         message: Message,
-        answered: &mut Vec<SessionId>,
+        heard: &mut Heard,
     ) -> Result<()> {
         match message {
             Message::Ask(session, epoch, asked) => {
@@ -219,7 +230,7 @@ impl Cluster {
             }
             Message::Learn(position, entries) => self.learn_from(position, entries),
             Message::Verdict(session, sequence, verdict) => {
-                self.answer(peer, (session, sequence, verdict), answered);
+                self.answer(peer, (session, sequence, verdict), &mut heard.answered);
                 Ok(())
             }
             Message::Failed(session, reason) => {
@@ -227,13 +238,12 @@ impl Cluster {
                 eprintln!("fleece-engine: {name} cannot answer, so blocks are missed: {reason}");
                 if let Some(asking) = self.sessions().get(&session) {
                     asking.answers.cut(peer.host);
-                    answered.push(session);
+                    heard.answered.push(session);
                 }
                 Ok(())
             }
             Message::Advanced => {
-                self.owner.advanced();
-                self.wake_all();
+                heard.advanced = true;
                 Ok(())
             }
             Message::GiveUp { to, writer, claims } => {

@@ -42,12 +42,17 @@ use crate::detect::JournalPosition;
 use crate::error::Result;
 use crate::ids::{Address, Fingerprint, HostId, Sequence, SessionId, Slices};
 use crate::owner::{Part, Wake};
-use crate::session::answers::Answers;
+use crate::session::answers::{Answers, LIKE_REACH};
 use crate::session::event::Claim;
 use crate::session::registry::Registry;
 
 /// How long a host may take nothing of what waits for it: an engine starts anew in less.
 pub const SILENCE: Duration = Duration::from_secs(30);
+
+/// Fingerprints of a batch that are remembered, so that what it has often is asked about once.
+const SEEN: usize = 4096;
+/// Of them those that others may be like: their answers are remembered.
+const LIKED: usize = 512;
 
 /// Distinguishes what an engine's process says to a host from what it, or another process there, said
 /// before: a host that was forgotten is told everything anew.
@@ -210,6 +215,52 @@ impl Cluster {
     /// # Errors
     /// When the engine is ending, or what must wait cannot be kept.
     pub fn ask(&self, session: SessionId, asked: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        let once = self.once(session, asked)?;
+        self.ask_each(session, once)
+    }
+
+    /// What a batch has several times is asked about once; the others get the same answer. Else the owner of
+    /// a block that is everywhere would have more to do than all other hosts.
+    fn once(
+        &self,
+        session: SessionId,
+        asked: Vec<(Fingerprint, Sequence)>,
+    ) -> Result<Vec<(Fingerprint, Sequence)>> {
+        let Some(Asking { answers, .. }) = self.sessions().get(&session).cloned() else {
+            return Ok(asked);
+        };
+        let mut once = Vec::with_capacity(asked.len());
+        for batch in asked.chunks(LIKE_REACH) {
+            // By the fingerprint's last bits: a request's place in the batch, and whether others are said
+            // to be like it. Until they are, the next one of these bits takes its place.
+            let mut seen: Vec<Option<(u16, bool)>> = vec![None; SEEN];
+            let mut liked = 0;
+            for (at, (fingerprint, sequence)) in batch.iter().enumerate() {
+                let [.., high, low] = fingerprint.0;
+                let place = &mut seen[usize::from(u16::from_be_bytes([high, low])) % SEEN];
+                let known = place.map(|(first, told)| (batch[usize::from(first)], told));
+                match known {
+                    Some(((known, first), told))
+                        if known == *fingerprint
+                            && (told || liked < LIKED)
+                            && answers.put_like(*sequence, (session, first), told)? =>
+                    {
+                        liked += usize::from(!told);
+                        *place = place.map(|(first, _)| (first, true));
+                        continue;
+                    }
+                    Some((_, true)) => {}
+                    _ => *place = Some((at as u16, false)),
+                }
+                once.push((*fingerprint, *sequence));
+            }
+        }
+        Ok(once)
+    }
+
+    /// The same, whatever a batch has several times: what is asked again comes in batches of its own, and
+    /// too far from what it is like.
+    fn ask_each(&self, session: SessionId, asked: Vec<(Fingerprint, Sequence)>) -> Result<()> {
         let map = self.map();
         for (host, asked) in split(&map, asked) {
             if host == self.us {
@@ -403,8 +454,10 @@ fn split<T>(
     all: Vec<(Fingerprint, T)>,
 ) -> BTreeMap<HostId, Vec<(Fingerprint, T)>> {
     let mut split = BTreeMap::<HostId, Vec<_>>::new();
+    let fair = all.len() / map.members().len().max(1) * 3 / 2 + 4;
     for one in all {
-        split.entry(map.owner(&one.0)).or_default().push(one);
+        let theirs = split.entry(map.owner(&one.0));
+        theirs.or_insert_with(|| Vec::with_capacity(fair)).push(one);
     }
     split
 }

@@ -70,6 +70,8 @@ struct State {
     open: FrameWriter,
     /// What of it is counted in the share.
     counted: usize,
+    /// The open frame says that questions may have new answers; once is enough, as it is not sent yet.
+    advanced: bool,
     /// Closed frames that are not taken yet.
     frames: VecDeque<Frame>,
     /// The number of the first of them.
@@ -111,6 +113,9 @@ impl Outbox {
     /// When it can be kept neither in memory nor on disk: the host is to be given up.
     pub fn put(&self, message: &Message) -> Result<()> {
         let mut state = self.state();
+        if *message == Message::Advanced && std::mem::replace(&mut state.advanced, true) {
+            return Ok(());
+        }
         let was_empty = state.open.is_empty();
         state.open.push(message);
         if state.open.len() >= FRAME || !self.count(&mut state) {
@@ -134,6 +139,7 @@ impl Outbox {
     /// The frame that is being filled, no longer counted.
     fn take_open(&self, state: &mut State) -> Vec<u8> {
         self.share.give_back(std::mem::take(&mut state.counted));
+        state.advanced = false;
         state.open.take()
     }
 
@@ -302,6 +308,21 @@ mod tests {
             assert!(outbox.is_empty());
         }
         assert_eq!(share.used(), 0);
+    }
+
+    #[test]
+    fn a_frame_says_once_that_questions_may_have_new_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let outbox = Outbox::new(dir.path(), &Share::new(FRAME), || ());
+        for number in 1..=2 {
+            for n in 0..10 {
+                outbox.put(&Message::Advanced).unwrap();
+                outbox.put(&message(n)).unwrap();
+            }
+            let (_, frame) = outbox.next(FrameNumber(number)).unwrap().unwrap();
+            let advanced = read(&frame).into_iter().filter(|m| *m == Message::Advanced).count();
+            assert_eq!((advanced, read(&frame).len()), (1, 11));
+        }
     }
 
     #[test]

@@ -185,7 +185,7 @@ impl Cluster {
         };
         self.forget_gone(&map);
         let late = self.late().take();
-        late.each(|session, asked| self.ask(session, asked))?;
+        late.each(|session, asked| self.ask_each(session, asked))?;
         self.look_at_early()?;
         if changed {
             self.moved.ring(|waiting| waiting.changed = true);
@@ -335,7 +335,7 @@ impl Cluster {
         }
         if !moved.is_empty() {
             if session.host() == self.us {
-                self.ask(session, moved)?;
+                self.ask_each(session, moved)?;
             } else {
                 self.put(session.host(), &Message::Moved(session, ours, moved));
             }
@@ -358,7 +358,7 @@ impl Cluster {
                 return late.held.push(session, &asked);
             }
         }
-        self.ask(session, asked)
+        self.ask_each(session, asked)
     }
 
     /// Questions that have waited too long for a newer map: nobody answers them.

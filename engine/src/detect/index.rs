@@ -245,7 +245,7 @@ impl Index {
     }
 
     /// The memtable's entries of a partition.
-    pub(super) fn fresh(&self, range: &(Fingerprint, Fingerprint)) -> &[Entry] {
+    pub(super) fn fresh(&mut self, range: &(Fingerprint, Fingerprint)) -> &[Entry] {
         self.memtable.range(&range.0, &range.1)
     }
 

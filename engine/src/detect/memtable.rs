@@ -28,46 +28,132 @@ impl Lead for Fingerprint {
     }
 }
 
-/// A sorted array, bounded by its owner.
+/// Entries that wait to be sorted in among all others: enough for moving those not to be felt.
+const FRESH: usize = 2048;
+
+/// Sorted arrays, bounded by their owner.
 #[derive(Default)]
-pub(super) struct Memtable(Vec<Entry>);
+pub(super) struct Memtable {
+    sorted: Vec<Entry>,
+    /// The newest ones, none of which is in `sorted`: of a container that other hosts share, each learns
+    /// a few entries only, and must not move all that it has for them.
+    fresh: Vec<Entry>,
+}
+
+/// Merges sorted entries in; of equal fingerprints the new one wins. Returns how many got another address.
+fn merge(sorted: &mut Vec<Entry>, entries: &[Entry]) -> u64 {
+    sorted.extend_from_slice(entries);
+    // Stable: what was there stays before what came; two sorted runs are merged in linear time.
+    sorted.sort_by_key(|(fingerprint, _)| *fingerprint);
+    let mut duplicates = 0;
+    sorted.dedup_by(|new, old| {
+        let equal = new.0 == old.0;
+        if equal {
+            duplicates += u64::from(new.1 != old.1);
+            *old = *new;
+        }
+        equal
+    });
+    duplicates
+}
 
 impl Memtable {
-    /// Adds entries; of equal fingerprints the new one wins. Returns how many got another address.
+    /// Adds sorted entries; of equal fingerprints the new one wins. Returns how many got another address.
     pub(super) fn insert(&mut self, entries: &[Entry]) -> u64 {
-        self.0.extend_from_slice(entries);
-        // Stable: what was there stays before what came; two sorted runs are merged in linear time.
-        self.0.sort_by_key(|(fingerprint, _)| *fingerprint);
+        if entries.len() >= FRESH {
+            self.settle();
+            return merge(&mut self.sorted, entries);
+        }
         let mut duplicates = 0;
-        self.0.dedup_by(|new, old| {
-            let equal = new.0 == old.0;
-            if equal {
-                duplicates += u64::from(new.1 != old.1);
-                *old = *new;
+        let mut new = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let at = self.sorted.partition_point(|(fingerprint, _)| fingerprint < &entry.0);
+            match self.sorted.get_mut(at).filter(|old| old.0 == entry.0) {
+                Some(old) => {
+                    duplicates += u64::from(old.1 != entry.1);
+                    *old = *entry;
+                }
+                None => new.push(*entry),
             }
-            equal
-        });
+        }
+        duplicates += merge(&mut self.fresh, &new);
+        if self.fresh.len() >= FRESH {
+            self.settle();
+        }
         duplicates
     }
 
+    /// Sorts the newest entries in among all others.
+    fn settle(&mut self) {
+        if !self.fresh.is_empty() {
+            merge(&mut self.sorted, &self.fresh);
+            self.fresh.clear();
+        }
+    }
+
     /// The entries, ascending.
-    pub(super) fn entries(&self) -> &[Entry] {
-        &self.0
+    pub(super) fn entries(&mut self) -> &[Entry] {
+        self.settle();
+        &self.sorted
     }
 
     /// The entries from `first` to `last`.
-    pub(super) fn range(&self, first: &Fingerprint, last: &Fingerprint) -> &[Entry] {
-        let start = self.0.partition_point(|(fingerprint, _)| fingerprint < first);
-        let end = self.0.partition_point(|(fingerprint, _)| fingerprint <= last);
-        self.0.get(start..end).unwrap_or(&[])
+    pub(super) fn range(&mut self, first: &Fingerprint, last: &Fingerprint) -> &[Entry] {
+        let sorted = self.entries();
+        let start = sorted.partition_point(|(fingerprint, _)| fingerprint < first);
+        let end = sorted.partition_point(|(fingerprint, _)| fingerprint <= last);
+        sorted.get(start..end).unwrap_or(&[])
     }
 
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.sorted.len() + self.fresh.len()
     }
 
     /// Empties it; its memory stays for the next entries.
     pub(super) fn clear(&mut self) {
-        self.0.clear();
+        self.sorted.clear();
+        self.fresh.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::ids::{ContainerId, Incarnation, Slot};
+
+    #[test]
+    fn however_few_come_at_a_time_the_newest_address_counts_and_all_are_sorted() {
+        let mut random = 7_u64;
+        let mut next = |limit: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (random >> 33) % limit
+        };
+        let (mut memtable, mut expected) = (Memtable::default(), BTreeMap::new());
+        let (mut counted, mut duplicates) = (0, 0);
+        for container in 0..3000_u32 {
+            let few = if container % 500 == 7 { 3000 } else { 1 + next(40) };
+            let mut entries = BTreeMap::new();
+            for _ in 0..few {
+                let mut fingerprint = Fingerprint([0; Fingerprint::LEN]);
+                fingerprint.0[..8].copy_from_slice(&next(30_000).to_be_bytes());
+                let container = ContainerId { incarnation: Incarnation(1), counter: container };
+                entries.insert(fingerprint, Address { container, slot: Slot(0) });
+            }
+            let entries: Vec<Entry> = entries.into_iter().collect();
+            counted += memtable.insert(&entries);
+            for (fingerprint, address) in entries {
+                duplicates += u64::from(expected.insert(fingerprint, address).is_some());
+            }
+            assert_eq!(memtable.len(), expected.len());
+        }
+        assert_eq!(counted, duplicates);
+        assert!(memtable.entries().iter().copied().eq(expected.iter().map(|(f, a)| (*f, *a))));
+        let first = Fingerprint([0; Fingerprint::LEN]);
+        assert_eq!(
+            memtable.range(&first, &first).len(),
+            usize::from(expected.contains_key(&first))
+        );
     }
 }

@@ -3,7 +3,7 @@
 //! The owner never waits for a session: it writes here and goes on. A sheet spills to
 //! the local disk, so that its memory is the same for ten answers and for millions.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,13 +12,19 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, HostId, Sequence, SessionId};
 use crate::sort::{Sorted, Sorter};
 
-/// sequence (big endian), tag, address or session and sequence
+/// sequence (big endian), tag, and what it needs: an address, a session and a sequence
 const RECORD: usize = 8 + 1 + 12;
 
 const STORED: u8 = 0;
 const GRANT: u8 = 1;
 const SAME_AS: u8 = 2;
 const NOBODY: u8 = 3;
+/// The same answer as to an earlier request, of this session: session and sequence.
+const LIKE: u8 = 4;
+/// No answer: later requests get the same answer as this one.
+const LIKED: u8 = 5;
+/// A request is like one of so many before it at most; so many answers are remembered, twice.
+pub const LIKE_REACH: usize = 8192;
 
 /// The answers to one session's requests.
 pub struct Answers {
@@ -142,6 +148,39 @@ impl Answers {
         sheet.sorter.push(&record)
     }
 
+    /// A request gets the same answer as an earlier one of the session, at most [`LIKE_REACH`] requests
+    /// before it: the same as that one's block if that one is granted. False if they are not of the
+    /// same window. `told`: of the earlier one this was said before.
+    ///
+    /// # Errors
+    /// When the answers cannot be spilled.
+    pub fn put_like(
+        &self,
+        sequence: Sequence,
+        (session, first): (SessionId, Sequence),
+        told: bool,
+    ) -> Result<bool> {
+        let mut sheets = self.sheets();
+        let Some(sheet) = sheets.at(sequence) else { return Ok(true) };
+        if first.0 < sheet.first {
+            return Ok(false);
+        }
+        let record = |sequence: Sequence, tag, other: Sequence| {
+            let mut record = [0; RECORD];
+            record[..8].copy_from_slice(&sequence.0.to_be_bytes());
+            record[8] = tag;
+            record[9..13].copy_from_slice(&session.0.to_be_bytes());
+            record[13..].copy_from_slice(&other.0.to_be_bytes());
+            record
+        };
+        if !told {
+            sheet.sorter.push(&record(first, LIKED, first))?;
+        }
+        sheet.sorter.push(&record(sequence, LIKE, first))?;
+        sheet.answered += 1;
+        Ok(true)
+    }
+
     /// No answer of a host counts any more, and none is waited for.
     pub fn cut(&self, host: HostId) {
         let mut sheets = self.sheets();
@@ -206,16 +245,29 @@ impl Answers {
         });
         drop(sheets);
         let sorter = taken.unwrap_or_else(|| self.sorter());
-        Ok(AnswerStream { sorted: sorter.finish()?, peeked: None, cut })
+        let sorted = sorter.finish()?;
+        Ok(AnswerStream { sorted, peeked: None, cut, asked: 0, liked: Default::default() })
     }
 }
 
 /// The answers of a round by ascending sequence.
 pub struct AnswerStream {
     sorted: Sorted<RECORD>,
-    peeked: Option<(Sequence, Option<Verdict>)>,
+    peeked: Option<(Sequence, Said)>,
     /// Some answers never come.
     cut: bool,
+    /// Requests that were asked for.
+    asked: usize,
+    /// Answers that later requests get too, in two generations.
+    liked: [HashMap<Sequence, Option<Verdict>>; 2],
+}
+
+/// What a record says.
+#[derive(Clone, Copy)]
+enum Said {
+    Verdict(Option<Verdict>),
+    Like(SessionId, Sequence),
+    Liked,
 }
 
 impl AnswerStream {
@@ -224,22 +276,45 @@ impl AnswerStream {
     /// # Errors
     /// When a spilled answer cannot be read, or one is missing.
     pub fn answer(&mut self, sequence: Sequence) -> Result<Option<Verdict>> {
-        while let Some((at, verdict)) = self.next()? {
-            if at == sequence {
-                return Ok(verdict);
-            }
+        self.asked += 1;
+        if self.asked.is_multiple_of(LIKE_REACH) {
+            self.liked.swap(0, 1);
+            self.liked[0].clear();
+        }
+        let mut answer = None;
+        while let Some((at, said)) = self.next()? {
             if at > sequence {
-                self.peeked = Some((at, verdict));
+                self.peeked = Some((at, said));
                 break;
             }
+            if at < sequence {
+                continue;
+            }
+            match said {
+                Said::Verdict(verdict) => answer = answer.or(Some(verdict)),
+                Said::Like(session, first) => answer = answer.or(self.like(session, first)),
+                Said::Liked => {
+                    self.liked[0].insert(at, answer.unwrap_or_default());
+                }
+            }
         }
-        if self.cut {
-            return Ok(None);
+        match answer {
+            Some(verdict) => Ok(verdict),
+            None if self.cut => Ok(None),
+            None => Err(Error::new(Kind::Failed, format!("no answer to request {}", sequence.0))),
         }
-        Err(Error::new(Kind::Failed, format!("no answer to request {}", sequence.0)))
     }
 
-    fn next(&mut self) -> Result<Option<(Sequence, Option<Verdict>)>> {
+    /// The answer to a request that is like an earlier one.
+    fn like(&self, session: SessionId, first: Sequence) -> Option<Option<Verdict>> {
+        let verdict = self.liked.iter().find_map(|liked| liked.get(&first))?;
+        Some(verdict.map(|verdict| match verdict {
+            Verdict::Grant => Verdict::SameAs(session, first),
+            other => other,
+        }))
+    }
+
+    fn next(&mut self) -> Result<Option<(Sequence, Said)>> {
         if let Some(peeked) = self.peeked.take() {
             return Ok(Some(peeked));
         }
@@ -247,20 +322,20 @@ impl AnswerStream {
         let number = |range: std::ops::Range<usize>| {
             record[range].iter().fold(0_u64, |n, &byte| n << 8 | u64::from(byte))
         };
-        let verdict = match record[8] {
+        let other = (SessionId(number(9..13) as u32), Sequence(number(13..21)));
+        let said = match record[8] {
             STORED => {
                 let mut address = [0; Address::LEN];
                 address.copy_from_slice(&record[9..9 + Address::LEN]);
-                Some(Verdict::Stored(Address::from_bytes(address)))
+                Said::Verdict(Some(Verdict::Stored(Address::from_bytes(address))))
             }
-            GRANT => Some(Verdict::Grant),
-            NOBODY => None,
-            _ => {
-                let writer = SessionId(number(9..13) as u32);
-                Some(Verdict::SameAs(writer, Sequence(number(13..21))))
-            }
+            GRANT => Said::Verdict(Some(Verdict::Grant)),
+            NOBODY => Said::Verdict(None),
+            LIKE => Said::Like(other.0, other.1),
+            LIKED => Said::Liked,
+            _ => Said::Verdict(Some(Verdict::SameAs(other.0, other.1))),
         };
-        Ok(Some((Sequence(number(0..8)), verdict)))
+        Ok(Some((Sequence(number(0..8)), said)))
     }
 }
 
@@ -304,5 +379,47 @@ mod tests {
         answers.close_oldest();
         answers.put(HostId(0), Sequence(3), &Verdict::Grant).unwrap();
         assert_eq!((answers.count(0), answers.count(500)), (0, 0));
+    }
+
+    #[test]
+    fn a_request_that_is_like_an_earlier_one_gets_its_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let answers = Answers::new(dir.path(), 1000);
+        let (us, other, host) = (SessionId(3), SessionId(9), HostId(0));
+        let container = ContainerId { incarnation: Incarnation(1), counter: 2 };
+        let stored = Verdict::Stored(Address { container, slot: Slot(3) });
+        answers.open(0);
+        answers.expect(HostId(5), Sequence(3), 1);
+        for (first, told) in [(0, false), (1, false), (2, false), (3, false), (0, true)] {
+            let at = if told { 14 } else { 10 + first };
+            assert!(answers.put_like(Sequence(at), (us, Sequence(first)), told).unwrap());
+        }
+        assert_eq!(answers.count(0), 5);
+        answers.put(host, Sequence(2), &Verdict::SameAs(other, Sequence(77))).unwrap();
+        answers.put(host, Sequence(1), &stored).unwrap();
+        answers.put(host, Sequence(0), &Verdict::Grant).unwrap();
+        // The owner of the last one is lost.
+        answers.cut(HostId(5));
+        assert_eq!(answers.count(0), 9);
+        let mut stream = answers.take(0).unwrap();
+        let own = Verdict::SameAs(us, Sequence(0));
+        let same = Verdict::SameAs(other, Sequence(77));
+        let expected = [
+            (0, Some(Verdict::Grant)),
+            (1, Some(stored)),
+            (2, Some(same)),
+            (3, None),
+            (10, Some(own)),
+            (11, Some(stored)),
+            (12, Some(same)),
+            (13, None),
+            (14, Some(own)),
+        ];
+        for (at, verdict) in expected {
+            assert_eq!(stream.answer(Sequence(at)).unwrap(), verdict, "{at}");
+        }
+        // Of another window it is asked about by itself.
+        answers.open(100);
+        assert!(!answers.put_like(Sequence(100), (us, Sequence(99)), false).unwrap());
     }
 }

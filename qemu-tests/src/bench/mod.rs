@@ -13,6 +13,7 @@ pub mod detect;
 pub mod machine;
 pub mod nbd;
 pub mod report;
+pub mod scale;
 
 use std::env;
 use std::fs;
