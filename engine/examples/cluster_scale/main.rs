@@ -14,7 +14,7 @@
 //! their fingerprints made of these: hashing, reading, packing and the store are not simulated, nor are
 //! TLS and system calls of the network. Frames are carried by hand, and their bytes counted.
 //!
-//! It prints JSON: a line for each round of snapshots, and one of the whole run. What sessions are told
+//! All is drawn by `--seed` (1). It prints JSON: a line for each round of snapshots, and one of the whole run. What sessions are told
 //! is checked: every address against what was stored there, every grant against all others.
 //! `--memtable`: entries that an engine keeps before it writes a run. The default of the engine is more
 //! than a small simulation has, so that nothing would ever be merged.
