@@ -1,9 +1,8 @@
-//! The links of a cluster: frames from outboxes to other hosts, and theirs to our owner.
+//! This engine among the others: what they call, and who may. Links to them are in [`super::links`].
 //!
-//! Each host calls another one while it has something to send to it, or waits for its answers. A link
-//! that breaks is made again, and goes on with the first frame that was not taken. However many hosts
-//! there are, [`LINKS`] links at most are open each way: the rest wait. All that blocks happens on one
-//! thread, frame by frame.
+//! Each host calls another one while it has something to send to it, or waits for its answers. However
+//! many hosts there are, [`LINKS`] links at most are open each way: the rest wait. All that blocks happens
+//! on one thread, frame by frame.
 
 use std::cell::Cell;
 use std::collections::HashMap;
