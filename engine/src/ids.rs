@@ -22,7 +22,9 @@ impl fmt::Debug for Fingerprint {
 }
 
 /// One claim of the right to number containers; never reused (see `store::journal`).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize, Default,
+)]
 pub struct Incarnation(pub u32);
 
 /// Names a container for ever, whatever object holds it.

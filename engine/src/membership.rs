@@ -27,7 +27,7 @@ use crate::cluster::Cluster;
 use crate::cluster::map::{MAX_HOSTS, MapEpoch, Member, PartitionMap};
 use crate::config::ClusterConfig;
 use crate::error::{Context as _, Error, Kind, Result};
-use crate::ids::{HostId, StoreId};
+use crate::ids::{HostId, Incarnation, StoreId};
 
 /// A host that says nothing for so long is out: longer than an engine needs to start anew.
 const LEASE: Duration = Duration::from_secs(15);
@@ -35,6 +35,9 @@ const LEASE: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_secs(1);
 /// One request to etcd.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// An engine that starts waits so long for another one that was this host, but for the lease of that one
+/// to end.
+const SUCCEED: Duration = Duration::from_secs(LEASE.as_secs() + 5);
 /// An engine that starts waits so long for etcd before it takes the map that it had last.
 const START: Duration = Duration::from_secs(10);
 /// Transactions that an engine may lose in a row before it looks again a second later.
@@ -58,6 +61,9 @@ const VERSION: u32 = 1;
 struct Announcement {
     address: String,
     capacity: u32,
+    /// Which engine: the incarnation in which it numbers containers, that no other one has.
+    #[serde(default)]
+    engine: Incarnation,
 }
 
 /// What is in etcd.
@@ -169,13 +175,17 @@ async fn keep_alive(mut keeper: LeaseKeeper, mut alive: LeaseKeepAliveStream) {
 impl Membership {
     /// Of a configuration with `cluster.etcd`; the last map is kept in `state_dir`.
     #[must_use]
-    pub fn new(config: &ClusterConfig, store: StoreId, state_dir: &Path) -> Self {
+    pub fn new(
+        config: &ClusterConfig,
+        (store, engine): (StoreId, Incarnation),
+        state_dir: &Path,
+    ) -> Self {
         let address = config.address.clone().unwrap_or_default();
         Membership {
             endpoints: config.etcd.clone(),
             prefix: format!("fleece/{store}/"),
             name: config.name.clone(),
-            announcement: Announcement { address, capacity: config.capacity },
+            announcement: Announcement { address, capacity: config.capacity, engine },
             kept: state_dir.join("map.json"),
         }
     }
@@ -183,19 +193,24 @@ impl Membership {
     /// Joins, and gives the map with this host in it; the one that it had last if etcd does not answer.
     ///
     /// # Errors
-    /// When there is neither.
+    /// When there is neither; [`Kind::Busy`] while another engine is this host.
     pub fn join(&self) -> Result<PartitionMap> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .context(|| "cannot start the runtime".into())?;
         let joined = runtime.block_on(async {
-            let deadline = Instant::now() + START;
+            let begun = Instant::now();
             loop {
                 match Box::pin(self.try_join()).await {
                     Ok(document) => break Ok(document),
-                    Err(error) if Instant::now() >= deadline => break Err(error),
-                    Err(_) => tokio::time::sleep(LOOK).await,
+                    Err(error) => {
+                        let is_taken = error.kind() == Kind::Busy;
+                        if begun.elapsed() >= if is_taken { SUCCEED } else { START } {
+                            break Err(error);
+                        }
+                        tokio::time::sleep(LOOK).await;
+                    }
                 }
             }
         });
@@ -204,6 +219,7 @@ impl Membership {
                 self.keep(&document);
                 document.map()
             }
+            Err(error) if error.kind() == Kind::Busy => Err(error),
             Err(error) => {
                 let bytes = std::fs::read(&self.kept).map_err(|_| error)?;
                 let document = Document::decode(&bytes)?;
@@ -214,7 +230,7 @@ impl Membership {
     }
 
     async fn try_join(&self) -> Result<Document> {
-        let mut registered = self.register().await?;
+        let mut registered = Box::pin(self.register()).await?;
         for _ in 0..TRIES {
             let seen = self.look(&mut registered).await?;
             let ours = self.kept().map_or(MapEpoch::default(), |kept| kept.epoch);
@@ -265,9 +281,39 @@ impl Membership {
         let key = format!("{}hosts/{}", self.prefix, self.name);
         let value = serde_json::to_vec(&self.announcement)
             .map_err(|error| Error::caused(Kind::Failed, "cannot announce this host", error))?;
-        let options = PutOptions::new().with_lease(lease);
-        self.answer(client.put(key, value, Some(options))).await?;
-        Ok(Registered { client, lease, kept })
+        let registered = Registered { client: client.clone(), lease, kept };
+        let there = self.answer(client.get(key.clone(), None)).await?;
+        let there = there.kvs().first();
+        if let Some(Ok(other)) = there.map(|pair| serde_json::from_slice(pair.value())) {
+            self.must_be_us(&other)?;
+        }
+        let same = Compare::mod_revision(
+            key.clone(),
+            CompareOp::Equal,
+            there.map_or(0, etcd_client::KeyValue::mod_revision),
+        );
+        let options = Some(PutOptions::new().with_lease(lease));
+        let announce = Txn::new().when([same]).and_then([TxnOp::put(key, value, options)]);
+        if !self.answer(client.txn(announce)).await?.succeeded() {
+            return Err(self.failed("another engine announced itself at the same moment"));
+        }
+        Ok(registered)
+    }
+
+    /// Two engines of one name would answer for one another's questions.
+    fn must_be_us(&self, announced: &Announcement) -> Result<()> {
+        if announced.engine == self.announcement.engine {
+            return Ok(());
+        }
+        let what = format!("another engine, at {}, is {}", announced.address, self.name);
+        let seconds = LEASE.as_secs();
+        Err(Error::new(
+            Kind::Busy,
+            format!(
+                "{what} already: give this host a name of its own (one that has ended is forgotten after \
+                 {seconds} s)"
+            ),
+        ))
     }
 
     /// Reads all that is there.
@@ -349,7 +395,7 @@ impl Membership {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
-            match self.step(&mut registered, &cluster).await {
+            match Box::pin(self.step(&mut registered, &cluster)).await {
                 Ok(()) => {
                     if std::mem::take(&mut said) {
                         eprintln!("fleece-engine: etcd answers again");
@@ -372,13 +418,12 @@ impl Membership {
     ) -> Result<()> {
         let registered = match registered {
             Some(registered) => registered,
-            none => none.insert(self.register().await?),
+            none => none.insert(Box::pin(self.register()).await?),
         };
         let seen = self.look(registered).await?;
-        if !seen.hosts.contains_key(&self.name) {
-            // Whoever took the key away, a lease alone keeps nobody in the map.
-            return Err(self.failed("this host is not announced any more"));
-        }
+        // Whoever took the key away, a lease alone keeps nobody in the map.
+        let gone = || self.failed("this host is not announced any more");
+        self.must_be_us(seen.hosts.get(&self.name).ok_or_else(gone)?)?;
         if let Some(next) = self.next(&seen, cluster.map().epoch()) {
             // Whoever loses sees the winner's a second later.
             self.put(registered, &seen, &next).await?;
@@ -446,7 +491,10 @@ mod tests {
 
     fn seen(hosts: &[&str], drained: &[&str], map: Option<Document>) -> Seen {
         let announce = |name: &&str| {
-            ((*name).to_owned(), Announcement { address: format!("{name}:1"), capacity: 1 })
+            (
+                (*name).to_owned(),
+                Announcement { address: format!("{name}:1"), capacity: 1, engine: Incarnation(1) },
+            )
         };
         Seen {
             hosts: hosts.iter().map(announce).collect(),
@@ -493,7 +541,11 @@ mod tests {
             endpoints: Vec::new(),
             prefix: String::new(),
             name: "a".into(),
-            announcement: Announcement { address: String::new(), capacity: 1 },
+            announcement: Announcement {
+                address: String::new(),
+                capacity: 1,
+                engine: Incarnation(1),
+            },
             kept: dir.path().join("map.json"),
         };
         let nothing = seen(&["a", "b"], &[], None);

@@ -78,7 +78,7 @@ pub fn start(config: &Config) -> Result<Started> {
     let mut options = DetectOptions::new(store.id());
     options.partition_bits = config.partition_bits;
     options.pass_memory = budget.pass;
-    let membership = membership(config, &store);
+    let membership = membership(config, &store)?;
     let place = place(config, membership.as_ref())?;
     options.part = place.as_ref().map_or(0, |(map, us)| map.slices(*us).digest());
     let (mut detector, report) = Detector::open(&state.join("index"), options)?;
@@ -129,9 +129,11 @@ pub fn start(config: &Config) -> Result<Started> {
     Ok(Started { context, thread: Some(thread), mover, bells, membership })
 }
 
-fn membership(config: &Config, store: &Store) -> Option<Membership> {
-    let settings = config.cluster.as_ref().filter(|settings| !settings.etcd.is_empty())?;
-    Some(Membership::new(settings, store.id(), &config.state_dir))
+fn membership(config: &Config, store: &Store) -> Result<Option<Membership>> {
+    let settings = config.cluster.as_ref().filter(|settings| !settings.etcd.is_empty());
+    let Some(settings) = settings else { return Ok(None) };
+    let who = (store.id(), store.journal()?.incarnation());
+    Ok(Some(Membership::new(settings, who, &config.state_dir)))
 }
 
 /// The map to begin with, and this host's number in it.

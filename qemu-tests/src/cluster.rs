@@ -214,6 +214,20 @@ impl Cluster {
         Ok(())
     }
 
+    /// Starts another engine by a host's configuration, on host 0 and with a state of its own; what it says
+    /// when it ends.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn start_another(&self, host: usize) -> Result<Finished> {
+        let mut command = tools::fleece("fleece-engine")?;
+        command.arg("--config").arg(&self.hosts[host].config);
+        command.arg("--socket").arg(self.fixture.path("another.sock"));
+        command.arg("--state-dir").arg(self.fixture.path("another-state"));
+        let network = self.network.as_ref().context("no network")?;
+        Running::start("another engine", &mut network.on(0, &command))?.finish(LONG)
+    }
+
     /// SIGKILLs a host's engine.
     ///
     /// # Errors

@@ -170,6 +170,18 @@ fn what_a_lost_host_knew_its_checkpoint_has() -> Result {
 }
 
 #[test]
+fn a_second_engine_of_a_hosts_name_is_refused() -> Result {
+    let cluster = Cluster::of_etcd(2)?;
+    let refused = cluster.start_another(1)?.code(11)?;
+    ensure!(refused.printed().contains("another engine, at "), "{}", refused.printed());
+    cluster.wait_members(2)?;
+    let path = &images(cluster.fixture.folder(), 1)?[0];
+    let made = cluster.backup(0, "vm", path)?.finish(LONG)?.code(0)?;
+    ensure!(made.printed().contains("undetected 0"), "{}", made.printed());
+    cluster.must_be_whole(&[(snapshot("vm", &made)?, path)])
+}
+
+#[test]
 fn a_host_that_is_cut_off_holds_up_nobody_for_long() -> Result {
     let cluster = Cluster::of_etcd(3)?;
     let network = cluster.network.as_ref().context("no network")?;

@@ -129,14 +129,12 @@ impl Objects {
                 Ok(_) => return Ok(Created::Ours),
                 Err(error) => error,
             };
-            match self.read_all(key, bytes.len() as u64 + 1) {
-                Ok(found) if found == bytes => {
+            match self.holds(key, &bytes) {
+                Ok(true) => {
                     self.sync(key)?;
                     return Ok(Created::Ours);
                 }
-                Ok(_) => return Ok(Created::Exists),
-                // Longer than ours: not ours.
-                Err(error) if error.kind() == Kind::Damaged => return Ok(Created::Exists),
+                Ok(false) => return Ok(Created::Exists),
                 Err(read) if read.kind() != Kind::NotFound => return Err(read),
                 Err(_) if attempt >= CREATE_ATTEMPTS || hopeless(&error) => {
                     return Err(failed("create object", key, error));
@@ -145,6 +143,22 @@ impl Objects {
             }
         }
         unreachable!("attempts are bounded")
+    }
+
+    /// Whether an object is these bytes; piece by piece, as containers are large.
+    fn holds(&self, key: &str, bytes: &[u8]) -> Result<bool> {
+        if self.size(key)? != bytes.len() as u64 {
+            return Ok(false);
+        }
+        let mut at = 0;
+        for piece in bytes.chunks(COALESCE_MAX as usize) {
+            let end = at + piece.len() as u64;
+            if self.read(key, at..end)? != piece {
+                return Ok(false);
+            }
+            at = end;
+        }
+        Ok(true)
     }
 
     /// Makes sure that an object found after a failed create is durable.
