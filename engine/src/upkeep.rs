@@ -235,13 +235,14 @@ pub fn verify(
         context.damage.reload(&context.store)?;
         return Ok(report.clean());
     }
-    let mut index = IndexCheck::new(context, &say)?;
+    let mut index = IndexCheck::of_our_part(context, &say)?;
     let report =
         verify::verify(&context.store, &options, &mut |event| say(event), &mut |entries| {
-            let ours = entries.iter().filter(|(fingerprint, _)| context.owners.owns(fingerprint));
+            let Some((index, owns)) = &mut index else { return Ok(()) };
+            let ours = entries.iter().filter(|(fingerprint, _)| owns(fingerprint));
             ours.into_iter().try_for_each(|entry| index.compare(entry))
         })?;
-    let index_clean = index.finish()?;
+    let index_clean = index.map_or(Ok(true), |(index, _)| index.finish())?;
     context.damage.reload(&context.store)?;
     Ok(report.clean() && index_clean)
 }
@@ -277,7 +278,37 @@ struct IndexCheck<'c> {
     say: &'c dyn Fn(&Event) -> Result<()>,
 }
 
+/// Tells whether a fingerprint is to be in the index.
+type Owns = Box<dyn Fn(&Fingerprint) -> bool>;
+
 impl<'c> IndexCheck<'c> {
+    /// Takes the index, and what it is to have. In a cluster `None`, and a note, while it is being filled:
+    /// then it has what it should not have any more, and lacks what it should.
+    fn of_our_part(
+        context: &Context,
+        say: &'c dyn Fn(&Event) -> Result<()>,
+    ) -> Result<Option<(Self, Owns)>> {
+        let Some(cluster) = context.owners.cluster() else {
+            return Ok(Some((Self::new(context, say)?, Box::new(|_| true))));
+        };
+        if let Some(map) = cluster.settled() {
+            let index = Self::new(context, say)?;
+            // Another one may have been put in its place meanwhile.
+            if cluster.settled().is_some_and(|now| now.epoch() == map.epoch()) {
+                let us = cluster.us();
+                let owns = move |fingerprint: &_| map.owner(fingerprint) == us;
+                return Ok(Some((index, Box::new(owns))));
+            }
+        }
+        say(&Event::Note {
+            object: "index".into(),
+            message: "it is being filled for another part of the cluster, and was not compared: \
+                      verify again for that"
+                .into(),
+        })?;
+        Ok(None)
+    }
+
     /// Takes the index as it is now; containers sealed later are not missed.
     fn new(context: &Context, say: &'c dyn Fn(&Event) -> Result<()>) -> Result<Self> {
         let mut sorter = Sorter::new(&context.work_dir, context.budget.pass / 4);

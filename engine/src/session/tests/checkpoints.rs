@@ -109,3 +109,22 @@ fn where_a_checkpoint_is_damaged_directories_are_read() {
     assert_eq!(notes.count(), 2, "{said}");
     hosts.must_be_whole(&[(before, &old)]);
 }
+
+#[test]
+fn an_index_that_is_being_filled_is_not_compared() {
+    let (two, three) = (map(1, &[0, 1]), map(2, &[0, 1, 2]));
+    let never = Pace { settle: Duration::from_secs(3600), ..PACE };
+    let hosts = Hosts::paced(&[two.clone(), two.clone(), two], never);
+    hosts.engines[0].backup(1, &image(67, 1000, 1000));
+    let verified = |engine: usize| {
+        let (clean, said) = verify_in(&hosts.engines[engine].context);
+        assert!(clean, "{said}");
+        said
+    };
+    assert!(!verified(1).contains("was not compared"));
+    for engine in &hosts.engines {
+        engine.cluster.adopt(three.clone()).unwrap();
+    }
+    // It has what is the third host's now.
+    assert!(verified(0).contains("was not compared"));
+}
