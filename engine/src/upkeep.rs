@@ -2,7 +2,6 @@
 //! restore, which notes the damage that it meets.
 
 use std::cell::RefCell;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use crate::detect::{Detector, Partition, Rebuild, Watermark};
@@ -122,14 +121,16 @@ pub struct Filled {
 /// them from the store's directories. `still` says whether it is still wanted.
 ///
 /// # Errors
-/// When the store cannot be read or the index cannot be written; when it is not wanted any more.
+/// [`Kind::Busy`] while the store is repaired or the index rebuilt; when the store cannot be read or the
+/// index cannot be written; when it is not wanted any more.
 pub fn fill_index(
     context: &Context,
     slices: &Slices,
     checkpoints: &mut Checkpoints,
     still: &dyn Fn() -> bool,
 ) -> Result<Filled> {
-    let _only_one = context.rebuilding.lock().unwrap_or_else(PoisonError::into_inner);
+    // A repair takes hours: nobody waits so long for what the index is filled for.
+    let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
     // Before anything is read: what is learned from here on is kept.
     let mut rebuild = context.owners.here().begin_rebuild_as(slices.digest())?;
     let owns = |fingerprint: &_| slices.contains(Slice::of(fingerprint));

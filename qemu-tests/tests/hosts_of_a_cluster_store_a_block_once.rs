@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use qemu_tests::cluster::{Cluster, images, snapshot};
 use qemu_tests::process::Running;
 use qemu_tests::wait::{LONG, SOON, wait_until};
@@ -57,6 +57,39 @@ fn a_host_that_is_killed_holds_up_nobody_for_long_and_comes_back() -> Result {
     let third = cluster.backup(2, "vm2", &paths[1])?.finish(LONG)?.code(0)?;
     ensure!(third.printed().contains("new 0 B"), "{}", third.printed());
     snapshots.push((snapshot("vm2", &third)?, &*paths[1]));
+    cluster.must_be_whole(&snapshots)
+}
+
+#[test]
+fn hosts_that_gave_each_other_up_talk_again() -> Result {
+    let cluster = Cluster::of_a_list_on_hosts(HOSTS)?;
+    let network = cluster.network.as_ref().context("no network")?;
+    let paths = images(cluster.fixture.folder(), HOSTS as u64)?;
+    network.plug(2, false)?;
+    // On both sides somebody waits for the other, until each has given it up.
+    let running: Vec<Running> = [0, 2]
+        .map(|host| cluster.backup(host, &format!("cut{host}"), &paths[host]))
+        .into_iter()
+        .collect::<Result<_>>()?;
+    let mut snapshots = Vec::new();
+    for (host, one) in [0, 2].into_iter().zip(running) {
+        let cut = one.finish(LONG)?.code(0)?;
+        ensure!(!cut.printed().contains("undetected 0"), "{}", cut.printed());
+        snapshots.push((snapshot(&format!("cut{host}"), &cut)?, &*paths[host]));
+    }
+    network.plug(2, true)?;
+    let mut n = 0;
+    wait_until(LONG, "hosts that answer one another", || {
+        n += 1;
+        let asked = [0, 2].map(|host| {
+            let again = cluster.backup(host, &format!("again{n}-{host}"), &paths[1])?;
+            Ok(again.finish(LONG)?.code(0)?.printed().contains("undetected 0"))
+        });
+        asked.into_iter().try_fold(true, |all, one: Result<bool>| Ok(all && one?))
+    })?;
+    let last = cluster.backup(1, "last", &paths[1])?.finish(LONG)?.code(0)?;
+    ensure!(last.printed().contains("new 0 B"), "{}", last.printed());
+    snapshots.push((snapshot("last", &last)?, &*paths[1]));
     cluster.must_be_whole(&snapshots)
 }
 

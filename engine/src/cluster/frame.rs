@@ -29,7 +29,7 @@ pub enum Message {
     /// A session of the sender has ended.
     Withdraw(SessionId),
     /// A container of the sender is sealed and in the journal; of its blocks, those of the receiver.
-    Learn(JournalPosition, Vec<(Fingerprint, Address)>),
+    Learn(MapEpoch, JournalPosition, Vec<(Fingerprint, Address)>),
     /// An answer to a session of the receiver.
     Verdict(SessionId, Sequence, Verdict),
     /// There are no more answers for a session of the receiver, and why.
@@ -134,7 +134,10 @@ impl FrameWriter {
                 self.number(u64::from(*waiting));
             }
             Message::Withdraw(session) => self.begin(WITHDRAW, *session),
-            Message::Learn(position, entries) => self.learn(*position, entries),
+            Message::Learn(epoch, position, entries) => {
+                self.epoch(*epoch);
+                self.learn(*position, entries);
+            }
             Message::Verdict(session, sequence, verdict) => {
                 self.verdict(*session, *sequence, verdict);
             }
@@ -289,7 +292,7 @@ impl<'f> FrameReader<'f> {
             }
             WAITING => Message::Waiting(self.session()?, self.number()? == 1),
             WITHDRAW => Message::Withdraw(self.session()?),
-            LEARN => self.learn()?,
+            LEARN => self.learn(epoch)?,
             STORED => {
                 let (session, sequence) = (self.session()?, self.sequence()?);
                 Message::Verdict(session, sequence, Verdict::Stored(self.address()?))
@@ -346,13 +349,13 @@ impl<'f> FrameReader<'f> {
         Ok((sequences, self.fingerprints(count)?))
     }
 
-    fn learn(&mut self) -> Result<Message> {
+    fn learn(&mut self, epoch: MapEpoch) -> Result<Message> {
         let incarnation = Incarnation(self.small()?);
         let n = self.number()?;
         let count = self.count(MAX_THINGS)?;
         let addresses = (0..count).map(|_| self.address()).collect::<Result<Vec<_>>>()?;
         let entries = self.fingerprints(count)?.into_iter().zip(addresses).collect();
-        Ok(Message::Learn(JournalPosition { incarnation, n }, entries))
+        Ok(Message::Learn(epoch, JournalPosition { incarnation, n }, entries))
     }
 
     fn fingerprints(&mut self, count: usize) -> Result<Vec<Fingerprint>> {
@@ -471,7 +474,7 @@ mod tests {
             (session(), questions()).prop_map(|(s, q)| Message::Release(s, q)),
             (session(), any::<bool>()).prop_map(|(s, w)| Message::Waiting(s, w)),
             session().prop_map(Message::Withdraw),
-            (position, entries).prop_map(|(p, e)| Message::Learn(p, e)),
+            (epoch(), position, entries).prop_map(|(m, p, e)| Message::Learn(m, p, e)),
             (session(), sequence(), verdict()).prop_map(|(s, n, v)| Message::Verdict(s, n, v)),
             (session(), "[a-zé ]{0,30}").prop_map(|(s, r)| Message::Failed(s, r)),
             Just(Message::Advanced),
@@ -546,7 +549,7 @@ mod tests {
         let learned: Vec<_> = (0..count / 5).map(|n| (print(n), at(4 * n))).collect();
         for (n, batch) in learned.chunks(4096).enumerate() {
             let position = JournalPosition { incarnation: Incarnation(5), n: n as u64 };
-            writer.push(&Message::Learn(position, batch.to_vec()));
+            writer.push(&Message::Learn(MapEpoch(1), position, batch.to_vec()));
         }
         let each = writer.len() as f64 / count as f64;
         println!("{each:.1} bytes a request");

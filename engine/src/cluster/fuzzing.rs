@@ -41,7 +41,7 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         Message::Moved(session, MapEpoch(5), asked()),
         Message::Release(session, asked()),
         Message::Waiting(session, true),
-        Message::Learn(position, vec![(fingerprint, at)]),
+        Message::Learn(MapEpoch(5), position, vec![(fingerprint, at)]),
         answer(Verdict::Stored(at)),
         answer(Verdict::Grant),
         answer(Verdict::SameAs(SessionId(1), Sequence(2))),

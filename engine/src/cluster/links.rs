@@ -228,7 +228,7 @@ impl Cluster {
                 }
                 Ok(())
             }
-            Message::Learn(position, entries) => self.learn_from(position, entries),
+            Message::Learn(epoch, position, entries) => self.learn_from(epoch, position, entries),
             Message::Verdict(session, sequence, verdict) => {
                 self.answer(peer, (session, sequence, verdict), &mut heard.answered);
                 Ok(())

@@ -322,11 +322,12 @@ impl Cluster {
         entries: Vec<(Fingerprint, Address)>,
         position: JournalPosition,
     ) -> Result<()> {
-        let mut by_owner = split(&self.map(), entries);
+        let map = self.map();
+        let mut by_owner = split(&map, entries);
         let ours = by_owner.remove(&self.us).unwrap_or_default();
         for host in self.others() {
             let theirs = by_owner.remove(&host).unwrap_or_default();
-            self.put(host, &Message::Learn(position, theirs));
+            self.put(host, &Message::Learn(map.epoch(), position, theirs));
         }
         self.owner.learn(ours, position)
     }

@@ -183,14 +183,13 @@ impl Cluster {
             placement.map = Arc::clone(&map);
             changed
         };
-        self.forget_gone(&map);
-        let late = self.late().take();
-        late.each(|session, asked| self.ask_each(session, asked))?;
-        self.look_at_early()?;
         if changed {
             self.moved.ring(|waiting| waiting.changed = true);
         }
-        Ok(())
+        self.forget_gone(&map);
+        let late = self.late().take();
+        let asked = late.each(|session, asked| self.ask_each(session, asked));
+        asked.and_then(|()| self.look_at_early()).inspect_err(|error| self.fail_all(error))
     }
 
     /// Waits until our part has changed and all hosts can have heard of it, `settle` later, or for
@@ -241,7 +240,7 @@ impl Cluster {
             placement.filling = Slices::default();
             placement.index = placement.map.epoch();
         }
-        self.look_at_early()
+        self.look_at_early().inspect_err(|error| self.fail_all(error))
     }
 
     /// The index cannot be filled now. Who waits for that is told, and does without.
@@ -261,6 +260,20 @@ impl Cluster {
             eprintln!("fleece-engine: questions that nobody answers are lost: {error}");
         }
         self.move_again();
+    }
+
+    /// Questions that waited are lost: nobody goes on waiting for them.
+    fn fail_all(&self, error: &Error) {
+        for asking in self.sessions().values() {
+            asking.answers.fail(error);
+        }
+        self.wake_all();
+        for peer in self.all_peers() {
+            let sessions: Vec<SessionId> = peer.link().sessions.iter().copied().collect();
+            for session in sessions {
+                self.put(peer.host, &Message::Failed(session, error.to_string()));
+            }
+        }
     }
 
     fn look_at_early(&self) -> Result<()> {
@@ -382,18 +395,18 @@ impl Cluster {
         }
     }
 
-    /// Another host tells of its blocks. What is not ours by a map that it does not have yet goes on to
-    /// its owner.
+    /// Another host tells of its blocks, by the map of that epoch. By another one it may have told us of
+    /// too few: then they are read from the journals, so that we have all of ours up to wherever we say.
     pub(super) fn learn_from(
         &self,
+        epoch: MapEpoch,
         position: JournalPosition,
         entries: Vec<(Fingerprint, Address)>,
     ) -> Result<()> {
-        let mut by_owner = super::split(&self.map(), entries);
-        let ours = by_owner.remove(&self.us).unwrap_or_default();
-        for (host, theirs) in by_owner {
-            self.put(host, &Message::Learn(position, theirs));
+        if self.map().epoch() == epoch {
+            self.owner.learn(entries, position)
+        } else {
+            self.owner.refill()
         }
-        self.owner.learn(ours, position)
     }
 }

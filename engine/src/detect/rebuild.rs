@@ -15,6 +15,8 @@ use crate::sort::{Sorted, Sorter};
 
 /// Fingerprint, arrival counted down so that the last one fed comes first, address.
 const RECORD: usize = Fingerprint::LEN + 8 + Address::LEN;
+/// Addresses of one fingerprint that are told apart: more need as many faults.
+const MAX_OTHERS: usize = 64;
 
 /// A new index in the making, beside the present one. It may be fed and built on another thread;
 /// it takes half a pass's memory. Dropped, it leaves the present index as it is.
@@ -66,7 +68,8 @@ impl Rebuild {
     /// journal entry that there was when [`super::Detector::rebuild`] was called.
     pub fn build(self, watermark: Watermark) -> Result<Rebuilt> {
         let Rebuild { dir, options, first_number, sorter, token, .. } = self;
-        let mut newest = Newest { sorted: sorter.finish()?, head: None, duplicates: 0 };
+        let mut newest =
+            Newest { sorted: sorter.finish()?, others: Vec::new(), head: None, duplicates: 0 };
         newest.advance()?;
         let (mut bases, mut entries) = (Vec::new(), 0);
         // How many entries a partition has is not known before; fingerprints are spread evenly, and
@@ -119,6 +122,8 @@ impl Rebuilt {
 /// The last fed entry of each fingerprint, ascending.
 struct Newest {
     sorted: Sorted<RECORD>,
+    /// Further addresses of the same fingerprint.
+    others: Vec<Address>,
     head: Option<Entry>,
     duplicates: u64,
 }
@@ -126,6 +131,7 @@ struct Newest {
 impl Newest {
     fn advance(&mut self) -> Result<()> {
         let last = self.head;
+        self.others.clear();
         loop {
             let Some(record) = self.sorted.next()? else {
                 self.head = None;
@@ -135,7 +141,12 @@ impl Newest {
             let address = Address::from_bytes(take(&record[28..]));
             match last {
                 Some((same, newest)) if same == fingerprint => {
-                    self.duplicates += u64::from(address != newest);
+                    // What is fed twice is one.
+                    let is_new = address != newest && !self.others.contains(&address);
+                    if is_new && self.others.len() < MAX_OTHERS {
+                        self.others.push(address);
+                    }
+                    self.duplicates += u64::from(is_new);
                 }
                 _ => {
                     self.head = Some((fingerprint, address));

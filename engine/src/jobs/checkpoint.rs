@@ -22,8 +22,8 @@ use crate::store::shards::{self, CheckpointId, Record, Writer};
 /// Containers that one checkpoint is of, at most: their ids take half a MiB while it is written. What
 /// there is besides is of the next one.
 const MAX_CONTAINERS: usize = 64 << 10;
-/// Records that are kept in memory, the newest ones: about 2 KiB each with 100 hosts. Those of other
-/// slices are not kept at all.
+/// Records that are kept in memory: about 2 KiB each with 100 hosts. Those of other slices are not kept at
+/// all, so that some thirty of each host that owned ours are to be expected.
 const MAX_RECORDS: usize = 1024;
 
 /// A set of slices whose entries are in checkpoints up to a place in the journals.
@@ -162,7 +162,10 @@ impl Checkpoints {
     /// Records of complete checkpoints that have something of these slices.
     fn records(&mut self, store: &Store, wanted: &Slices) -> Result<Vec<(CheckpointId, Record)>> {
         let mut records = Vec::new();
-        for id in shards::list(store)?.into_iter().rev() {
+        let mut ids = shards::list(store)?;
+        // About as they were written: what a chain begins with comes first, of all hosts.
+        ids.sort_unstable_by_key(|id| (id.n, id.host));
+        for id in ids {
             if self.damaged.contains(&id) {
                 continue;
             }
@@ -181,8 +184,6 @@ impl Checkpoints {
                 break;
             }
         }
-        // Those that come first in a chain come first.
-        records.reverse();
         Ok(records)
     }
 

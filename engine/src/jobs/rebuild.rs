@@ -37,8 +37,7 @@ const MAX_PROBLEMS: usize = 100;
 
 /// Calls `each` with every sound block of every container of blocks that was recorded after
 /// `after` (nothing: from the beginning), in batches. Dead, forwarded and damaged slots are
-/// passed over; so is, with a message, what cannot be read: an index without it only
-/// costs space.
+/// passed over; so is, with a message, what is damaged: an index without it only costs space.
 ///
 /// # Errors
 /// When the store cannot be read, or the first of `each`.
@@ -62,6 +61,12 @@ pub fn each_entry(
             Ok(count) => {
                 rebuilt.containers += 1;
                 rebuilt.entries += count;
+            }
+            // What cannot be read now, but later: whoever takes the index for whole would miss it for ever.
+            Err(Failure::Store(error))
+                if matches!(error.kind(), Kind::Failed | Kind::NotPermitted | Kind::Busy) =>
+            {
+                return Err(error);
             }
             Err(Failure::Store(error)) => rebuilt.problem(&error),
             Err(Failure::Callback(error)) => return Err(error),

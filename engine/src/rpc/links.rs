@@ -30,6 +30,10 @@ const IN_FLIGHT: usize = 4;
 /// every 16 s, about twice before it would be given up.
 const TURN: Duration = Duration::from_secs(1);
 
+/// A link over which nothing went for so long leaves its place at the other host to whoever has something to
+/// say; that the other one is there is seen when the next link is made.
+const PATIENT: Duration = Duration::from_secs(5);
+
 /// Places of links to other hosts.
 pub(super) struct Places {
     places: Semaphore,
@@ -44,15 +48,40 @@ impl Places {
 
     /// Waits for one, in the order of those who wait.
     async fn take(&self) -> Result<SemaphorePermit<'_>> {
-        self.waiting.set(self.waiting.get() + 1);
+        let _waiting = Waiting::new(&self.waiting);
         let place = self.places.acquire().await;
-        self.waiting.set(self.waiting.get() - 1);
         place.map_err(|_| Error::new(Kind::Failed, "the engine is ending"))
     }
 
     fn are_wanted(&self) -> bool {
         self.waiting.get() > 0
     }
+}
+
+/// Counted as long as it is there: a task that waits may be ended at any moment.
+struct Waiting<'c>(&'c Cell<usize>);
+
+impl<'c> Waiting<'c> {
+    fn new(count: &'c Cell<usize>) -> Self {
+        count.set(count.get() + 1);
+        Waiting(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+/// How a link ended that did not break.
+enum Ended {
+    /// It is not needed, or others need its place.
+    Done,
+    /// All that is left is to wait for answers, which come by a link of the other host.
+    OnlyWaits,
+    /// The other host cannot reach this one.
+    Unreached,
 }
 
 /// Makes a link to a host whenever one is needed, for ever.
@@ -63,32 +92,39 @@ pub(super) async fn keep_link(peers: Rc<Peers>, host: HostId, bell: Arc<Notify>)
             // Answers that are awaited ring no bell.
             let _ = timeout(AGAIN, bell.notified()).await;
         }
-        let Ok(_place) = peers.outgoing.take().await else { return };
-        let ended = link(&peers, host, &bell).await;
-        match ended {
-            Ok(()) => said.clear(),
+        let ended = {
+            let Ok(_place) = peers.outgoing.take().await else { return };
+            link(&peers, host, &bell).await
+        };
+        let why = match ended {
+            Ok(Ended::Done) => {
+                said.clear();
+                continue;
+            }
+            Ok(Ended::OnlyWaits) => String::new(),
+            // It was reached, which is what it has to hear.
+            Ok(Ended::Unreached) => format!("host {} cannot reach this one: see its log", host.0),
             Err(error) => {
                 peers.cluster.disconnected(host);
-                // Once for each reason: a host may be away for days.
-                let why = error.to_string();
-                if why != said {
-                    eprintln!("fleece-engine: {why}");
-                    said = why;
-                }
-                tokio::time::sleep(AGAIN).await;
+                error.to_string()
             }
+        };
+        // Once for each reason: a host may be away for days.
+        if why != said && !why.is_empty() {
+            eprintln!("fleece-engine: {why}");
         }
+        said = why;
+        tokio::time::sleep(AGAIN).await;
     }
 }
 
 /// One link, until it is not needed any more or breaks.
-async fn link(peers: &Peers, host: HostId, bell: &Notify) -> Result<()> {
+async fn link(peers: &Peers, host: HostId, bell: &Notify) -> Result<Ended> {
     let ours = peers.cluster.instance(host);
     with_host(peers, (host, ours), async |client, instance, welcome| {
         if welcome.unreached {
             peers.cluster.unreached(host, instance);
-            let what = format!("host {} cannot reach this one", host.0);
-            return Err(Error::new(Kind::Failed, format!("{what}: see its log")));
+            return Ok(Ended::Unreached);
         }
         let next = peers.cluster.connected((host, ours), instance, welcome.received)?;
         send(peers, (host, ours), &client, bell, next).await
@@ -168,20 +204,20 @@ async fn send(
     client: &peer::Client,
     bell: &Notify,
     mut next: FrameNumber,
-) -> Result<()> {
+) -> Result<Ended> {
     let mut in_flight = FuturesOrdered::new();
     let begun = Instant::now();
-    let mut needed = begun;
+    let (mut needed, mut spoken) = (begun, begun);
     loop {
         let enough = begun.elapsed() > TURN && peers.outgoing.are_wanted();
         if enough && in_flight.is_empty() {
-            return Ok(());
+            return Ok(Ended::Done);
         }
         while !enough
             && in_flight.len() < IN_FLIGHT
             && let Some((number, frame)) = peers.cluster.next((host, ours), next)?
         {
-            next = FrameNumber(number.0 + 1);
+            (next, spoken) = (FrameNumber(number.0 + 1), Instant::now());
             in_flight.push_back(deliver(client, number, &frame));
         }
         tokio::select! {
@@ -193,12 +229,17 @@ async fn send(
                 if peers.outgoing.are_wanted() {
                     continue;
                 }
-                if peers.cluster.needs(host) {
-                    needed = Instant::now();
-                    in_flight.push_back(deliver(client, FrameNumber(0), &[]));
-                } else if needed.elapsed() > IDLE {
-                    return Ok(());
+                if !peers.cluster.needs(host) {
+                    if needed.elapsed() > IDLE {
+                        return Ok(Ended::Done);
+                    }
+                    continue;
                 }
+                needed = Instant::now();
+                if spoken.elapsed() > PATIENT {
+                    return Ok(Ended::OnlyWaits);
+                }
+                in_flight.push_back(deliver(client, FrameNumber(0), &[]));
             }
         }
     }

@@ -27,7 +27,12 @@ impl Verifier<'_> {
     fn check_checkpoints(&mut self) -> Result<()> {
         let store = self.store;
         for id in shards::list(store)? {
-            let read = shards::read_record(store, id).and_then(|record| {
+            let record = match shards::read_record(store, id) {
+                // It is being written, or was never finished.
+                Err(error) if error.kind() == Kind::NotFound => continue,
+                record => record,
+            };
+            let read = record.and_then(|record| {
                 (0..record.parts).try_for_each(|part| shards::read_part(store, id, part).map(drop))
             });
             match read {
@@ -36,8 +41,6 @@ impl Verifier<'_> {
                     let message = format!("{error}; hosts read directories instead");
                     self.tell(&Event::Note { object, message })?;
                 }
-                // Without a record it is being written, or was never finished.
-                Err(error) if error.kind() == Kind::NotFound => {}
                 read => read?,
             }
         }
