@@ -13,6 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use etcd_client::{
@@ -20,6 +21,7 @@ use etcd_client::{
     PutOptions, Txn, TxnOp,
 };
 use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
@@ -142,6 +144,8 @@ pub struct Membership {
     announcement: Announcement,
     /// Where the map that we had last is.
     kept: PathBuf,
+    /// Dropped when the lease of the start is not needed any more.
+    starting: Arc<Mutex<Option<oneshot::Sender<()>>>>,
 }
 
 /// A connection to etcd, with our lease.
@@ -187,6 +191,7 @@ impl Membership {
             name: config.name.clone(),
             announcement: Announcement { address, capacity: config.capacity, engine },
             kept: state_dir.join("map.json"),
+            starting: Arc::default(),
         }
     }
 
@@ -195,25 +200,15 @@ impl Membership {
     /// # Errors
     /// When there is neither; [`Kind::Busy`] while another engine is this host.
     pub fn join(&self) -> Result<PartitionMap> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .context(|| "cannot start the runtime".into())?;
-        let joined = runtime.block_on(async {
-            let begun = Instant::now();
-            loop {
-                match Box::pin(self.try_join()).await {
-                    Ok(document) => break Ok(document),
-                    Err(error) => {
-                        let is_taken = error.kind() == Kind::Busy;
-                        if begun.elapsed() >= if is_taken { SUCCEED } else { START } {
-                            break Err(error);
-                        }
-                        tokio::time::sleep(LOOK).await;
-                    }
-                }
-            }
-        });
+        let (tell, told) = std::sync::mpsc::channel();
+        let (over, is_over) = oneshot::channel();
+        *self.starting.lock().unwrap_or_else(PoisonError::into_inner) = Some(over);
+        let us = self.clone();
+        std::thread::Builder::new()
+            .name("lease".into())
+            .spawn(move || us.join_and_stay(&tell, is_over))
+            .context(|| "cannot start the thread that joins".into())?;
+        let joined = told.recv().unwrap_or_else(|_| Err(self.failed("nobody asked it")));
         match joined {
             Ok(document) => {
                 self.keep(&document);
@@ -229,7 +224,45 @@ impl Membership {
         }
     }
 
-    async fn try_join(&self) -> Result<Document> {
+    /// Joins, tells of it, and keeps the lease until [`Membership::run`] has one of its own: reading what
+    /// was stored meanwhile may take longer than a lease.
+    fn join_and_stay(
+        &self,
+        tell: &std::sync::mpsc::Sender<Result<Document>>,
+        is_over: oneshot::Receiver<()>,
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = match runtime.context(|| "cannot start the runtime".into()) {
+            Ok(runtime) => runtime,
+            Err(error) => return drop(tell.send(Err(error))),
+        };
+        runtime.block_on(async {
+            let begun = Instant::now();
+            let joined = loop {
+                match Box::pin(self.try_join()).await {
+                    Ok(joined) => break Ok(joined),
+                    Err(error) => {
+                        let is_taken = error.kind() == Kind::Busy;
+                        if begun.elapsed() >= if is_taken { SUCCEED } else { START } {
+                            break Err(error);
+                        }
+                        tokio::time::sleep(LOOK).await;
+                    }
+                }
+            };
+            match joined {
+                Ok((document, _registered)) => {
+                    // Whoever waits for it is the engine that starts: if that has ended, so does this.
+                    if tell.send(Ok(document)).is_ok() {
+                        let _ = is_over.await;
+                    }
+                }
+                Err(error) => drop(tell.send(Err(error))),
+            }
+        });
+    }
+
+    async fn try_join(&self) -> Result<(Document, Registered)> {
         let mut registered = Box::pin(self.register()).await?;
         for _ in 0..TRIES {
             let seen = self.look(&mut registered).await?;
@@ -244,7 +277,7 @@ impl Membership {
                 None => seen.map.ok_or_else(|| self.failed("no map, and none can be made"))?,
             };
             if document.hosts.iter().any(|member| member.name == self.name) {
-                return Ok(document);
+                return Ok((document, registered));
             }
         }
         Err(self.failed("others change the map all the time"))
@@ -388,7 +421,7 @@ impl Membership {
     }
 
     /// Stays a member and goes by every newer map, for ever. Runs on a `LocalSet`.
-    pub async fn run(self: Rc<Self>, cluster: std::sync::Arc<Cluster>) {
+    pub async fn run(self: Rc<Self>, cluster: Arc<Cluster>) {
         let mut registered = None;
         let mut said = false;
         let mut tick = interval(LOOK);
@@ -397,6 +430,7 @@ impl Membership {
             tick.tick().await;
             match Box::pin(self.step(&mut registered, &cluster)).await {
                 Ok(()) => {
+                    *self.starting.lock().unwrap_or_else(PoisonError::into_inner) = None;
                     if std::mem::take(&mut said) {
                         eprintln!("fleece-engine: etcd answers again");
                     }
@@ -414,7 +448,7 @@ impl Membership {
     async fn step(
         &self,
         registered: &mut Option<Registered>,
-        cluster: &std::sync::Arc<Cluster>,
+        cluster: &Arc<Cluster>,
     ) -> Result<()> {
         let registered = match registered {
             Some(registered) => registered,
@@ -431,11 +465,11 @@ impl Membership {
         }
         let Some(document) = seen.map else { return Ok(()) };
         if document.epoch > cluster.map().epoch() {
-            let (cluster, map) = (std::sync::Arc::clone(cluster), document.map()?);
+            let (cluster, map) = (Arc::clone(cluster), document.map()?);
             let (epoch, hosts) = (document.epoch.0, document.hosts.len());
             eprintln!("fleece-engine: partition map {epoch}: {hosts} hosts");
             // Its locks and files are not for this thread, nor for the one that looks names up.
-            let (done, adopted) = tokio::sync::oneshot::channel();
+            let (done, adopted) = oneshot::channel();
             std::thread::Builder::new()
                 .name("adopt".into())
                 .spawn(move || done.send(cluster.adopt(map)))
@@ -486,85 +520,4 @@ impl Membership {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    fn seen(hosts: &[&str], drained: &[&str], map: Option<Document>) -> Seen {
-        let announce = |name: &&str| {
-            (
-                (*name).to_owned(),
-                Announcement { address: format!("{name}:1"), capacity: 1, engine: Incarnation(1) },
-            )
-        };
-        Seen {
-            hosts: hosts.iter().map(announce).collect(),
-            drained: drained.iter().map(|name| (*name).to_owned()).collect(),
-            map,
-            revision: 0,
-        }
-    }
-
-    #[test]
-    fn a_map_follows_its_hosts_and_numbers_stay() {
-        let first = seen(&["b", "c"], &[], None).next().unwrap();
-        assert_eq!(first.epoch, MapEpoch(1));
-        let fits = seen(&["b", "c"], &[], Some(first.clone()));
-        assert_eq!(fits.next(), None);
-        let joined = seen(&["a", "b", "c"], &[], Some(first)).next().unwrap();
-        let number = |map: &Document, name: &str| map.numbers[name].0;
-        assert_eq!(["a", "b", "c"].map(|name| number(&joined, name)), [2, 0, 1]);
-        let left = seen(&["a", "c"], &[], Some(joined)).next().unwrap();
-        assert_eq!((left.epoch, left.hosts.len()), (MapEpoch(3), 2));
-        // Its number is nobody else's, and its own again.
-        let other = seen(&["a", "c", "d"], &[], Some(left)).next().unwrap();
-        assert_eq!(number(&other, "d"), 3);
-        let back = seen(&["a", "b", "c", "d"], &[], Some(other)).next().unwrap();
-        assert_eq!(number(&back, "b"), 0);
-        let text = serde_json::to_vec(&back).unwrap();
-        assert_eq!(Document::decode(&text).unwrap(), back);
-        let later = Document { version: 2, ..back };
-        assert!(Document::decode(&serde_json::to_vec(&later).unwrap()).is_err());
-    }
-
-    #[test]
-    fn a_drained_host_owns_nothing_unless_all_are() {
-        let map = seen(&["a", "b"], &["b"], None).next().unwrap();
-        let map = map.map().unwrap();
-        assert!(map.slices(map.host("b").unwrap()).is_empty());
-        assert_eq!(seen(&["a", "b"], &["a", "b"], None).next(), None);
-    }
-
-    #[test]
-    fn where_etcd_has_lost_its_map_or_was_set_back_the_last_one_goes_on() {
-        let dir = tempfile::tempdir().unwrap();
-        let membership = Membership {
-            endpoints: Vec::new(),
-            prefix: String::new(),
-            name: "a".into(),
-            announcement: Announcement {
-                address: String::new(),
-                capacity: 1,
-                engine: Incarnation(1),
-            },
-            kept: dir.path().join("map.json"),
-        };
-        let nothing = seen(&["a", "b"], &[], None);
-        let next = |seen: &Seen| membership.next(seen, MapEpoch(2));
-        assert_eq!(next(&nothing).unwrap().epoch, MapEpoch(1));
-        let joined = seen(&["a", "b", "c"], &[], nothing.next()).next().unwrap();
-        membership.keep(&joined);
-        let again = next(&seen(&["a", "b", "c"], &[], None)).unwrap();
-        assert_eq!((again.epoch, &again.numbers), (MapEpoch(3), &joined.numbers));
-        // Not all are there yet.
-        let some = next(&nothing).unwrap();
-        assert_eq!(
-            (some.epoch, some.hosts.len(), &some.numbers),
-            (MapEpoch(3), 2, &joined.numbers)
-        );
-        // It was set back to the map before.
-        let back = seen(&["a", "b", "c"], &[], nothing.next());
-        let again = next(&back).unwrap();
-        assert_eq!((again.epoch, &again.numbers), (MapEpoch(3), &joined.numbers));
-        assert_eq!(next(&seen(&["a", "b", "c"], &[], Some(joined))), None);
-    }
-}
+mod tests;

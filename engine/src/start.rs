@@ -1,6 +1,7 @@
 //! Bringing an engine up: store, index, owner; and down again.
 
 use std::path::Path;
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -25,12 +26,15 @@ use crate::session::registry::Registry;
 use crate::store::commit::Manifests;
 use crate::store::format::random;
 use crate::store::keys::StoreKey;
-use crate::store::{Store, StoreOptions};
+use crate::store::{Location, Store, StoreOptions};
 use crate::upkeep;
 
 /// How long after its own writes a session leaves the rest to those who hold the grants:
 /// longer than a busy writer needs for a container, shorter than people wait.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A store that takes longer to answer is worth a word.
+const SAY_AFTER: Duration = Duration::from_secs(5);
 
 /// A running engine but for its socket.
 pub struct Started {
@@ -73,7 +77,7 @@ pub fn start(config: &Config) -> Result<Started> {
     let key = StoreKey::load(&config.key)?;
     let location = config.location()?;
     let options = StoreOptions { budget: budget.store(), compression: config.compression_level };
-    let store = Store::open(&location, key, state, options)?;
+    let store = slowly(&location, || Store::open(&location, key, state, options))?;
     sweep(&work_dir);
     let mut options = DetectOptions::new(store.id());
     options.partition_bits = config.partition_bits;
@@ -127,6 +131,23 @@ pub fn start(config: &Config) -> Result<Started> {
     };
     let mover = start_mover(&context)?;
     Ok(Started { context, thread: Some(thread), mover, bells, membership })
+}
+
+/// Does what may wait for a server, and says so if it takes long.
+fn slowly<T>(location: &Location, work: impl FnOnce() -> T) -> T {
+    let (done, waits) = std::sync::mpsc::channel::<()>();
+    let what = format!("fleece-engine: the store at {location} does not answer yet");
+    let says = std::thread::Builder::new().name("patience".into()).spawn(move || {
+        if waits.recv_timeout(SAY_AFTER) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("{what}");
+        }
+    });
+    let outcome = work();
+    drop(done);
+    if let Ok(says) = says {
+        let _ = says.join();
+    }
+    outcome
 }
 
 fn membership(config: &Config, store: &Store) -> Result<Option<Membership>> {
