@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::cluster::map::PartitionMap;
 use crate::cluster::{Cluster, Move};
 use crate::error::Result;
-use crate::jobs::checkpoint::{Checkpoints, Part};
+use crate::jobs::checkpoint::{Checkpoints, OwnPart};
 use crate::session::Context;
 use crate::store::shards;
 use crate::upkeep;
@@ -79,7 +79,7 @@ fn checkpoint(
 ) -> Result<()> {
     let Some(map) = cluster.settled() else { return Ok(()) };
     let (host, epoch, slices) = (cluster.us(), map.epoch(), map.slices(cluster.us()));
-    let part = Part { host, map_epoch: epoch.0, slices: &slices };
+    let part = OwnPart { host, map_epoch: epoch.0, slices: &slices };
     let figures = context.owners.figures();
     let entries = figures.unique_blocks.load(Ordering::Relaxed);
     if !slices.is_empty() && checkpoints.is_due(&context.store, &part, (entries, least))? {

@@ -503,8 +503,8 @@ impl OwnerThread {
                 self.refill_at = Some(Instant::now());
                 Ok(())
             }
-            command => {
-                self.reply(command);
+            question => {
+                self.reply(question);
                 Ok(())
             }
         };
@@ -514,8 +514,8 @@ impl OwnerThread {
     }
 
     /// Answers who waits for it; one that does not any more needs no answer.
-    fn reply(&mut self, command: Command) {
-        match command {
+    fn reply(&mut self, question: Command) {
+        match question {
             Command::Describe { reply } => drop(reply.send(self.describe())),
             Command::Entries { partition, after, reply } => {
                 drop(reply.send(self.entries(partition, after)));
@@ -529,7 +529,15 @@ impl OwnerThread {
                 drop(reply.send(self.detector.install(rebuilt)));
                 self.publish_figures();
             }
-            _ => {}
+            // None of these is a question.
+            Command::Register { .. }
+            | Command::Ask { .. }
+            | Command::Release { .. }
+            | Command::Waiting { .. }
+            | Command::Learn { .. }
+            | Command::Withdraw { .. }
+            | Command::Refill
+            | Command::Stop => {}
         }
     }
 

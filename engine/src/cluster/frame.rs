@@ -28,7 +28,8 @@ pub enum Message {
     Waiting(SessionId, bool),
     /// A session of the sender has ended.
     Withdraw(SessionId),
-    /// A container of the sender is sealed and in the journal; of its blocks, those of the receiver.
+    /// A container of the sender is sealed and in the journal; of its blocks, those that are the
+    /// receiver's by the map of that epoch.
     Learn(MapEpoch, JournalPosition, Vec<(Fingerprint, Address)>),
     /// An answer to a session of the receiver.
     Verdict(SessionId, Sequence, Verdict),

@@ -115,7 +115,7 @@ pub struct Checkpoints {
 }
 
 /// What a host writes checkpoints of.
-pub struct Part<'p> {
+pub struct OwnPart<'p> {
     /// Its number.
     pub host: HostId,
     /// The map that it goes by.
@@ -195,7 +195,7 @@ impl Checkpoints {
     pub fn is_due(
         &mut self,
         store: &Store,
-        part: &Part<'_>,
+        part: &OwnPart<'_>,
         (entries, least): (u64, u64),
     ) -> Result<bool> {
         let written = match self.written {
@@ -220,7 +220,7 @@ impl Checkpoints {
         &mut self,
         store: &Store,
         owner: &Owner,
-        part: &Part<'_>,
+        part: &OwnPart<'_>,
         (written_ms, still): (i64, &dyn Fn() -> bool),
     ) -> Result<Option<u64>> {
         let before = Covered::by(&self.records(store, part.slices)?, part.slices);

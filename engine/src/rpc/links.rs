@@ -27,7 +27,8 @@ use crate::ids::HostId;
 /// Frames on their way to one host: enough to hide a round trip.
 const IN_FLIGHT: usize = 4;
 /// A link ends after as long where other hosts wait for its place: of 255 hosts each then has its turn
-/// every 16 s, about twice before it would be given up.
+/// every 16 s, about twice before it would be given up. On one that has nothing else to say, between two
+/// signs of life.
 const TURN: Duration = Duration::from_secs(1);
 
 /// A link over which nothing went for so long leaves its place at the other host to whoever has something to

@@ -38,8 +38,7 @@ use crate::session::Context;
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// Links at a time, each way: with TLS each takes some 100 KiB here and as much in the kernel.
 pub(super) const LINKS: usize = 16;
-/// Between two signs of life on a link that has nothing else to say. One that is not needed any more
-/// ends after as long: what comes next often comes at once.
+/// A link that is not needed any more ends after as long: what comes next often comes at once.
 pub(super) const IDLE: Duration = Duration::from_secs(2);
 /// Between two looks at the list of revoked certificates.
 const LOOK: Duration = Duration::from_secs(1);

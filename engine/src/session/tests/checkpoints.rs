@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use super::cluster::{Hosts, PACE, map, wait_filled};
 use super::*;
-use crate::jobs::checkpoint::{Checkpoints, Part};
+use crate::jobs::checkpoint::{Checkpoints, OwnPart};
 use crate::moving::Pace;
 use crate::store::shards;
 
@@ -21,7 +21,7 @@ fn checkpointed(image: &[u8]) -> (Hosts, Manifest) {
     let written = hosts.engines[..2].iter().map(|engine| {
         let (host, slices) =
             (engine.cluster.us(), engine.cluster.map().slices(engine.cluster.us()));
-        let part = Part { host, map_epoch: 1, slices: &slices };
+        let part = OwnPart { host, map_epoch: 1, slices: &slices };
         let (store, owner) = (&engine.context.store, engine.context.owners.here());
         Checkpoints::default().write(store, owner, &part, (7, &|| true)).unwrap().unwrap()
     });
