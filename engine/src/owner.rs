@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
-use crate::detect::{Detector, JournalPosition, Partition, Rebuild, Rebuilt, Verdict, Watermark};
+use crate::detect::{Detector, JournalPosition, Partition, Rebuild, Rebuilt, Watermark};
 use crate::error::{Error, Kind, Result};
 use crate::hosts::PartitionReport;
-use crate::ids::{Address, Fingerprint, Sequence, SessionId};
+use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slices};
+use crate::part::{Asker, Entry, HandOver, Part};
 
 /// Commands that wait for the owner: a batch of requests is at most 160 KiB, so this
 /// bounds what waits to a few MiB.
@@ -25,45 +26,6 @@ const PASS_TRIES: u32 = 5;
 /// Entries in one answer of [`Owner::entries_after`].
 const EXPORT_ENTRIES: usize = 4096;
 
-/// How a session hears that it has new answers; must not block.
-pub type Wake = Arc<dyn Fn() + Send + Sync>;
-
-/// A session that asks, here or on another host. The owner calls it from its thread: nothing here
-/// may wait.
-pub trait Asker: Send + Sync {
-    /// Takes an answer.
-    ///
-    /// # Errors
-    /// When it cannot be kept: the session fails alone.
-    fn answer(&self, sequence: Sequence, verdict: &Verdict) -> Result<()>;
-    /// There are no more answers, and why.
-    fn fail(&self, error: &Error);
-    /// A pass has answered.
-    fn answered(&self);
-    /// Blocks were sealed or a session ended, for the `progress`th time.
-    fn advanced(&self, progress: u64);
-}
-
-/// The owner of this host's part of the fingerprints, as a cluster needs it. Errors: the engine is ending.
-pub trait Part: Send + Sync {
-    /// A session asks from now on.
-    fn register(&self, session: SessionId, asker: Arc<dyn Asker>) -> Result<()>;
-    /// Asks about blocks.
-    fn ask(&self, session: SessionId, asked: Vec<(Fingerprint, Sequence)>) -> Result<()>;
-    /// Gives grants back.
-    fn release(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()>;
-    /// Whether the session waits for nothing but answers.
-    fn waiting(&self, session: SessionId, waiting: bool) -> Result<()>;
-    /// A container is sealed and in the journal.
-    fn learn(&self, entries: Vec<Entry>, position: JournalPosition) -> Result<()>;
-    /// A session has ended.
-    fn withdraw(&self, session: SessionId);
-    /// Others may have said less than the journals do.
-    fn refill(&self) -> Result<()>;
-    /// Elsewhere blocks were sealed or a session ended.
-    fn advanced(&self);
-}
-
 impl Part for Owner {
     fn register(&self, session: SessionId, asker: Arc<dyn Asker>) -> Result<()> {
         self.register(session, asker)
@@ -75,6 +37,14 @@ impl Part for Owner {
 
     fn release(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()> {
         self.release(session, grants)
+    }
+
+    fn claim(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        self.send(Command::Claim { session, grants })
+    }
+
+    fn keep(&self, slices: Slices, hand: HandOver) -> Result<()> {
+        self.send(Command::Keep { slices, hand })
     }
 
     fn waiting(&self, session: SessionId, waiting: bool) -> Result<()> {
@@ -105,6 +75,8 @@ enum Command {
     Register { session: SessionId, asker: Arc<dyn Asker> },
     Ask { session: SessionId, requests: Vec<(Fingerprint, Sequence)> },
     Release { session: SessionId, grants: Vec<(Fingerprint, Sequence)> },
+    Claim { session: SessionId, grants: Vec<(Fingerprint, Sequence)> },
+    Keep { slices: Slices, hand: HandOver },
     Waiting { session: SessionId, waiting: bool },
     Learn { entries: Vec<(Fingerprint, Address)>, position: JournalPosition },
     Withdraw { session: SessionId },
@@ -116,9 +88,6 @@ enum Command {
     Install { rebuilt: Rebuilt, reply: Sender<Result<()>> },
     Stop,
 }
-
-/// A block and where it is.
-pub type Entry = (Fingerprint, Address);
 
 /// Figures of the index that others may read at any time.
 #[derive(Default)]
@@ -164,6 +133,7 @@ impl Owner {
             last_passes: HashMap::new(),
             has_advanced: false,
             failed_passes: 0,
+            hand: None,
             refill,
             refill_at: None,
         };
@@ -345,6 +315,8 @@ struct OwnerThread {
     /// Blocks were sealed or a session ended, and the sessions were not told yet.
     has_advanced: bool,
     failed_passes: u32,
+    /// Where grants go for what is not ours any more.
+    hand: Option<HandOver>,
     refill: Refill,
     /// When the index is to be brought up to the journals again.
     refill_at: Option<Instant>,
@@ -456,7 +428,10 @@ impl OwnerThread {
                 asker.answered();
             }
         }
-        Ok(())
+        match &self.hand {
+            Some(hand) => self.detector.hand_over(|session, grants| hand(session, grants)),
+            None => Ok(()),
+        }
     }
 
     fn obey(&mut self, command: Command) {
@@ -472,6 +447,12 @@ impl OwnerThread {
             Command::Release { session, grants } => {
                 let released = self.detector.release(session, &grants);
                 self.fail_if(session, released)
+            }
+            Command::Claim { session, grants } => self.detector.claim(session, &grants),
+            Command::Keep { slices, hand } => {
+                self.detector.keep(slices);
+                self.hand = Some(hand);
+                Ok(())
             }
             Command::Waiting { session, waiting } => {
                 if waiting {
@@ -533,6 +514,8 @@ impl OwnerThread {
             Command::Register { .. }
             | Command::Ask { .. }
             | Command::Release { .. }
+            | Command::Claim { .. }
+            | Command::Keep { .. }
             | Command::Waiting { .. }
             | Command::Learn { .. }
             | Command::Withdraw { .. }

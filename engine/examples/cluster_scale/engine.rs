@@ -12,9 +12,10 @@ use fleece_engine::cluster::{Cluster, Here, Instance};
 use fleece_engine::detect::{DetectOptions, Detector, JournalPosition, Verdict};
 use fleece_engine::error::{Error, Result};
 use fleece_engine::ids::{
-    Address, ContainerId, Fingerprint, HostId, Incarnation, Sequence, SessionId, Slot, StoreId,
+    Address, ContainerId, Fingerprint, HostId, Incarnation, Sequence, SessionId, Slices, Slot,
+    StoreId,
 };
-use fleece_engine::owner::{Asker, Entry, Part};
+use fleece_engine::part::{Asker, Entry, HandOver, Part, Wake};
 use fleece_engine::session::answers::Answers;
 use fleece_engine::session::registry::Registry;
 
@@ -71,6 +72,15 @@ impl Part for Owned {
 
     fn release(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()> {
         self.push(Command::Release(session, grants));
+        Ok(())
+    }
+
+    fn claim(&self, _: SessionId, _: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        // Only where the map changes, which here it never does.
+        Ok(())
+    }
+
+    fn keep(&self, _: Slices, _: HandOver) -> Result<()> {
         Ok(())
     }
 
@@ -234,7 +244,7 @@ impl Engine {
         answers.open(0);
         let local = Local { host: us, answers: Arc::clone(&answers) };
         self.owned.register(id, Arc::new(local))?;
-        let wake: fleece_engine::owner::Wake = Arc::new(|| ());
+        let wake: Wake = Arc::new(|| ());
         self.cluster.register(id, &answers, &wake);
         self.costs.until_now(Some(Stage::Sessions), begun);
         self.sessions.push(Session { id, answers, contents, asked: Vec::new() });

@@ -22,6 +22,11 @@ pub enum Message {
     Ask(SessionId, MapEpoch, Vec<(Fingerprint, Sequence)>),
     /// Questions come back: by the map of that epoch the sender does not own what they are about.
     Moved(SessionId, MapEpoch, Vec<(Fingerprint, Sequence)>),
+    /// Grants of a session of the receiver: by the map of that epoch another host answers for these blocks.
+    Handed(SessionId, MapEpoch, Vec<(Fingerprint, Sequence)>),
+    /// Grants that a session of the sender holds, for blocks that the receiver answers for by the map of that
+    /// epoch.
+    Claim(SessionId, MapEpoch, Vec<(Fingerprint, Sequence)>),
     /// Grants that a session of the sender gives back.
     Release(SessionId, Vec<(Fingerprint, Sequence)>),
     /// Whether a session of the sender waits for nothing but answers.
@@ -74,6 +79,8 @@ const GAVE_UP: u8 = 12;
 const RESET: u8 = 13;
 const MOVED: u8 = 14;
 const BEHIND: u8 = 16;
+const HANDED: u8 = 17;
+const CLAIM: u8 = 18;
 /// No message: the epoch of all that follows.
 const EPOCH: u8 = 15;
 
@@ -121,13 +128,15 @@ impl FrameWriter {
     /// Appends a message.
     pub fn push(&mut self, message: &Message) {
         match message {
-            Message::Ask(session, epoch, asked) => {
-                self.epoch(*epoch);
-                self.questions(ASK, *session, asked);
-            }
+            Message::Ask(session, epoch, asked) => self.of(*epoch).questions(ASK, *session, asked),
             Message::Moved(session, epoch, asked) => {
-                self.epoch(*epoch);
-                self.questions(MOVED, *session, asked);
+                self.of(*epoch).questions(MOVED, *session, asked);
+            }
+            Message::Handed(session, epoch, grants) => {
+                self.of(*epoch).questions(HANDED, *session, grants);
+            }
+            Message::Claim(session, epoch, grants) => {
+                self.of(*epoch).questions(CLAIM, *session, grants);
             }
             Message::Release(session, grants) => self.questions(RELEASE, *session, grants),
             Message::Waiting(session, waiting) => {
@@ -135,10 +144,7 @@ impl FrameWriter {
                 self.number(u64::from(*waiting));
             }
             Message::Withdraw(session) => self.begin(WITHDRAW, *session),
-            Message::Learn(epoch, position, entries) => {
-                self.epoch(*epoch);
-                self.learn(*position, entries);
-            }
+            Message::Learn(epoch, position, entries) => self.of(*epoch).learn(*position, entries),
             Message::Verdict(session, sequence, verdict) => {
                 self.verdict(*session, *sequence, verdict);
             }
@@ -179,12 +185,13 @@ impl FrameWriter {
     }
 
     /// Says the epoch, where the one said last is another.
-    fn epoch(&mut self, epoch: MapEpoch) {
+    fn of(&mut self, epoch: MapEpoch) -> &mut Self {
         if epoch.0 != self.state.epoch {
             self.bytes.push(EPOCH);
             self.number(epoch.0);
             self.state.epoch = epoch.0;
         }
+        self
     }
 
     fn questions(&mut self, kind: u8, session: SessionId, all: &[(Fingerprint, Sequence)]) {
@@ -286,6 +293,14 @@ impl<'f> FrameReader<'f> {
             MOVED => {
                 let (session, asked) = self.questions()?;
                 Message::Moved(session, epoch, asked)
+            }
+            HANDED => {
+                let (session, grants) = self.questions()?;
+                Message::Handed(session, epoch, grants)
+            }
+            CLAIM => {
+                let (session, grants) = self.questions()?;
+                Message::Claim(session, epoch, grants)
             }
             RELEASE => {
                 let (session, grants) = self.questions()?;
@@ -472,6 +487,8 @@ mod tests {
         prop_oneof![
             (session(), epoch(), questions()).prop_map(|(s, e, q)| Message::Ask(s, e, q)),
             (session(), epoch(), questions()).prop_map(|(s, e, q)| Message::Moved(s, e, q)),
+            (session(), epoch(), questions()).prop_map(|(s, e, q)| Message::Handed(s, e, q)),
+            (session(), epoch(), questions()).prop_map(|(s, e, q)| Message::Claim(s, e, q)),
             (session(), questions()).prop_map(|(s, q)| Message::Release(s, q)),
             (session(), any::<bool>()).prop_map(|(s, w)| Message::Waiting(s, w)),
             session().prop_map(Message::Withdraw),

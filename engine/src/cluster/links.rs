@@ -212,6 +212,11 @@ impl Cluster {
                 self.asked((peer, instance), (session, epoch, asked))
             }
             Message::Moved(session, epoch, asked) => self.came_back(peer, (session, epoch, asked)),
+            Message::Handed(session, epoch, grants) => self.handed(session, epoch, grants),
+            Message::Claim(session, epoch, grants) => match self.enter(peer, instance, session)? {
+                true => self.claimed(session, epoch, grants),
+                false => Ok(()),
+            },
             Message::Release(session, grants) => match self.enter(peer, instance, session)? {
                 true => self.owner.release(session, grants),
                 false => Ok(()),

@@ -14,6 +14,7 @@
 pub mod frame;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod grants;
 mod held;
 mod links;
 pub mod map;
@@ -27,7 +28,7 @@ mod simulation;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::{Duration, Instant};
 
 use self::frame::Message;
@@ -41,7 +42,7 @@ use self::placement::{Late, Moves, Placement};
 use crate::detect::JournalPosition;
 use crate::error::Result;
 use crate::ids::{Address, Fingerprint, HostId, Sequence, SessionId, Slices};
-use crate::owner::{Part, Wake};
+use crate::part::{Part, Wake};
 use crate::session::answers::{Answers, LIKE_REACH};
 use crate::session::event::Claim;
 use crate::session::registry::Registry;
@@ -62,6 +63,8 @@ pub struct Instance(pub u64);
 /// The other hosts, as this one sees them.
 pub struct Cluster {
     us: HostId,
+    /// For the owner, which calls back.
+    me: Weak<Cluster>,
     /// The instance of the next peer.
     next_instance: AtomicU64,
     owner: Box<dyn Part>,
@@ -73,6 +76,8 @@ pub struct Cluster {
     early: Mutex<Held>,
     /// Questions of ours that came back from who does not own them any more, until we have that map.
     late: Mutex<Late>,
+    /// Grants that sessions hold by a map that is newer than ours.
+    claims: Mutex<Late>,
     peers: RwLock<BTreeMap<HostId, Arc<Peer>>>,
     sessions: Mutex<HashMap<SessionId, Asking>>,
     share: Arc<Share>,
@@ -128,8 +133,9 @@ impl Cluster {
         } else {
             (map.slices(us), MapEpoch::default())
         };
-        let cluster = Cluster {
+        let cluster = Arc::new_cyclic(|me| Cluster {
             us,
+            me: me.clone(),
             next_instance: AtomicU64::new(instance.0),
             owner,
             registry,
@@ -142,15 +148,16 @@ impl Cluster {
             }),
             early: Mutex::new(Held::new(dir)),
             late: Mutex::new(Late::new(dir)),
+            claims: Mutex::new(Late::new(dir)),
             peers: RwLock::default(),
             sessions: Mutex::default(),
             share: Share::new(memory),
             dir: dir.into(),
             ready: Box::new(ready),
             moved: Moves::new(!filled),
-        };
+        });
         cluster.meet_new(&map);
-        Arc::new(cluster)
+        cluster
     }
 
     /// Our number in the map.
@@ -283,7 +290,8 @@ impl Cluster {
         let (Some(asking), Some((_, first))) = (asking, asked.first()) else { return };
         if asking.answers.expect(host, *first, asked.len() as u64) {
             if self.peer(host).is_some() {
-                return self.put(host, &Message::Ask(session, epoch, asked));
+                self.put(host, &Message::Ask(session, epoch, asked));
+                return self.withdraw_if_gone(session, host);
             }
             // It left the map a moment ago.
             asking.answers.cut(host);
@@ -336,6 +344,14 @@ impl Cluster {
     pub fn withdraw(&self, session: SessionId) {
         if self.sessions().remove(&session).is_some() {
             self.others().iter().for_each(|host| self.put(*host, &Message::Withdraw(session)));
+        }
+    }
+
+    /// A host was told of a session by another thread than the session's own, which may have ended
+    /// before that: then it is told so once more.
+    fn withdraw_if_gone(&self, session: SessionId, host: HostId) {
+        if !self.sessions().contains_key(&session) {
+            self.put(host, &Message::Withdraw(session));
         }
     }
 
@@ -405,6 +421,7 @@ impl Cluster {
             }
         }
         self.give_late_up(now);
+        self.give_claims_up(now);
     }
 
     /// A host shows a certificate that was taken back. Nobody waits for it until it is silent.

@@ -12,7 +12,7 @@ use super::outbox::{FrameNumber, Outbox, Share};
 use crate::detect::Verdict;
 use crate::error::{Error, Result};
 use crate::ids::{HostId, Sequence, SessionId};
-use crate::owner::Asker;
+use crate::part::Asker;
 
 /// One other host.
 pub(super) struct Peer {

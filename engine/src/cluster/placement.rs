@@ -2,9 +2,8 @@
 //!
 //! A host adopts a newer map at once, and asks by it. For what it gains it builds its index anew from
 //! the store, a little later, when all hosts have that map; until then questions about it are held.
-//! What it has lost it sends back, with the epoch by which that is so. So at any time one host at most
-//! answers for a fingerprint, but for what was granted before: a block that is being written while
-//! its slice moves can be stored twice.
+//! What it has lost it sends back, with the epoch by which that is so, and what it granted of that it
+//! hands over ([`super::grants`]). So at any time one host at most answers for a fingerprint.
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -31,7 +30,7 @@ pub(super) struct Placement {
     pub(super) since: MapEpoch,
 }
 
-/// Questions that wait for a newer map.
+/// Questions, or claims, that wait for a newer map.
 pub(super) struct Late {
     held: Held,
     since: Option<Instant>,
@@ -42,9 +41,25 @@ impl Late {
         Late { held: Held::new(dir), since: None }
     }
 
-    fn take(&mut self) -> Held {
+    pub(super) fn push(
+        &mut self,
+        session: SessionId,
+        asked: &[(Fingerprint, Sequence)],
+        now: Instant,
+    ) -> Result<()> {
+        self.since.get_or_insert(now);
+        self.held.push(session, asked)
+    }
+
+    pub(super) fn take(&mut self) -> Held {
         self.since = None;
         self.held.take()
+    }
+
+    /// All of them, if they wait for too long.
+    pub(super) fn take_old(&mut self, now: Instant) -> Option<Held> {
+        let old = self.since.is_some_and(|at| now.saturating_duration_since(at) > SILENCE);
+        old.then(|| self.take())
     }
 }
 
@@ -117,6 +132,10 @@ impl Cluster {
         self.late.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn claims(&self) -> MutexGuard<'_, Late> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The partition map.
     #[must_use]
     pub fn map(&self) -> Arc<PartitionMap> {
@@ -184,9 +203,11 @@ impl Cluster {
             changed
         };
         if changed {
+            self.keep(&map)?;
             self.moved.ring(|waiting| waiting.changed = true);
         }
         self.forget_gone(&map);
+        self.look_at_claims();
         let late = self.late().take();
         let asked = late.each(|session, asked| self.ask_each(session, asked));
         asked.and_then(|()| self.look_at_early()).inspect_err(|error| self.fail_all(error))
@@ -367,8 +388,7 @@ impl Cluster {
             // Under the lock: whoever adopts a map looks here afterwards.
             let mut late = self.late();
             if self.map().epoch() < epoch {
-                late.since.get_or_insert_with(|| self.now());
-                return late.held.push(session, &asked);
+                return late.push(session, &asked, self.now());
             }
         }
         self.ask_each(session, asked)
@@ -376,14 +396,8 @@ impl Cluster {
 
     /// Questions that have waited too long for a newer map: nobody answers them.
     pub(super) fn give_late_up(&self, now: Instant) {
-        let late = {
-            let mut late = self.late();
-            let since = late.since.filter(|at| now.saturating_duration_since(*at) > SILENCE);
-            if since.is_none() {
-                return;
-            }
-            late.take()
-        };
+        let late = self.late().take_old(now);
+        let Some(late) = late else { return };
         let given_up = late.each(|session, asked| {
             let Some(asking) = self.sessions().get(&session).cloned() else { return Ok(()) };
             asked.iter().try_for_each(|(_, sequence)| asking.answers.put_nobody(*sequence))?;

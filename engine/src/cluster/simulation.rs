@@ -19,7 +19,7 @@ use super::outbox::FrameNumber;
 use super::{Caller, Move, SILENCE};
 use crate::detect::{JournalPosition, Verdict, Watermark};
 use crate::ids::{Address, ContainerId, Fingerprint, HostId, Sequence, SessionId, Slot};
-use crate::owner::{Entry, Part};
+use crate::part::{Entry, Part, Wake};
 use crate::session::answers::Answers;
 
 /// Hosts that there can be.
@@ -33,6 +33,8 @@ const COMMON: u64 = 80;
 /// Steps in which things go wrong, and those in which all must come to its end.
 const STEPS: u64 = 600;
 const END: u64 = 60_000;
+/// Rounds in which what is on its way comes, if links let it.
+const SETTLE: u32 = 100;
 
 struct Random(u64);
 
@@ -84,14 +86,13 @@ struct World {
     undetected: u64,
 }
 
+fn member(n: u16) -> Member {
+    Member { number: HostId(n), name: format!("hv{n}"), address: String::new(), capacity: 1 }
+}
+
 fn map(epoch: u64, hosts: &BTreeSet<u16>) -> PartitionMap {
-    let member = |n: &u16| Member {
-        number: HostId(*n),
-        name: format!("hv{n}"),
-        address: String::new(),
-        capacity: 1,
-    };
-    PartitionMap::at(MapEpoch(epoch), hosts.iter().map(member).collect()).unwrap()
+    let members = hosts.iter().map(|n| member(*n)).collect();
+    PartitionMap::at(MapEpoch(epoch), members).unwrap()
 }
 
 fn block(n: u64) -> Fingerprint {
@@ -152,7 +153,7 @@ impl World {
         match self.random.below(10) {
             0..=3 => {
                 if let Some(host) = &mut self.hosts[host] {
-                    host.work();
+                    host.work(&self.journal);
                 }
             }
             4..=6 => {
@@ -253,7 +254,7 @@ impl World {
         answers.open(0);
         let local = Local { host: us, answers: Arc::clone(&answers) };
         here.owned.register(id, Arc::new(local)).unwrap();
-        let wake: crate::owner::Wake = Arc::new(|| ());
+        let wake: Wake = Arc::new(|| ());
         here.cluster.register(id, &answers, &wake);
         let asked: Vec<usize> = (0..blocks.len()).collect();
         let questions = asked.iter().map(|n| (blocks[*n], Sequence(*n as u64))).collect();
@@ -336,10 +337,12 @@ impl World {
     fn fill(&mut self, host: usize) {
         let newest = self.map.epoch();
         let all = self.hosts.iter().flatten().all(|host| host.cluster.map().epoch() == newest);
-        let Some(host) = &mut self.hosts[host] else { return };
-        if !all || host.cluster.index_epoch() == newest {
+        let fills = |host: &Host| host.cluster.index_epoch() != newest;
+        if !all || !self.hosts[host].as_ref().is_some_and(fills) {
             return;
         }
+        self.settle();
+        let Some(host) = &mut self.hosts[host] else { return };
         let us = host.cluster.us();
         let mut rebuild = host.detector.rebuild_as(self.map.slices(us).digest()).unwrap();
         let mut watermark = Watermark::default();
@@ -353,11 +356,39 @@ impl World {
         host.cluster.filled(newest).unwrap();
     }
 
+    /// What is on its way when all have a map comes before an index is filled for it, if links let it.
+    fn settle(&mut self) {
+        self.take_late();
+        for _ in 0..SETTLE {
+            let mut quiet = true;
+            for host in self.hosts.iter_mut().flatten() {
+                while !host.is_idle() {
+                    host.work(&self.journal);
+                }
+            }
+            for (from, to) in (0..HOSTS).flat_map(|from| (0..HOSTS).map(move |to| (from, to))) {
+                let waits = |host: &Host| {
+                    let peer = host.cluster.peer(HostId(to as u16));
+                    peer.is_some_and(|peer| !peer.outbox.is_empty())
+                };
+                if self.hosts[from].as_ref().is_some_and(waits) {
+                    quiet = false;
+                    self.carry(from, to);
+                    self.take_late();
+                }
+            }
+            if quiet {
+                return;
+            }
+        }
+    }
+
     /// Something goes wrong, or the map changes.
     fn disturb(&mut self, faults: bool) {
         let host = self.random.below(HOSTS as u64) as usize;
         match self.random.below(if faults { 6 } else { 2 }) {
-            0 => self.change_map(),
+            0 if faults => self.change_members(),
+            0 => self.change_shares(),
             1 => self.adopt(host),
             2 => {
                 let other = self.random.below(HOSTS as u64) as usize;
@@ -373,7 +404,23 @@ impl World {
         }
     }
 
-    fn change_map(&mut self) {
+    /// A host joins, is drained, or comes back.
+    fn change_shares(&mut self) {
+        let mut members = self.map.members().to_vec();
+        let host = self.random.below(HOSTS as u64) as u16;
+        match members.iter().position(|member| member.number.0 == host) {
+            Some(at) => members[at].capacity = 1 - members[at].capacity,
+            None => members.push(member(host)),
+        }
+        if let Ok(map) = PartitionMap::at(MapEpoch(self.map.epoch().0 + 1), members) {
+            self.map = map;
+            if self.hosts[usize::from(host)].is_none() {
+                self.start(usize::from(host), false);
+            }
+        }
+    }
+
+    fn change_members(&mut self) {
         let mut members: BTreeSet<u16> =
             self.map.members().iter().map(|member| member.number.0).collect();
         let host = self.random.below(HOSTS as u64) as u16;
@@ -490,9 +537,10 @@ fn without_a_fault_nothing_is_stored_twice() {
 }
 
 #[test]
-fn while_the_map_changes_every_session_ends_and_no_block_is_lost() {
+fn while_hosts_join_and_are_drained_nothing_is_stored_twice() {
     for seed in seeds(1000) {
-        run(seed, Some(false));
+        let world = run(seed, Some(false));
+        assert_eq!((world.doubles(), world.undetected), (0, 0), "seed {seed}");
     }
 }
 

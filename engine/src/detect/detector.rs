@@ -10,15 +10,18 @@ use super::index::Index;
 use super::lookup::Lookup;
 use super::merge::Merge;
 use super::options::MAX_PARTITION_BITS;
-use super::pass::{Failure, Join, Living, PassReport};
-use super::pending::PendingRun;
+use super::pass::{Failure, Join, Leaving, Living, PassReport};
+use super::pending::{Pending, PendingRun};
 use super::rebuild::{Rebuild, Rebuilt};
-use super::request_log::{Request, RequestLogs, SORTED};
+use super::request_log::{Request, RequestKind, RequestLogs, SORTED};
 use super::verdict::{SpooledVerdicts, VerdictSpool};
 use super::{DetectOptions, JournalPosition, Partition, Verdict, Watermark};
 use crate::error::{Context, Error, Kind, Result};
-use crate::ids::{Address, Fingerprint, Sequence, SessionId};
+use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slices};
 use crate::sort::{Sorted, Sorter};
+
+/// Grants that are handed over at a time: 100 KiB.
+const HANDED: usize = 4096;
 
 /// What was found when the index was opened.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -37,6 +40,12 @@ pub struct Detector {
     pending: Vec<PendingRun>,
     /// Ended sessions, with the partitions whose log or pending run may still name them.
     withdrawn: BTreeMap<SessionId, BTreeSet<Partition>>,
+    /// What this host answers for, if that is not everything.
+    kept: Option<Slices>,
+    /// Partitions that may have open grants for anything else.
+    leaving: BTreeSet<Partition>,
+    /// Such grants, of the last pass.
+    handed: PendingRun,
     scratch: PathBuf,
     lost_requests: bool,
 }
@@ -56,6 +65,7 @@ impl Detector {
         let report = OpenReport { watermark: index.current.watermark.clone(), set_aside };
         let pending = (0..options.partitions()).map(|p| PendingRun::new(&scratch, p)).collect();
         let logs = RequestLogs::new(&scratch, options.partitions());
+        let handed = PendingRun::handed(&scratch);
         Ok((
             Detector {
                 options,
@@ -63,6 +73,9 @@ impl Detector {
                 logs,
                 pending,
                 withdrawn: BTreeMap::new(),
+                kept: None,
+                leaving: BTreeSet::new(),
+                handed,
                 scratch,
                 lost_requests: false,
             },
@@ -77,7 +90,7 @@ impl Detector {
         session: SessionId,
         requests: &[(Fingerprint, Sequence)],
     ) -> Result<()> {
-        self.log(session, requests, false)
+        self.log(session, requests, RequestKind::Ask)
     }
 
     /// Logs that `session` gives grants back: who asks for these blocks next may write them.
@@ -86,17 +99,33 @@ impl Detector {
         session: SessionId,
         grants: &[(Fingerprint, Sequence)],
     ) -> Result<()> {
-        self.log(session, grants, true)
+        self.log(session, grants, RequestKind::Release)
+    }
+
+    /// Logs that `session` holds grants which somebody else gave: nobody is given these again. Without an
+    /// answer.
+    pub fn claim(&mut self, session: SessionId, grants: &[(Fingerprint, Sequence)]) -> Result<()> {
+        self.log(session, grants, RequestKind::Claim)
+    }
+
+    /// Only these slices are this host's from here on: passes hand the open grants for others over.
+    pub fn keep(&mut self, slices: Slices) {
+        self.kept = Some(slices);
+        self.leaving = self.partitions().filter(|partition| self.has_pending(*partition)).collect();
+    }
+
+    fn has_pending(&self, partition: Partition) -> bool {
+        self.pending.get(usize::from(partition.0)).is_some_and(|run| run.len() > 0)
     }
 
     fn log(
         &mut self,
         session: SessionId,
         requests: &[(Fingerprint, Sequence)],
-        release: bool,
+        kind: RequestKind,
     ) -> Result<()> {
         for &(fingerprint, sequence) in requests {
-            let request = Request { fingerprint, session, sequence, release };
+            let request = Request { fingerprint, session, sequence, kind };
             self.logs.push(self.options.partition_of(&fingerprint), request)?;
         }
         Ok(())
@@ -112,10 +141,7 @@ impl Detector {
     pub fn withdraw(&mut self, session: SessionId) {
         let traces: BTreeSet<Partition> = self
             .partitions()
-            .filter(|partition| {
-                let pending = self.pending.get(usize::from(partition.0)).map_or(0, PendingRun::len);
-                pending > 0 || self.logs.waiting(*partition) > 0
-            })
+            .filter(|partition| self.has_pending(*partition) || self.logs.waiting(*partition) > 0)
             .collect();
         if !traces.is_empty() {
             self.withdrawn.insert(session, traces);
@@ -133,9 +159,12 @@ impl Detector {
         self.index.learn(entries, position)
     }
 
-    /// The partition whose log should be passed now: big enough, old enough, or any log at all if
-    /// sessions wait for nothing else (`waiting`).
+    /// The partition whose log should be passed now: with grants for others' slices, big enough, old
+    /// enough, or any log at all if sessions wait for nothing else (`waiting`).
     pub fn due(&mut self, now: Instant, waiting: bool) -> Option<Partition> {
+        if let Some(partition) = self.leaving.first() {
+            return Some(*partition);
+        }
         self.logs.due(now, waiting, self.options.pass_requests, self.options.pass_age)
     }
 
@@ -157,7 +186,7 @@ impl Detector {
         answers: &mut dyn FnMut(SessionId, Sequence, Verdict) -> Result<()>,
     ) -> Result<PassReport> {
         self.logs.close(partition)?;
-        if self.logs.waiting(partition) == 0 {
+        if self.logs.waiting(partition) == 0 && !self.leaving.contains(&partition) {
             return Ok(PassReport::default());
         }
         let requests = match self.sort(partition) {
@@ -175,11 +204,34 @@ impl Detector {
         verdicts.send(answers)?;
         verdicts.remove();
         self.logs.remove_closed(partition)?;
+        self.leaving.remove(&partition);
         self.withdrawn.retain(|_, traces| {
             traces.remove(&partition);
             !traces.is_empty()
         });
         Ok(report)
+    }
+
+    /// Hands out what the last pass found of grants for slices that are not this host's: some of one session
+    /// at a time. What is not taken before the next pass is forgotten, and may be granted again elsewhere.
+    pub fn hand_over(
+        &mut self,
+        mut each: impl FnMut(SessionId, Vec<(Fingerprint, Sequence)>),
+    ) -> Result<()> {
+        let mut grants = self.handed.read()?;
+        let mut batches = BTreeMap::<SessionId, Vec<(Fingerprint, Sequence)>>::new();
+        let mut batched = 0;
+        while let Some(Pending { fingerprint, session, sequence }) = grants.next()? {
+            batches.entry(session).or_default().push((fingerprint, sequence));
+            batched += 1;
+            if batched == HANDED {
+                std::mem::take(&mut batches).into_iter().for_each(|(of, grants)| each(of, grants));
+                batched = 0;
+            }
+        }
+        batches.into_iter().for_each(|(of, grants)| each(of, grants));
+        self.handed.forget();
+        Ok(())
     }
 
     fn sort(&self, partition: Partition) -> Result<Sorted<SORTED>> {
@@ -206,18 +258,24 @@ impl Detector {
         };
         let withdrawn = |session| self.withdrawn.contains_key(&session);
         let spool = self.scratch.join(format!("verdicts-{:03}", partition.0));
+        let leaving = |kept| Ok(Leaving { kept, handed: self.handed.rewrite()? });
+        let leaving = self.kept.as_ref().map(leaving).transpose().map_err(Failure::Other)?;
         let mut join = Join {
             requests,
             lookup,
             pending: pending.read().map_err(Failure::Pending)?,
             next_pending: pending.rewrite().map_err(Failure::Other)?,
+            leaving,
             verdicts: VerdictSpool::create(spool).map_err(Failure::Other)?,
             living: Living::new(live, &withdrawn),
             report: PassReport::default(),
         };
         join.run()?;
-        let Join { next_pending, verdicts, report, .. } = join;
+        let Join { next_pending, leaving, verdicts, report, .. } = join;
         let verdicts = verdicts.finish().map_err(Failure::Other)?;
+        if let Some(Leaving { handed, .. }) = leaving {
+            self.handed.replace(handed).map_err(Failure::Other)?;
+        }
         pending.replace(next_pending).map_err(Failure::Other)?;
         Ok((verdicts, report))
     }

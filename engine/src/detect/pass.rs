@@ -12,10 +12,10 @@ use std::collections::BTreeMap;
 use super::Verdict;
 use super::lookup::Lookup;
 use super::pending::{Pending, PendingReader, PendingWriter};
-use super::request_log::{Request, SORTED};
+use super::request_log::{Request, RequestKind, SORTED};
 use super::verdict::VerdictSpool;
 use crate::error::Error;
-use crate::ids::{Address, SessionId};
+use crate::ids::{Address, SessionId, Slice, Slices};
 use crate::sort::Sorted;
 
 /// What a pass did.
@@ -67,12 +67,19 @@ impl<'a> Living<'a> {
     }
 }
 
-/// The three inputs of a pass and its two outputs.
+/// Where grants go that are for slices of other hosts.
+pub(super) struct Leaving<'r> {
+    pub(super) kept: &'r Slices,
+    pub(super) handed: PendingWriter,
+}
+
+/// The three inputs of a pass and its outputs.
 pub(super) struct Join<'r> {
     pub(super) requests: Sorted<SORTED>,
     pub(super) lookup: Lookup<'r>,
     pub(super) pending: PendingReader,
     pub(super) next_pending: PendingWriter,
+    pub(super) leaving: Option<Leaving<'r>>,
     pub(super) verdicts: VerdictSpool,
     pub(super) living: Living<'r>,
     pub(super) report: PassReport,
@@ -117,8 +124,19 @@ impl Join<'_> {
         {
             return Ok(());
         }
-        self.report.pending += 1;
-        self.next_pending.push(pending).map_err(Failure::Other)
+        self.carry(pending)
+    }
+
+    fn carry(&mut self, pending: Pending) -> Result<(), Failure> {
+        let slice = Slice::of(&pending.fingerprint);
+        let next = match &mut self.leaving {
+            Some(Leaving { kept, handed }) if !kept.contains(slice) => handed,
+            _ => {
+                self.report.pending += 1;
+                &mut self.next_pending
+            }
+        };
+        next.push(pending).map_err(Failure::Other)
     }
 
     /// Answers all requests for the fingerprint of `first`; returns the first one behind them.
@@ -132,25 +150,29 @@ impl Join<'_> {
         let mut holder = holder.filter(|holder| stored.is_none() && living.is_live(holder.session));
         let mut request = Some(first);
         while let Some(asked) = request.filter(|r| r.fingerprint == first.fingerprint) {
-            if asked.release {
+            let own = Pending {
+                fingerprint: asked.fingerprint,
+                session: asked.session,
+                sequence: asked.sequence,
+            };
+            match asked.kind {
                 // What was given up may be granted again, from here on.
-                holder = holder.filter(|held| {
-                    (held.session, held.sequence) != (asked.session, asked.sequence)
-                });
-            } else if self.living.is_live(asked.session) {
-                let verdict = decide(stored, &mut holder, asked);
-                self.count(verdict);
-                self.verdicts
-                    .push(asked.session, asked.sequence, verdict)
-                    .map_err(Failure::Other)?;
-            } else {
-                self.report.skipped += 1;
+                RequestKind::Release => holder = holder.filter(|held| *held != own),
+                _ if !self.living.is_live(asked.session) => self.report.skipped += 1,
+                RequestKind::Claim if stored.is_none() => _ = holder.get_or_insert(own),
+                RequestKind::Claim => {}
+                RequestKind::Ask => {
+                    let verdict = decide(stored, &mut holder, own);
+                    self.count(verdict);
+                    self.verdicts
+                        .push(asked.session, asked.sequence, verdict)
+                        .map_err(Failure::Other)?;
+                }
             }
             request = self.next_request()?;
         }
         if let Some(holder) = holder {
-            self.report.pending += 1;
-            self.next_pending.push(holder).map_err(Failure::Other)?;
+            self.carry(holder)?;
         }
         Ok(request)
     }
@@ -166,12 +188,10 @@ impl Join<'_> {
 }
 
 /// The verdict on one request; `holder` is who may write the block, before and after.
-fn decide(stored: Option<Address>, holder: &mut Option<Pending>, asked: Request) -> Verdict {
+fn decide(stored: Option<Address>, holder: &mut Option<Pending>, own: Pending) -> Verdict {
     if let Some(address) = stored {
         return Verdict::Stored(address);
     }
-    let Request { fingerprint, session, sequence, .. } = asked;
-    let own = Pending { fingerprint, session, sequence };
     match *holder {
         Some(held) if held == own => Verdict::Grant,
         Some(held) => Verdict::SameAs(held.session, held.sequence),

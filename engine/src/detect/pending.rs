@@ -51,12 +51,16 @@ pub(super) struct PendingWriter(RecordWriter<RECORD>);
 
 impl PendingRun {
     pub(super) fn new(dir: &Path, partition: u16) -> Self {
-        PendingRun {
-            dir: dir.into(),
-            name: format!("pending-{partition:03}"),
-            version: 0,
-            run: None,
-        }
+        Self::named(dir, format!("pending-{partition:03}"))
+    }
+
+    /// Grants on their way to other hosts, of one pass.
+    pub(super) fn handed(dir: &Path) -> Self {
+        Self::named(dir, "handed".into())
+    }
+
+    fn named(dir: &Path, name: String) -> Self {
+        PendingRun { dir: dir.into(), name, version: 0, run: None }
     }
 
     /// Open grants.
@@ -89,7 +93,7 @@ impl PendingRun {
         Ok(())
     }
 
-    /// Gives a damaged run up: its grants are forgotten, so a block may be granted twice.
+    /// Gives a run up. If its grants are in no other one, their blocks may be granted twice.
     pub(super) fn forget(&mut self) {
         if let Some(run) = self.run.take() {
             run.remove();

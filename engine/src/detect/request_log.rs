@@ -16,14 +16,24 @@ const RECORD: usize = Fingerprint::LEN + 4 + 8 + 4;
 /// Bytes of a request while it is sorted: with its arrival behind the fingerprint.
 pub(super) const SORTED: usize = RECORD + 4;
 
-/// A question about one fingerprint, or the return of a grant.
+/// What a session says about one fingerprint.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Request {
     pub(super) fingerprint: Fingerprint,
     pub(super) session: SessionId,
     pub(super) sequence: Sequence,
-    /// No question: the session gives the grant that it holds under this sequence back.
-    pub(super) release: bool,
+    pub(super) kind: RequestKind,
+}
+
+/// Why it says so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum RequestKind {
+    /// It asks.
+    Ask = 0,
+    /// It gives the grant that it holds under this sequence back.
+    Release = 1,
+    /// It holds a grant under this sequence, from who answered for the block before.
+    Claim = 2,
 }
 
 impl Request {
@@ -32,7 +42,7 @@ impl Request {
         bytes[..20].copy_from_slice(&self.fingerprint.0);
         bytes[20..24].copy_from_slice(&self.session.0.to_be_bytes());
         bytes[24..32].copy_from_slice(&self.sequence.0.to_be_bytes());
-        bytes[32..].copy_from_slice(&u32::from(self.release).to_be_bytes());
+        bytes[32..].copy_from_slice(&(self.kind as u32).to_be_bytes());
         bytes
     }
 
@@ -50,7 +60,11 @@ impl Request {
             fingerprint: Fingerprint(take(&bytes[..20])),
             session: SessionId(u32::from_be_bytes(take(&bytes[24..28]))),
             sequence: Sequence(u64::from_be_bytes(take(&bytes[28..36]))),
-            release: u32::from_be_bytes(take(&bytes[36..])) != 0,
+            kind: match u32::from_be_bytes(take(&bytes[36..])) {
+                1 => RequestKind::Release,
+                2 => RequestKind::Claim,
+                _ => RequestKind::Ask,
+            },
         }
     }
 }

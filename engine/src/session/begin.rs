@@ -381,7 +381,7 @@ fn session(
 
 /// One wake in the queue is enough, and a full queue needs none: the session looks at its
 /// answers after every event.
-fn wake(events: Sender<Event>, woken: Arc<AtomicBool>) -> crate::owner::Wake {
+fn wake(events: Sender<Event>, woken: Arc<AtomicBool>) -> crate::part::Wake {
     Arc::new(move || {
         if !woken.swap(true, Ordering::AcqRel) && events.try_send(Event::Wake).is_err() {
             woken.store(false, Ordering::Release);

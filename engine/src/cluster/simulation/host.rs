@@ -9,8 +9,8 @@ use crate::cluster::map::PartitionMap;
 use crate::cluster::{Cluster, Here, Instance};
 use crate::detect::{DetectOptions, Detector, JournalPosition, Verdict};
 use crate::error::{Error, Result};
-use crate::ids::{Fingerprint, HostId, Incarnation, Sequence, SessionId, StoreId};
-use crate::owner::{Asker, Entry, Part};
+use crate::ids::{Fingerprint, HostId, Incarnation, Sequence, SessionId, Slices, StoreId};
+use crate::part::{Asker, Entry, HandOver, Part};
 use crate::session::answers::Answers;
 use crate::session::registry::Registry;
 
@@ -19,8 +19,11 @@ pub(super) enum Command {
     Register(SessionId, Arc<dyn Asker>),
     Ask(SessionId, Vec<(Fingerprint, Sequence)>),
     Release(SessionId, Vec<(Fingerprint, Sequence)>),
+    Claim(SessionId, Vec<(Fingerprint, Sequence)>),
+    Keep(Slices, HandOver),
     Learn(Vec<Entry>, JournalPosition),
     Withdraw(SessionId),
+    Refill,
 }
 
 /// An owner that works when the simulation lets it.
@@ -49,6 +52,14 @@ impl Part for Owned {
         self.push(Command::Release(session, grants))
     }
 
+    fn claim(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()> {
+        self.push(Command::Claim(session, grants))
+    }
+
+    fn keep(&self, slices: Slices, hand: HandOver) -> Result<()> {
+        self.push(Command::Keep(slices, hand))
+    }
+
     fn waiting(&self, _: SessionId, _: bool) -> Result<()> {
         Ok(())
     }
@@ -62,8 +73,7 @@ impl Part for Owned {
     }
 
     fn refill(&self) -> Result<()> {
-        // What it missed it reads when it is next filled; a miss costs space only.
-        Ok(())
+        self.push(Command::Refill)
     }
 
     fn advanced(&self) {}
@@ -95,6 +105,7 @@ pub(super) struct Host {
     pub(super) owned: Owned,
     pub(super) detector: Detector,
     askers: HashMap<SessionId, Arc<dyn Asker>>,
+    hand: Option<HandOver>,
     progress: u64,
     pub(super) incarnation: Incarnation,
     pub(super) sealed: u64,
@@ -128,11 +139,12 @@ impl Host {
         let instance = Instance(u64::from(start) << 32);
         let cluster = Cluster::new(place, instance, here, (&work, 64 << 10), |_| Box::new(|| ()));
         let (askers, incarnation) = (HashMap::new(), Incarnation(start));
-        Host { cluster, owned, detector, askers, progress: 0, incarnation, sealed: 0 }
+        let hand = None;
+        Host { cluster, owned, detector, askers, hand, progress: 0, incarnation, sealed: 0 }
     }
 
     /// One thing that waits for the owner, or a pass.
-    pub(super) fn work(&mut self) {
+    pub(super) fn work(&mut self, journal: &[(JournalPosition, Vec<Entry>)]) {
         let command = self.owned.commands.lock().unwrap().pop_front();
         match command {
             Some(Command::Register(session, asker)) => {
@@ -141,6 +153,11 @@ impl Host {
             Some(Command::Ask(session, asked)) => self.detector.submit(session, &asked).unwrap(),
             Some(Command::Release(session, grants)) => {
                 self.detector.release(session, &grants).unwrap();
+            }
+            Some(Command::Claim(session, grants)) => self.detector.claim(session, &grants).unwrap(),
+            Some(Command::Keep(slices, hand)) => {
+                self.detector.keep(slices);
+                self.hand = Some(hand);
             }
             Some(Command::Learn(mut entries, position)) => {
                 self.detector.learn(&mut entries, position).unwrap();
@@ -151,8 +168,27 @@ impl Host {
                 self.detector.withdraw(session);
                 self.advance();
             }
+            Some(Command::Refill) => self.refill(journal),
             None => self.pass(),
         }
+    }
+
+    /// Whether it has nothing to do.
+    pub(super) fn is_idle(&mut self) -> bool {
+        let commands = self.owned.commands.lock().unwrap().len();
+        commands == 0 && self.detector.due(Instant::now(), true).is_none()
+    }
+
+    /// Learns what the journals have more than the index.
+    fn refill(&mut self, journal: &[(JournalPosition, Vec<Entry>)]) {
+        for (position, entries) in journal {
+            if position.n > self.detector.applied().get(position.incarnation) {
+                let ours = |entry: &&Entry| self.cluster.owns(&entry.0);
+                let mut ours: Vec<Entry> = entries.iter().filter(ours).copied().collect();
+                self.detector.learn(&mut ours, *position).unwrap();
+            }
+        }
+        self.advance();
     }
 
     fn advance(&mut self) {
@@ -173,5 +209,8 @@ impl Host {
                 },
             )
             .unwrap();
+        if let Some(hand) = &self.hand {
+            self.detector.hand_over(|session, grants| hand(session, grants)).unwrap();
+        }
     }
 }
