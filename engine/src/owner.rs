@@ -315,7 +315,7 @@ struct OwnerThread {
     /// Blocks were sealed or a session ended, and the sessions were not told yet.
     has_advanced: bool,
     failed_passes: u32,
-    /// Where grants go for what is not ours any more.
+    /// Where it goes what there is about what is not ours any more.
     hand: Option<HandOver>,
     refill: Refill,
     /// When the index is to be brought up to the journals again.
@@ -348,7 +348,9 @@ impl OwnerThread {
     fn work(&mut self) -> bool {
         self.refill_if_due();
         if let Some(partition) = self.detector.due(Instant::now(), !self.waiting.is_empty()) {
-            match self.pass(partition) {
+            let passed = self.pass(partition);
+            self.hand_over();
+            match passed {
                 Ok(()) => self.failed_passes = 0,
                 Err(error) => {
                     report("a pass failed; it is made again", &error);
@@ -428,9 +430,24 @@ impl OwnerThread {
                 asker.answered();
             }
         }
-        match &self.hand {
-            Some(hand) => self.detector.hand_over(|session, grants| hand(session, grants)),
-            None => Ok(()),
+        Ok(())
+    }
+
+    /// Sends on what the last pass left about what is not ours any more.
+    fn hand_over(&mut self) {
+        let Some(hand) = &self.hand else { return };
+        let mut kept = Vec::new();
+        let handed = self.detector.hand_over(|session, what| {
+            let ours = hand(session, what);
+            if !ours.is_empty() {
+                kept.push((session, ours));
+            }
+        });
+        let claim = |(session, grants): &(_, Vec<_>)| self.detector.claim(*session, grants);
+        if let Err(error) = handed.and_then(|()| kept.iter().try_for_each(claim)) {
+            // Those who asked would wait for ever.
+            report("questions to another host are lost", &error);
+            self.fail_all(&error);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::detect::{JournalPosition, Verdict};
+use crate::detect::{Handed, JournalPosition, Verdict};
 use crate::error::{Error, Result};
 use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slices};
 
@@ -12,8 +12,9 @@ pub type Entry = (Fingerprint, Address);
 /// How a session hears that it has new answers; must not block.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
-/// Where an owner gives grants of a session for blocks that it does not own any more; must not block.
-pub type HandOver = Arc<dyn Fn(SessionId, Vec<(Fingerprint, Sequence)>) + Send + Sync>;
+/// Where an owner gives what a session asks and holds of blocks that it does not own any more; must not
+/// block. Gives grants back for what it owns all the same.
+pub type HandOver = Arc<dyn Fn(SessionId, Handed) -> Vec<(Fingerprint, Sequence)> + Send + Sync>;
 
 /// A session that asks, here or on another host. The owner calls it from its thread: nothing here
 /// may wait.
@@ -41,7 +42,7 @@ pub trait Part: Send + Sync {
     fn release(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()>;
     /// The session holds grants that another owner gave it.
     fn claim(&self, session: SessionId, grants: Vec<(Fingerprint, Sequence)>) -> Result<()>;
-    /// The part is these slices from now on; open grants for others go to `hand`.
+    /// The part is these slices from now on; what there is about others goes to `hand`.
     fn keep(&self, slices: Slices, hand: HandOver) -> Result<()>;
     /// Whether the session waits for nothing but answers.
     fn waiting(&self, session: SessionId, waiting: bool) -> Result<()>;

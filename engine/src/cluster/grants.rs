@@ -1,11 +1,12 @@
-//! Grants of blocks whose slices move: who answers for them next has to know of them, or it would let
-//! somebody else write the same block.
+//! Blocks whose slices move: who answers for them next has to know whose grants are open, or it would
+//! let somebody else write the same block.
 //!
-//! Who loses a slice hands its open grants to the hosts of the sessions that hold them
-//! ([`Message::Handed`]), and they claim them where the slice is now ([`Message::Claim`]): so a claim comes
-//! before the session's end, as everything that its host says. A host that fills its index holds
-//! questions until all hosts have its map and some seconds more, in which claims are there; one that comes
-//! later, over a slow link, may find the block granted again, which is counted as a double one.
+//! Who loses a slice decides nothing about it any more. Questions go back to whoever asks
+//! ([`Message::Moved`]), open grants to the hosts of the sessions that hold them ([`Message::Handed`]), which
+//! claim them where the slice is now ([`Message::Claim`]): so a claim comes before the session's end, as
+//! everything that its host says. A host that fills its index holds questions until all hosts have its map
+//! and some seconds more, in which claims are there; one that comes later, over a slow link, may find the
+//! block granted again, which is counted as a double one.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,6 +14,7 @@ use std::time::Instant;
 use super::frame::Message;
 use super::map::{MapEpoch, PartitionMap};
 use super::{Cluster, split};
+use crate::detect::Handed;
 use crate::error::{Error, Result};
 use crate::ids::{Fingerprint, Sequence, SessionId};
 use crate::part::HandOver;
@@ -23,24 +25,43 @@ impl Cluster {
     /// Tells our owner what is ours by a map: it hands over what is not.
     pub(super) fn keep(&self, map: &PartitionMap) -> Result<()> {
         let cluster = self.me.clone();
-        let hand: HandOver = Arc::new(move |session, grants| {
-            if let Some(cluster) = cluster.upgrade() {
-                cluster.hand_over(session, grants);
-            }
+        let hand: HandOver = Arc::new(move |session, what| {
+            cluster.upgrade().map_or_else(Vec::new, |cluster| cluster.hand_over(session, what))
         });
         self.owner.keep(map.slices(self.us), hand)
     }
 
-    /// From our owner, on its thread: grants for what we do not answer for.
-    fn hand_over(&self, session: SessionId, mut grants: Grants) {
+    /// From our owner, on its thread: what there is about what it does not own. Gives back the grants for
+    /// what is ours by the map of now.
+    fn hand_over(&self, session: SessionId, what: Handed) -> Grants {
         let map = self.map();
-        if session.host() != self.us {
-            return self.put(session.host(), &Message::Handed(session, map.epoch(), grants));
-        }
-        // The owner cannot wait for itself: what came back to us a moment ago may be granted again.
-        grants.retain(|(fingerprint, _)| map.owner(fingerprint) != self.us);
-        if let Err(error) = self.claim_each(session, &map, grants) {
-            could_not_keep(&error);
+        let ours = |one: &(Fingerprint, Sequence)| map.owner(&one.0) == self.us;
+        let (here, epoch) = (session.host() == self.us, map.epoch());
+        match what {
+            Handed::Grants(grants) => {
+                let (ours, moved): (Grants, Grants) = grants.into_iter().partition(ours);
+                if here {
+                    self.claim_there(session, &map, moved);
+                } else if !moved.is_empty() {
+                    self.put(session.host(), &Message::Handed(session, epoch, moved));
+                }
+                ours
+            }
+            Handed::Questions(asked) => {
+                let (ours, moved): (Grants, Grants) = asked.into_iter().partition(ours);
+                // It came back to us, so our index is not filled for it yet.
+                if let Err(error) = self.early().push(session, &ours) {
+                    self.fail_all(&error);
+                }
+                if here {
+                    for (host, asked) in split(&map, moved) {
+                        self.ask_there(host, session, epoch, asked);
+                    }
+                } else if !moved.is_empty() {
+                    self.put(session.host(), &Message::Moved(session, epoch, moved));
+                }
+                Vec::new()
+            }
         }
     }
 
@@ -53,18 +74,22 @@ impl Cluster {
     }
 
     fn claim_each(&self, session: SessionId, map: &PartitionMap, grants: Grants) -> Result<()> {
+        let ours = |one: &(Fingerprint, Sequence)| map.owner(&one.0) == self.us;
+        let (ours, theirs): (Grants, Grants) = grants.into_iter().partition(ours);
+        self.claim_there(session, map, theirs);
+        // One that has ended is not known to the owner any more.
+        if ours.is_empty() { Ok(()) } else { self.owner.claim(session, ours) }
+    }
+
+    /// A session of ours claims grants for what others answer for.
+    fn claim_there(&self, session: SessionId, map: &PartitionMap, grants: Grants) {
         if !self.sessions().contains_key(&session) {
-            return Ok(());
+            return;
         }
         for (host, grants) in split(map, grants) {
-            if host == self.us {
-                self.owner.claim(session, grants)?;
-            } else {
-                self.put(host, &Message::Claim(session, map.epoch(), grants));
-                self.withdraw_if_gone(session, host);
-            }
+            self.put(host, &Message::Claim(session, map.epoch(), grants));
+            self.withdraw_if_gone(session, host);
         }
-        Ok(())
     }
 
     /// A session of another host claims grants for what we answer for by the map of that epoch.

@@ -124,7 +124,7 @@ impl Cluster {
         self.placement.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn early(&self) -> MutexGuard<'_, Held> {
+    pub(super) fn early(&self) -> MutexGuard<'_, Held> {
         self.early.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -284,7 +284,7 @@ impl Cluster {
     }
 
     /// Questions that waited are lost: nobody goes on waiting for them.
-    fn fail_all(&self, error: &Error) {
+    pub(super) fn fail_all(&self, error: &Error) {
         for asking in self.sessions().values() {
             asking.answers.fail(error);
         }

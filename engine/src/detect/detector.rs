@@ -20,8 +20,17 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slices};
 use crate::sort::{Sorted, Sorter};
 
-/// Grants that are handed over at a time: 100 KiB.
+/// What is handed over at a time: 100 KiB.
 const HANDED: usize = 4096;
+
+/// Something of a session about slices that are not this host's.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Handed {
+    /// Grants that it holds.
+    Grants(Vec<(Fingerprint, Sequence)>),
+    /// What it asks.
+    Questions(Vec<(Fingerprint, Sequence)>),
+}
 
 /// What was found when the index was opened.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -44,8 +53,8 @@ pub struct Detector {
     kept: Option<Slices>,
     /// Partitions that may have open grants for anything else.
     leaving: BTreeSet<Partition>,
-    /// Such grants, of the last pass.
-    handed: PendingRun,
+    /// Such grants, and questions, of the last pass.
+    handed: [PendingRun; 2],
     scratch: PathBuf,
     lost_requests: bool,
 }
@@ -65,7 +74,8 @@ impl Detector {
         let report = OpenReport { watermark: index.current.watermark.clone(), set_aside };
         let pending = (0..options.partitions()).map(|p| PendingRun::new(&scratch, p)).collect();
         let logs = RequestLogs::new(&scratch, options.partitions());
-        let handed = PendingRun::handed(&scratch);
+        let handed =
+            ["grants", "questions"].map(|of| PendingRun::named(&scratch, format!("handed-{of}")));
         Ok((
             Detector {
                 options,
@@ -108,7 +118,8 @@ impl Detector {
         self.log(session, grants, RequestKind::Claim)
     }
 
-    /// Only these slices are this host's from here on: passes hand the open grants for others over.
+    /// Only these slices are this host's from here on: passes decide nothing about others, but hand what is
+    /// asked about them, and the open grants, over.
     pub fn keep(&mut self, slices: Slices) {
         self.kept = Some(slices);
         self.leaving = self.partitions().filter(|partition| self.has_pending(*partition)).collect();
@@ -212,26 +223,12 @@ impl Detector {
         Ok(report)
     }
 
-    /// Hands out what the last pass found of grants for slices that are not this host's: some of one session
-    /// at a time. What is not taken before the next pass is forgotten, and may be granted again elsewhere.
-    pub fn hand_over(
-        &mut self,
-        mut each: impl FnMut(SessionId, Vec<(Fingerprint, Sequence)>),
-    ) -> Result<()> {
-        let mut grants = self.handed.read()?;
-        let mut batches = BTreeMap::<SessionId, Vec<(Fingerprint, Sequence)>>::new();
-        let mut batched = 0;
-        while let Some(Pending { fingerprint, session, sequence }) = grants.next()? {
-            batches.entry(session).or_default().push((fingerprint, sequence));
-            batched += 1;
-            if batched == HANDED {
-                std::mem::take(&mut batches).into_iter().for_each(|(of, grants)| each(of, grants));
-                batched = 0;
-            }
-        }
-        batches.into_iter().for_each(|(of, grants)| each(of, grants));
-        self.handed.forget();
-        Ok(())
+    /// Hands out what the last pass found about slices that are not this host's: some of one session at a
+    /// time, grants first. What is not taken before the next pass is forgotten.
+    pub fn hand_over(&mut self, mut each: impl FnMut(SessionId, Handed)) -> Result<()> {
+        let [grants, questions] = &mut self.handed;
+        drain(grants, |session, grants| each(session, Handed::Grants(grants)))?;
+        drain(questions, |session, asked| each(session, Handed::Questions(asked)))
     }
 
     fn sort(&self, partition: Partition) -> Result<Sorted<SORTED>> {
@@ -258,8 +255,11 @@ impl Detector {
         };
         let withdrawn = |session| self.withdrawn.contains_key(&session);
         let spool = self.scratch.join(format!("verdicts-{:03}", partition.0));
-        let leaving = |kept| Ok(Leaving { kept, handed: self.handed.rewrite()? });
-        let leaving = self.kept.as_ref().map(leaving).transpose().map_err(Failure::Other)?;
+        let [grants, questions] = &mut self.handed;
+        let leaving = self.kept.as_ref().map(|kept| {
+            Ok(Leaving { kept, grants: grants.rewrite()?, questions: questions.rewrite()? })
+        });
+        let leaving = leaving.transpose().map_err(Failure::Other)?;
         let mut join = Join {
             requests,
             lookup,
@@ -273,8 +273,9 @@ impl Detector {
         join.run()?;
         let Join { next_pending, leaving, verdicts, report, .. } = join;
         let verdicts = verdicts.finish().map_err(Failure::Other)?;
-        if let Some(Leaving { handed, .. }) = leaving {
-            self.handed.replace(handed).map_err(Failure::Other)?;
+        if let Some(leaving) = leaving {
+            grants.replace(leaving.grants).map_err(Failure::Other)?;
+            questions.replace(leaving.questions).map_err(Failure::Other)?;
         }
         pending.replace(next_pending).map_err(Failure::Other)?;
         Ok((verdicts, report))
@@ -444,4 +445,25 @@ impl Detector {
         self.options.part = part;
         Ok(())
     }
+}
+
+/// Reads a run and forgets it; what of a session comes near together goes together.
+fn drain(
+    run: &mut PendingRun,
+    mut each: impl FnMut(SessionId, Vec<(Fingerprint, Sequence)>),
+) -> Result<()> {
+    let mut reader = run.read()?;
+    let mut batches = BTreeMap::<SessionId, Vec<_>>::new();
+    let mut batched = 0;
+    while let Some(Pending { fingerprint, session, sequence }) = reader.next()? {
+        batches.entry(session).or_default().push((fingerprint, sequence));
+        batched += 1;
+        if batched == HANDED {
+            std::mem::take(&mut batches).into_iter().for_each(|(of, batch)| each(of, batch));
+            batched = 0;
+        }
+    }
+    batches.into_iter().for_each(|(of, batch)| each(of, batch));
+    run.forget();
+    Ok(())
 }

@@ -29,7 +29,7 @@ mod sweep;
 mod verdict;
 mod watermark;
 
-pub use detector::{Detector, OpenReport};
+pub use detector::{Detector, Handed, OpenReport};
 pub use options::{DetectOptions, MAX_PARTITION_BITS, Partition};
 pub use pass::PassReport;
 pub use rebuild::{Rebuild, Rebuilt};

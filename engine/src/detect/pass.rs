@@ -15,7 +15,7 @@ use super::pending::{Pending, PendingReader, PendingWriter};
 use super::request_log::{Request, RequestKind, SORTED};
 use super::verdict::VerdictSpool;
 use crate::error::Error;
-use crate::ids::{Address, SessionId, Slice, Slices};
+use crate::ids::{Address, Fingerprint, SessionId, Slice, Slices};
 use crate::sort::Sorted;
 
 /// What a pass did.
@@ -67,10 +67,12 @@ impl<'a> Living<'a> {
     }
 }
 
-/// Where grants go that are for slices of other hosts.
+/// Where it goes what is about slices of other hosts.
 pub(super) struct Leaving<'r> {
     pub(super) kept: &'r Slices,
-    pub(super) handed: PendingWriter,
+    pub(super) grants: PendingWriter,
+    /// Those who ask, as if they were granted what they ask for.
+    pub(super) questions: PendingWriter,
 }
 
 /// The three inputs of a pass and its outputs.
@@ -85,7 +87,7 @@ pub(super) struct Join<'r> {
     pub(super) report: PassReport,
 }
 
-impl Join<'_> {
+impl<'r> Join<'r> {
     /// Runs to the end of all inputs.
     pub(super) fn run(&mut self) -> Result<(), Failure> {
         let mut request = self.next_request()?;
@@ -128,15 +130,20 @@ impl Join<'_> {
     }
 
     fn carry(&mut self, pending: Pending) -> Result<(), Failure> {
-        let slice = Slice::of(&pending.fingerprint);
-        let next = match &mut self.leaving {
-            Some(Leaving { kept, handed }) if !kept.contains(slice) => handed,
-            _ => {
+        let next = match self.leaving(&pending.fingerprint) {
+            Some(leaving) => &mut leaving.grants,
+            None => {
                 self.report.pending += 1;
                 &mut self.next_pending
             }
         };
         next.push(pending).map_err(Failure::Other)
+    }
+
+    /// Where it goes what is about this block, if another host answers for it now.
+    fn leaving(&mut self, fingerprint: &Fingerprint) -> Option<&mut Leaving<'r>> {
+        let slice = Slice::of(fingerprint);
+        self.leaving.as_mut().filter(|leaving| !leaving.kept.contains(slice))
     }
 
     /// Answers all requests for the fingerprint of `first`; returns the first one behind them.
@@ -145,16 +152,15 @@ impl Join<'_> {
         first: Request,
         holder: Option<Pending>,
     ) -> Result<Option<Request>, Failure> {
+        if self.leaving(&first.fingerprint).is_some() {
+            return self.send_on(first, holder);
+        }
         let stored = self.lookup.get(&first.fingerprint).map_err(Failure::Index)?;
         let living = &mut self.living;
         let mut holder = holder.filter(|holder| stored.is_none() && living.is_live(holder.session));
         let mut request = Some(first);
         while let Some(asked) = request.filter(|r| r.fingerprint == first.fingerprint) {
-            let own = Pending {
-                fingerprint: asked.fingerprint,
-                session: asked.session,
-                sequence: asked.sequence,
-            };
+            let own = asked.grant();
             match asked.kind {
                 // What was given up may be granted again, from here on.
                 RequestKind::Release => holder = holder.filter(|held| *held != own),
@@ -167,6 +173,35 @@ impl Join<'_> {
                     self.verdicts
                         .push(asked.session, asked.sequence, verdict)
                         .map_err(Failure::Other)?;
+                }
+            }
+            request = self.next_request()?;
+        }
+        if let Some(holder) = holder {
+            self.carry(holder)?;
+        }
+        Ok(request)
+    }
+
+    /// Decides nothing, as the index need not know any more what is stored: who answers for the block now
+    /// is told who holds its grant, and asked what was asked here.
+    fn send_on(
+        &mut self,
+        first: Request,
+        holder: Option<Pending>,
+    ) -> Result<Option<Request>, Failure> {
+        let mut holder = holder.filter(|holder| self.living.is_live(holder.session));
+        let mut request = Some(first);
+        while let Some(asked) = request.filter(|r| r.fingerprint == first.fingerprint) {
+            let own = asked.grant();
+            match asked.kind {
+                RequestKind::Release => holder = holder.filter(|held| *held != own),
+                _ if !self.living.is_live(asked.session) => self.report.skipped += 1,
+                RequestKind::Claim => _ = holder.get_or_insert(own),
+                RequestKind::Ask => {
+                    if let Some(leaving) = self.leaving(&own.fingerprint) {
+                        leaving.questions.push(own).map_err(Failure::Other)?;
+                    }
                 }
             }
             request = self.next_request()?;

@@ -54,12 +54,7 @@ impl PendingRun {
         Self::named(dir, format!("pending-{partition:03}"))
     }
 
-    /// Grants on their way to other hosts, of one pass.
-    pub(super) fn handed(dir: &Path) -> Self {
-        Self::named(dir, "handed".into())
-    }
-
-    fn named(dir: &Path, name: String) -> Self {
+    pub(super) fn named(dir: &Path, name: String) -> Self {
         PendingRun { dir: dir.into(), name, version: 0, run: None }
     }
 

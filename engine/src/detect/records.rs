@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use crate::error::{Context, Error, Kind, Result};
 
-/// Bytes read or written at a time by a pass; a pass has four such files open at most.
+/// Bytes read or written at a time by a pass; a pass has four such files open, and two more after slices moved.
 pub(super) const BUFFER: usize = 64 << 10;
 
 /// A finished file of records.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::Partition;
+use super::pending::Pending;
 use super::records::{RecordFile, RecordWriter, take};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Fingerprint, Sequence, SessionId};
@@ -53,6 +54,11 @@ impl Request {
         bytes[20..24].copy_from_slice(&arrival.to_be_bytes());
         bytes[24..].copy_from_slice(&record[20..]);
         bytes
+    }
+
+    /// Whom a grant of it is for.
+    pub(super) fn grant(self) -> Pending {
+        Pending { fingerprint: self.fingerprint, session: self.session, sequence: self.sequence }
     }
 
     pub(super) fn from_sorted(bytes: &[u8; SORTED]) -> Self {

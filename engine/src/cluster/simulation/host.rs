@@ -210,7 +210,10 @@ impl Host {
             )
             .unwrap();
         if let Some(hand) = &self.hand {
-            self.detector.hand_over(|session, grants| hand(session, grants)).unwrap();
+            let mut kept = Vec::new();
+            let each = |session, what| kept.push((session, hand(session, what)));
+            self.detector.hand_over(each).unwrap();
+            kept.iter().for_each(|(session, ours)| self.detector.claim(*session, ours).unwrap());
         }
     }
 }

@@ -7,14 +7,15 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::{Journal, address, export, fingerprint, open, position, tempdir, tiny_options};
-use crate::detect::{DetectOptions, Detector, Partition, Verdict};
-use crate::ids::{Address, Fingerprint, Sequence, SessionId};
+use crate::detect::request_log::RequestKind;
+use crate::detect::{DetectOptions, Detector, Handed, Partition, Verdict};
+use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slice, Slices};
 
 const FINGERPRINTS: u64 = 300;
 const SESSIONS: usize = 5;
 
-/// A question, or (true) the return of a grant.
-type Asked = (Fingerprint, SessionId, Sequence, bool);
+type Asked = (Fingerprint, SessionId, Sequence, RequestKind);
+/// A verdict, or what was handed over.
 type Answer = (SessionId, Sequence, Fingerprint, String);
 
 #[derive(Default)]
@@ -22,20 +23,40 @@ struct Model {
     index: BTreeMap<Fingerprint, Address>,
     pending: BTreeMap<Fingerprint, (SessionId, Sequence)>,
     logs: BTreeMap<u16, Vec<Asked>>,
+    kept: Option<Slices>,
 }
 
 impl Model {
-    fn pass(&mut self, partition: u16, live: &BTreeSet<SessionId>) -> Vec<Answer> {
+    fn keeps(&self, fp: &Fingerprint) -> bool {
+        self.kept.as_ref().is_none_or(|kept| kept.contains(Slice::of(fp)))
+    }
+
+    fn pass(
+        &mut self,
+        (partition, options): (Partition, &DetectOptions),
+        live: &BTreeSet<SessionId>,
+    ) -> Vec<Answer> {
         self.pending.retain(|_, (session, _)| live.contains(session));
         let mut answers = Vec::new();
-        for (fp, session, seq, release) in self.logs.remove(&partition).unwrap_or_default() {
-            if release {
+        for (fp, session, seq, kind) in self.logs.remove(&partition.0).unwrap_or_default() {
+            if kind == RequestKind::Release {
                 if self.pending.get(&fp) == Some(&(session, seq)) {
                     self.pending.remove(&fp);
                 }
                 continue;
             }
             if !live.contains(&session) {
+                continue;
+            }
+            if kind == RequestKind::Claim {
+                // One that is stored is nobody's to write.
+                if !self.keeps(&fp) || !self.index.contains_key(&fp) {
+                    self.pending.entry(fp).or_insert((session, seq));
+                }
+                continue;
+            }
+            if !self.keeps(&fp) {
+                answers.push((session, seq, fp, "asked".into()));
                 continue;
             }
             let verdict = match (self.index.get(&fp), self.pending.get(&fp).copied()) {
@@ -48,6 +69,12 @@ impl Model {
                 }
             };
             answers.push((session, seq, fp, format!("{verdict:?}")));
+        }
+        let leaves = |fp: &Fingerprint| options.partition_of(fp) == partition && !self.keeps(fp);
+        let gone: Vec<Fingerprint> = self.pending.keys().filter(|fp| leaves(fp)).copied().collect();
+        for fp in gone {
+            let holder = self.pending.remove(&fp);
+            answers.extend(holder.map(|(session, seq)| (session, seq, fp, "granted".into())));
         }
         answers
     }
@@ -110,29 +137,38 @@ impl World {
             .collect()
     }
 
-    fn ask(&mut self, release: bool) {
+    fn say(&mut self, kind: RequestKind) {
         let session = self.any_session();
         let requests = self.requests(session);
-        if release {
-            self.detector.release(session, &requests).unwrap();
-        } else {
-            self.detector.submit(session, &requests).unwrap();
+        match kind {
+            RequestKind::Ask => self.detector.submit(session, &requests),
+            RequestKind::Release => self.detector.release(session, &requests),
+            RequestKind::Claim => self.detector.claim(session, &requests),
         }
+        .unwrap();
         for (fp, seq) in requests {
             let log = self.model.logs.entry(self.detector.partition_of(&fp).0).or_default();
-            log.push((fp, session, seq, release));
+            log.push((fp, session, seq, kind));
         }
+    }
+
+    /// Another part of the fingerprints is ours.
+    fn keep(&mut self) {
+        let slices: Slices = Slice::all().filter(|_| self.rng.random_bool(0.7)).collect();
+        self.detector.keep(slices.clone());
+        self.model.kept = Some(slices);
     }
 
     fn pass(&mut self) {
         let partition = Partition(self.rng.random_range(0..self.options.partitions()));
         // Sometimes a session fails to take an answer: the pass is repeated. Not with a grant given
         // back in the same log: the repeated pass knows of it from its beginning.
-        let plain = |log: &Vec<Asked>| log.iter().all(|(.., release)| !release);
+        let plain = |log: &Vec<Asked>| log.iter().all(|(.., kind)| *kind == RequestKind::Ask);
         let plain = self.model.logs.get(&partition.0).is_none_or(plain);
-        let fails = plain && self.rng.random_bool(0.2);
+        let fails = plain && self.model.kept.is_none() && self.rng.random_bool(0.2);
         let mut fails = fails.then(|| self.rng.random_range(0..10));
-        let expected = self.model.pass(partition.0, &self.live);
+        let said = self.model.logs.get(&partition.0).cloned().unwrap_or_default();
+        let expected = self.model.pass((partition, &self.options), &self.live);
         let mut answers = Vec::new();
         loop {
             let before = answers.len();
@@ -163,8 +199,21 @@ impl World {
                 self.granted.insert(*fp, (*session, *seq));
             }
         }
+        for (fp, session, seq, kind) in said {
+            if kind == RequestKind::Claim && self.model.pending.get(&fp) == Some(&(session, seq)) {
+                self.granted.insert(fp, (session, seq));
+            }
+        }
         let mut found: Vec<Answer> =
             answers.into_iter().map(|(s, q, f, v)| (s, q, f, format!("{v:?}"))).collect();
+        let handed = |session, handed| {
+            let (what, all) = match handed {
+                Handed::Grants(all) => ("granted", all),
+                Handed::Questions(all) => ("asked", all),
+            };
+            found.extend(all.into_iter().map(|(fp, seq)| (session, seq, fp, what.to_owned())));
+        };
+        self.detector.hand_over(handed).unwrap();
         let mut expected = expected;
         found.sort();
         expected.sort();
@@ -229,8 +278,7 @@ impl World {
         self.asked.clear();
         self.granted.clear();
         self.fill_sessions();
-        self.model.pending.clear();
-        self.model.logs.clear();
+        self.model = Model { index: std::mem::take(&mut self.model.index), ..Model::default() };
         let instance = self.detector.instance();
         // The lock is free once the old detector is gone.
         let empty = tempdir();
@@ -284,8 +332,10 @@ impl World {
 
     fn step(&mut self, dir: &Path) {
         match self.rng.random_range(0..100) {
-            0..25 => self.ask(false),
-            25..30 => self.ask(true),
+            0..22 => self.say(RequestKind::Ask),
+            22..25 => self.say(RequestKind::Claim),
+            25..29 => self.say(RequestKind::Release),
+            29 => self.keep(),
             30..55 => self.pass(),
             55..70 => self.learn(),
             70..75 => {
