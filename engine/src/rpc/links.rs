@@ -26,6 +26,8 @@ use crate::ids::HostId;
 
 /// Frames on their way to one host: enough to hide a round trip.
 const IN_FLIGHT: usize = 4;
+/// The same to all hosts, but for one on each link: on both sides they are in memory besides the outboxes.
+const ALL_IN_FLIGHT: usize = 8;
 /// A link ends after as long where other hosts wait for its place: of 255 hosts each then has its turn
 /// every 16 s, about twice before it would be given up. On one that has nothing else to say, between two
 /// signs of life.
@@ -95,7 +97,8 @@ pub(super) async fn keep_link(peers: Rc<Peers>, host: HostId, bell: Arc<Notify>)
         }
         let ended = {
             let Ok(_place) = peers.outgoing.take().await else { return };
-            link(&peers, host, &bell).await
+            // Apart, as there are fewer links than hosts.
+            Box::pin(link(&peers, host, &bell)).await
         };
         let why = match ended {
             Ok(Ended::Done) => {
@@ -207,6 +210,7 @@ async fn send(
     mut next: FrameNumber,
 ) -> Result<Ended> {
     let mut in_flight = FuturesOrdered::new();
+    let most = (ALL_IN_FLIGHT / peers.cluster.others().len().max(1)).clamp(1, IN_FLIGHT);
     let begun = Instant::now();
     let (mut needed, mut spoken) = (begun, begun);
     loop {
@@ -215,7 +219,7 @@ async fn send(
             return Ok(Ended::Done);
         }
         while !enough
-            && in_flight.len() < IN_FLIGHT
+            && in_flight.len() < most
             && let Some((number, frame)) = peers.cluster.next((host, ours), next)?
         {
             (next, spoken) = (FrameNumber(number.0 + 1), Instant::now());
@@ -225,7 +229,7 @@ async fn send(
             Some(taken) = in_flight.next(), if !in_flight.is_empty() => {
                 peers.cluster.taken((host, ours), taken?)?;
             }
-            () = bell.notified(), if !enough && in_flight.len() < IN_FLIGHT => {}
+            () = bell.notified(), if !enough && in_flight.len() < most => {}
             () = tokio::time::sleep(TURN), if in_flight.is_empty() => {
                 if peers.outgoing.are_wanted() {
                     continue;

@@ -44,6 +44,8 @@ pub(super) const IDLE: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_secs(1);
 /// Before a link is tried again.
 pub(super) const AGAIN: Duration = Duration::from_secs(1);
+/// Bytes of a message's head, or of a short one, that are read or written together: TLS has its own buffers.
+const BUFFER: usize = 1 << 10;
 /// Frames that wait for the thread that takes them.
 const QUEUE: usize = 4;
 
@@ -388,8 +390,8 @@ where
     let mut options = capnp::message::ReaderOptions::new();
     options.traversal_limit_in_words(Some(MESSAGE_WORDS));
     twoparty::VatNetwork::new(
-        futures::io::BufReader::new(read.compat()),
-        futures::io::BufWriter::new(write.compat_write()),
+        futures::io::BufReader::with_capacity(BUFFER, read.compat()),
+        futures::io::BufWriter::with_capacity(BUFFER, write.compat_write()),
         side,
         options,
     )

@@ -6,13 +6,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::client::{WebPkiServerVerifier, verify_server_name};
+use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_name};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{
     CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime,
 };
 use rustls::server::danger::ClientCertVerifier;
-use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
+use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
 use rustls::{CertificateError, ClientConfig, RootCertStore, ServerConfig};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
@@ -142,19 +142,23 @@ impl Identity {
             .map_err(|error| wrong(error.to_string()))?;
         let is_revoked = list.is_some() && is_taken_back(files, &*clients, &own)?;
         let failed = |error: rustls::Error| wrong(error.to_string());
-        // New ones each time: a session that is resumed shows no certificate again.
-        let server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        // No session is resumed: it would show no certificate again, and what is kept for that grows with
+        // the hosts.
+        let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(failed)?
             .with_client_cert_verifier(clients)
             .with_single_cert(vec![own.clone()], key.clone_key())
             .map_err(failed)?;
-        let client = ClientConfig::builder_with_provider(provider)
+        let mut client = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(failed)?
             .with_webpki_verifier(servers)
             .with_client_auth_cert(vec![own], key)
             .map_err(failed)?;
+        (server.session_storage, server.send_tls13_tickets) =
+            (Arc::new(NoServerSessionStorage {}), 0);
+        client.resumption = Resumption::disabled();
         let (acceptor, connector) =
             (TlsAcceptor::from(Arc::new(server)), TlsConnector::from(Arc::new(client)));
         Ok(Identity { acceptor, connector, is_revoked, list })
@@ -310,7 +314,6 @@ mod tests {
         let first = Identity::renewed(&files[0], before[0].list).unwrap().unwrap();
         assert!(!first.is_revoked);
         assert_eq!(talk(&first, &before[2], "hv2").await, Err("the server's"));
-        // Whose TLS session of before, too, is worth nothing.
         assert_eq!(talk(&before[2], &first, "hv0").await, Err("the client's"));
         assert_eq!(talk(&first, &before[1], "hv1").await, Ok(()));
         assert_eq!(talk(&before[1], &first, "hv0").await, Ok(()));

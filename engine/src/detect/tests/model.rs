@@ -214,7 +214,12 @@ impl World {
             found.extend(all.into_iter().map(|(fp, seq)| (session, seq, fp, what.to_owned())));
         };
         self.detector.hand_over(handed).unwrap();
+        // Grants of blocks that are stored are nobody's: whether a pass sees that depends on how it looks.
+        let matters =
+            |(_, _, fp, what): &Answer| what != "granted" || !self.model.index.contains_key(fp);
+        found.retain(matters);
         let mut expected = expected;
+        expected.retain(matters);
         found.sort();
         expected.sort();
         assert_eq!(found, expected);
