@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::ids::{HostId, Slice, VmId};
 use crate::session::Context;
 use crate::session::registry::{Live, StageName};
+use crate::store::StoreLevel;
 
 /// How it is with a host; the same names in `--json`.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -30,6 +31,12 @@ pub struct HostReport {
     pub state: String,
     /// Its engine's version.
     pub version: String,
+    /// The level of the store that it goes by.
+    #[serde(default)]
+    pub level: StoreLevel,
+    /// The newest level that it knows.
+    #[serde(default)]
+    pub newest_level: StoreLevel,
     /// The partition map that it goes by.
     pub map_epoch: u64,
     /// The one that its index was filled for.
@@ -242,6 +249,8 @@ pub fn own(context: &Context) -> Result<HostReport> {
         filling: cluster.map_or(0, |cluster| cluster.filling()),
         state: "here".into(),
         version: env!("CARGO_PKG_VERSION").into(),
+        level: context.store.agreed().level,
+        newest_level: StoreLevel::NEWEST,
         map_epoch: cluster.map_or(0, |cluster| cluster.map().epoch().0),
         index_epoch: cluster.map_or(0, |cluster| cluster.index_epoch().0),
         unique_blocks: figures.unique_blocks.load(Relaxed),

@@ -10,12 +10,15 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser};
 use fleece_engine::config::{Config, DEFAULT_CONFIG};
 use fleece_engine::error::{Context as _, Error, Kind, Result};
+use fleece_engine::store::Store;
 use fleece_engine::{memory, rpc, start};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 
 /// How often the peak of anonymous memory is looked at.
 const SAMPLE: Duration = Duration::from_millis(100);
+/// Between two looks at what all engines of the store go by: two listings of some names.
+const LOOK: Duration = Duration::from_secs(5);
 /// Restores at once: each borrows a pass's share of the memory.
 const RESTORES: usize = 2;
 /// How long sessions may take to end themselves at a SIGTERM.
@@ -152,20 +155,42 @@ async fn listen(config: &Config, started: &start::Started) -> Result<()> {
         readers: Arc::new(Semaphore::new(context.budget.sessions)),
         messages: Arc::new(Semaphore::new(context.budget.messages >> 10)),
         restores: Arc::new(Semaphore::new(RESTORES)),
-        context,
+        context: context.clone(),
         allowed_uids: config.allowed_uids.clone(),
         store_name: config.store.clone(),
     };
+    let store = context.store.clone();
     let served = async {
         tokio::select! {
             served = rpc::serve(Rc::new(services), &config.socket, stopped) => served,
             ended = listening => ended,
+            error = follow(store) => Err(error),
         }
     };
     served.await.map_err(|error| match error.kind() {
         Kind::Failed => Error::caused(Kind::Failed, "the engine cannot serve", error),
         _ => error,
     })
+}
+
+/// Follows what all engines of the store go by, until this one cannot.
+async fn follow(store: Store) -> Error {
+    let mut said = String::new();
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let store = store.clone();
+        match rpc::on_a_thread(move || store.follow().map(drop)).await {
+            Ok(()) => said.clear(),
+            Err(error) if matches!(error.kind(), Kind::NoStore | Kind::Key) => return error,
+            Err(error) => {
+                let why = error.to_string();
+                if why != said {
+                    eprintln!("fleece-engine: cannot see what the store's engines go by: {why}");
+                    said = why;
+                }
+            }
+        }
+    }
 }
 
 /// The other hosts, if there are any, and what keeps the links to them.

@@ -14,10 +14,12 @@ pub(crate) mod fuzzing;
 mod image;
 mod links;
 mod peers;
+mod protocol;
 mod reports;
 mod server;
 mod tls;
 
+pub use blocking::on_a_thread;
 pub use peers::Peers;
 pub use server::{Services, serve};
 

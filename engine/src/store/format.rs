@@ -60,11 +60,13 @@ pub enum ObjectKind {
     Checkpoint = 10,
     /// Entries of the index.
     ShardPart = 11,
+    /// The store's level.
+    Level = 12,
 }
 
 impl ObjectKind {
     /// Every kind.
-    pub(crate) const ALL: [ObjectKind; 11] = [
+    pub(crate) const ALL: [ObjectKind; 12] = [
         ObjectKind::Store,
         ObjectKind::WrappedKey,
         ObjectKind::Incarnation,
@@ -76,6 +78,7 @@ impl ObjectKind {
         ObjectKind::Damage,
         ObjectKind::Checkpoint,
         ObjectKind::ShardPart,
+        ObjectKind::Level,
     ];
 
     fn from_code(code: u16) -> Option<Self> {
@@ -297,6 +300,27 @@ pub(crate) fn open(cipher: &ObjectCipher, path: &str, bytes: &[u8]) -> Option<Ve
     cipher.open(Piece::Body, 0, &sealed_associated(header, path), &mut body, tag).then_some(body)
 }
 
+/// A key of a store, which of its encryption keys, and whether objects are encrypted.
+pub(crate) type Under<'k> = (&'k StoreKey, KeyId, bool);
+
+/// A fresh header for an object of `kind`, and its cipher.
+fn begin_under((key, id, encrypt): Under<'_>, kind: ObjectKind) -> Result<(Header, ObjectCipher)> {
+    let header = Header::new(kind, encrypt, id, key.store())?;
+    let cipher = key.cipher(&header, "a new object")?;
+    Ok((header, cipher))
+}
+
+/// The bytes of the object of `kind` to create at `path`.
+pub(crate) fn seal_under(
+    under: Under<'_>,
+    kind: ObjectKind,
+    path: &str,
+    plaintext: &[u8],
+) -> Result<Vec<u8>> {
+    let (header, cipher) = begin_under(under, kind)?;
+    seal(&cipher, &header, path, plaintext)
+}
+
 /// Seals and opens the small objects of one store.
 #[derive(Clone)]
 pub struct Sealer {
@@ -317,11 +341,14 @@ impl Sealer {
         &self.key
     }
 
+    /// What new objects are sealed under.
+    pub(crate) fn under(&self) -> Under<'_> {
+        (&self.key, self.key.current(), self.encrypt)
+    }
+
     /// A fresh header for an object of `kind`, and its cipher.
     pub(crate) fn begin(&self, kind: ObjectKind) -> Result<(Header, ObjectCipher)> {
-        let header = Header::new(kind, self.encrypt, self.key.current(), self.key.store())?;
-        let cipher = self.key.cipher(&header, "a new object")?;
-        Ok((header, cipher))
+        begin_under(self.under(), kind)
     }
 
     /// The cipher of an object of ours with this header.
@@ -343,8 +370,7 @@ impl Sealer {
     /// # Errors
     /// When the system gives no random bytes.
     pub fn seal(&self, kind: ObjectKind, path: &str, plaintext: &[u8]) -> Result<Vec<u8>> {
-        let (header, cipher) = self.begin(kind)?;
-        seal(&cipher, &header, path, plaintext)
+        seal_under(self.under(), kind, path, plaintext)
     }
 
     /// The plaintext of the object of `kind` at `path`.

@@ -1,5 +1,6 @@
 //! What is durable: objects, containers, recipes, manifests, journals, keys. Knows nothing of detection.
 
+mod agreed;
 pub mod catalog;
 pub mod commit;
 #[cfg(test)]
@@ -27,8 +28,9 @@ pub(crate) mod testing;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+pub use self::agreed::{Agreed, StoreLevel};
 pub use self::info::StoreInfo;
 pub use self::options::{
     Access, BLOCK_SIZE, Bucket, InitOptions, Location, StoreBudget, StoreOptions,
@@ -69,6 +71,7 @@ struct Inner {
     sealer: Sealer,
     info: StoreInfo,
     fingerprinter: Fingerprinter,
+    agreed: Mutex<Agreed>,
     pool: Pool,
     codecs: Arc<Codecs>,
     directories: Directories,
@@ -108,6 +111,8 @@ impl Store {
         if let Some(passphrase) = &options.passphrase {
             objects.create(names::WRAPPED_KEY, key.wrap(passphrase)?)?;
         }
+        let under = (&key, key.current(), options.encrypt);
+        agreed::raise(&objects, under, StoreLevel::NEWEST, options.now_ms)?;
         // The last step: a store exists once its header does.
         match StoreInfo::create(&objects, &key, options)? {
             Created::Ours => Ok(key),
@@ -119,7 +124,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Kind::Key`] when there is no copy or the passphrase is wrong; [`Kind::NoStore`].
-    pub fn recover_key(location: &Location, passphrase: &str) -> Result<StoreKey> {
+    pub fn recover_key(location: &Location, passphrase: &str) -> Result<Arc<StoreKey>> {
         let objects = objects_at(location, &std::env::temp_dir())?;
         StoreInfo::read(&objects, location)?;
         let wrapped = match objects.read_all(names::WRAPPED_KEY, SEALED_MAX) {
@@ -132,9 +137,18 @@ impl Store {
             }
             wrapped => wrapped?,
         };
-        let key = StoreKey::unwrap(&wrapped, passphrase)?;
-        StoreInfo::check(&objects, location, &key)?;
+        let key = Arc::new(StoreKey::unwrap(&wrapped, passphrase)?);
+        enter(&objects, location, Arc::clone(&key))?;
         Ok(key)
+    }
+
+    /// Makes sure that a key opens a store.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn check_key(location: &Location, key: StoreKey) -> Result<()> {
+        let objects = objects_at(location, &std::env::temp_dir())?;
+        enter(&objects, location, Arc::new(key)).map(drop)
     }
 
     /// Opens a store for reading and writing, as the one engine of `state_dir`.
@@ -177,9 +191,8 @@ impl Store {
         state_dir: Option<&Path>,
         options: StoreOptions,
     ) -> Result<Self> {
-        let info = StoreInfo::check(&objects, location, &key)?;
-        let fingerprinter = key.fingerprinter(info.block_size);
-        let sealer = Sealer::new(Arc::new(key), info.encrypted);
+        let (info, sealer, agreed) = enter(&objects, location, Arc::new(key))?;
+        let fingerprinter = sealer.key().fingerprinter(info.block_size);
         let codecs = Arc::new(Codecs::new(options.compression));
         let budget = options.budget;
         let journals = Journals::new(objects.clone(), sealer.clone());
@@ -205,6 +218,7 @@ impl Store {
             sealer,
             info,
             fingerprinter,
+            agreed: Mutex::new(agreed),
             pool,
             codecs,
             directories,
@@ -225,6 +239,43 @@ impl Store {
     #[must_use]
     pub fn info(&self) -> &StoreInfo {
         &self.inner.info
+    }
+
+    /// What its engines go by, as far as this one has seen.
+    #[must_use]
+    pub fn agreed(&self) -> Agreed {
+        *self.inner.agreed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks what its engines go by now, and goes by it, too. Never goes back: a directory that is
+    /// unmounted looks like a store that was never raised.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open): this engine cannot go on then, unless it could not look at all.
+    pub fn follow(&self) -> Result<Agreed> {
+        let Inner { objects, sealer, location, .. } = &*self.inner;
+        let read = Agreed::read(objects, sealer, location)?;
+        let mut agreed = self.inner.agreed.lock().unwrap_or_else(PoisonError::into_inner);
+        agreed.level = agreed.level.max(read.level);
+        Ok(*agreed)
+    }
+
+    /// Makes sure that what changed the engines' agreement was made by one of them.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`].
+    pub(crate) fn check_agreed(&self, kind: ObjectKind, name: &str) -> Result<()> {
+        agreed::check(&self.inner.objects, &self.inner.sealer, kind, name)
+    }
+
+    /// Raises it to a level that every engine of it knows.
+    ///
+    /// # Errors
+    /// As [`Objects::create`], and as [`follow`](Self::follow).
+    pub fn raise(&self, level: StoreLevel, now_ms: i64) -> Result<Agreed> {
+        let Inner { objects, sealer, .. } = &*self.inner;
+        agreed::raise(objects, sealer.under(), level, now_ms)?;
+        self.follow()
     }
 
     /// Where it is.
@@ -315,6 +366,19 @@ impl Store {
     pub fn read_sealed(&self, kind: ObjectKind, key: &str) -> Result<Vec<u8>> {
         self.inner.sealer.open(kind, key, &self.inner.objects.read_all(key, SEALED_MAX)?)
     }
+}
+
+/// The first look into a store, before anything is touched: whether its key, its format and its level are
+/// known here.
+fn enter(
+    objects: &Objects,
+    location: &Location,
+    key: Arc<StoreKey>,
+) -> Result<(StoreInfo, Sealer, Agreed)> {
+    let info = StoreInfo::check(objects, location, &key)?;
+    let sealer = Sealer::new(key, info.encrypted);
+    let agreed = Agreed::read(objects, &sealer, location)?;
+    Ok((info, sealer, agreed))
 }
 
 fn taken(location: &Location) -> Error {

@@ -26,6 +26,8 @@ pub const DAMAGE: &str = "damage";
 pub const PROBE: &str = "probe";
 /// Checkpoints of the index, a folder each.
 pub const SHARDS: &str = "shards";
+/// The levels that the store was raised to.
+pub const LEVELS: &str = "levels";
 
 /// The object whose last container is `last`, in a generation (0 as first written).
 #[must_use]
@@ -165,6 +167,18 @@ pub fn checkpoint_record(host: HostId, n: u32) -> String {
     format!("{}/record", checkpoint(host, n))
 }
 
+/// What raised the store to a level.
+#[must_use]
+pub fn level(n: u32) -> String {
+    format!("{LEVELS}/{n:08x}")
+}
+
+/// The level that a key names.
+#[must_use]
+pub fn parse_level(key: &str) -> Option<u32> {
+    key.strip_prefix(LEVELS)?.strip_prefix('/').and_then(hex)
+}
+
 /// The container and the number of a damage record.
 #[must_use]
 pub fn parse_damage(key: &str) -> Option<(ContainerId, u32)> {
@@ -196,6 +210,8 @@ mod tests {
         assert_eq!(parse_checkpoint("000a-00000002"), Some((HostId(10), 2)));
         assert_eq!(parse_checkpoint("a-00000002"), None);
         assert_eq!(parse_damage("damage/00000007-00000abc"), None);
+        assert_eq!(level(2), "levels/00000002");
+        assert_eq!((parse_level(&level(2)), parse_level("levels/2")), (Some(2), None));
         assert_eq!(parse_incarnation(&incarnation(Incarnation(9))), Some(Incarnation(9)));
         let (vm, snapshot) = (VmId(uuid::Uuid::from_u128(5)), SnapshotId::from_random(77));
         assert_eq!(parse_snapshot(&manifest(vm, 3, snapshot)), Some((vm, 3, snapshot)));

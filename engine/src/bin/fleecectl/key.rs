@@ -1,12 +1,13 @@
 //! `fleecectl key`: getting the key away from this host, and knowing that a copy is good.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Subcommand;
 use fleece_engine::config::Config;
 use fleece_engine::error::{Context as _, Result};
+use fleece_engine::store::Store;
 use fleece_engine::store::keys::StoreKey;
-use fleece_engine::store::{Store, StoreInfo, objects_at};
 
 use super::init::read_passphrase;
 
@@ -34,7 +35,7 @@ pub(crate) fn run(verb: Verb, config: &Path, json: bool) -> Result<()> {
     match verb {
         Verb::Export { paper, passphrase_file } => {
             let key = match passphrase_file {
-                None => StoreKey::load(&config.key)?,
+                None => Arc::new(StoreKey::load(&config.key)?),
                 Some(file) => {
                     let location = config.location()?;
                     Store::recover_key(&location, &read_passphrase(&file)?)?
@@ -57,12 +58,12 @@ pub(crate) fn run(verb: Verb, config: &Path, json: bool) -> Result<()> {
         Verb::Check { file } => {
             let key = read_copy(&file)?;
             let location = config.location()?;
-            let objects = objects_at(&location, &std::env::temp_dir())?;
-            StoreInfo::check(&objects, &location, &key)?;
+            let store = key.store();
+            Store::check_key(&location, key)?;
             if json {
                 let line = serde_json::json!({
                     "message_type": "key_check",
-                    "store_id": key.store().to_string(),
+                    "store_id": store.to_string(),
                     "good": true,
                 });
                 println!("{line}");

@@ -6,6 +6,7 @@ mod hosts;
 mod init;
 mod key;
 mod report;
+mod upgrade;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -64,6 +65,13 @@ enum Verb {
         /// Give it its share again.
         #[arg(long)]
         undo: bool,
+    },
+    /// The store's level, and which hosts' engines know the next one.
+    Upgrade {
+        /// Raise the store to the newest level, so that new formats are used: engines that do not know it
+        /// are refused from then on. There is no way back.
+        #[arg(long)]
+        finalize: bool,
     },
     /// Check everything that restoring needs, or what one VM or snapshot needs.
     Verify {
@@ -136,6 +144,8 @@ fn run(options: Options) -> Result<ExitCode> {
         Verb::Drain { ref host, undo } => {
             hosts::drain(&socket(&options)?, host, undo, options.json)?;
         }
+        Verb::Upgrade { finalize: false } => upgrade::show(&socket(&options)?, options.json)?,
+        Verb::Upgrade { finalize: true } => upgrade::finalize(&socket(&options)?, options.json)?,
         Verb::Verify { ref what } => {
             return report::verify(&socket(&options)?, what.as_deref(), options.json);
         }

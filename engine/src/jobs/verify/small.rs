@@ -13,6 +13,7 @@ impl Verifier<'_> {
         let info = StoreInfo::check(objects, self.store.location(), sealer.key()).map(drop);
         self.check_object("store", names::STORE, info)?;
         self.check_wrapped_key()?;
+        self.check_agreed()?;
         let journals = self.store.journals();
         for incarnation in journals.incarnations()? {
             let claim = journals.check_claim(incarnation);
@@ -59,6 +60,14 @@ impl Verifier<'_> {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// What raised the store.
+    fn check_agreed(&mut self) -> Result<()> {
+        let store = self.store;
+        store.objects().list(names::LEVELS, |key, _| {
+            self.check_object("level", key, store.check_agreed(ObjectKind::Level, key))
+        })
     }
 
     /// Its passphrase is not known here: only its header can be checked.

@@ -11,7 +11,7 @@ use crate::ids::{Address, ContainerId, Fingerprint, HostId, Incarnation, Slice, 
 use crate::store::container::{ContainerKind, Packer, SlotInfo};
 use crate::store::journal::Position;
 use crate::store::shards::{self, CheckpointId, Record};
-use crate::store::{InitOptions, Location, Store, StoreOptions};
+use crate::store::{InitOptions, Location, Store, StoreLevel, StoreOptions};
 
 fn sealer(encrypt: bool) -> Sealer {
     Sealer::new(Arc::new(StoreKey::generate("default").unwrap()), encrypt)
@@ -171,9 +171,10 @@ fn stores_of_every_version_still_open() {
         let root = fixture(version);
         let location = Location::Directory(root.join("store"));
         let key = StoreKey::from_text(&std::fs::read_to_string(root.join("key")).unwrap()).unwrap();
-        assert_eq!(Store::recover_key(&location, PASSPHRASE).unwrap(), key);
+        assert_eq!(*Store::recover_key(&location, PASSPHRASE).unwrap(), key);
         let store = Store::open_to_read(&location, key, StoreOptions::default()).unwrap();
         assert_eq!(store.info().created_ms, 1_700_000_000_000);
+        assert_eq!(store.agreed().level, StoreLevel::FIRST);
         let incarnations = store.journals().incarnations().unwrap();
         let mut containers = Vec::new();
         store
