@@ -52,6 +52,9 @@ interface Engine {
   # (engine/src/hosts.rs). Changes nothing.
   finalize @14 () -> (level :UInt32);
   # Raises the store to the newest level that this engine knows; refused while a host does not know it.
+  useKey @15 () -> (key :UInt32);
+  # Has all engines seal what is new under the newest encryption key of this host's key file; refused while
+  # a host lacks it.
 }
 
 enum Fate { committed @0; ended @1; }

@@ -37,6 +37,12 @@ pub struct HostReport {
     /// The newest level that it knows.
     #[serde(default)]
     pub newest_level: StoreLevel,
+    /// The encryption key that it seals what is new under.
+    #[serde(default)]
+    pub key: u32,
+    /// All encryption keys that it has: what tells whether another host's are the same.
+    #[serde(default)]
+    pub keys: BTreeMap<u32, String>,
     /// The partition map that it goes by.
     pub map_epoch: u64,
     /// The one that its index was filled for.
@@ -251,6 +257,8 @@ pub fn own(context: &Context) -> Result<HostReport> {
         version: env!("CARGO_PKG_VERSION").into(),
         level: context.store.agreed().level,
         newest_level: StoreLevel::NEWEST,
+        key: context.store.agreed().key.0,
+        keys: context.store.sealer().key().checks(),
         map_epoch: cluster.map_or(0, |cluster| cluster.map().epoch().0),
         index_epoch: cluster.map_or(0, |cluster| cluster.index_epoch().0),
         unique_blocks: figures.unique_blocks.load(Relaxed),

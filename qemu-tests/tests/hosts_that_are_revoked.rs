@@ -24,7 +24,7 @@ fn revoke(cluster: &Cluster) -> Result {
     cluster.fixture.try_fleecectl(&unknown)?.code(14)?;
     ensure!(!list.exists(), "a list for nobody");
     let revoked = cluster.fixture.fleecectl(&["cluster", "revoke", "hv2", "--dir", &ca])?;
-    for step in ["crl.pem", "fleecectl drain hv2", "S3 credentials", "store's key"] {
+    for step in ["crl.pem", "fleecectl drain hv2", "S3 credentials", "key rotate --use"] {
         ensure!(revoked.printed().contains(step), "{}", revoked.printed());
     }
     // Once more is no mistake, and says the same.

@@ -225,6 +225,18 @@ impl EngineClient {
         work.await.map_err(|e: capnp::Error| from_wire(&e))
     }
 
+    /// Has all engines go over to the newest encryption key of the engine's key file; gives its number.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub async fn use_key(&self) -> Result<u32> {
+        let work = async {
+            let response = self.engine.use_key_request().send().promise.await?;
+            Ok(response.get()?.get_key())
+        };
+        work.await.map_err(|e: capnp::Error| from_wire(&e))
+    }
+
     /// Verifies; `each` gets every event as a line of JSON. `true`: nothing is wrong.
     ///
     /// # Errors

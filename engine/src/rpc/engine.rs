@@ -368,6 +368,25 @@ impl engine::Server for EngineServer {
         Ok(())
     }
 
+    async fn use_key(
+        self: Rc<Self>,
+        _: engine::UseKeyParams,
+        mut results: engine::UseKeyResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let (store, key_file) = (context.store.clone(), self.services.key_file.clone());
+        // The file may just have been changed.
+        blocking(move || {
+            let (followed, taken) = upgrade::look(&store, &key_file);
+            followed.and(taken)
+        })
+        .await?;
+        let reports = self.reports(&context).await?;
+        let used = move || upgrade::use_newest_key(&context.store, &reports, now_ms());
+        results.get().set_key(blocking(used).await?.0);
+        Ok(())
+    }
+
     async fn sessions(
         self: Rc<Self>,
         _: engine::SessionsParams,

@@ -48,6 +48,9 @@ pub fn from_wire(error: &capnp::Error) -> Error {
         capnp::ErrorKind::Disconnected => {
             Error::new(Kind::Failed, "the engine ended the connection (see its log)")
         }
+        capnp::ErrorKind::Unimplemented => {
+            Error::new(Kind::Failed, "the engine is older than this program: upgrade it")
+        }
         _ => Error::new(Kind::Failed, format!("the engine says: {error}")),
     }
 }

@@ -106,7 +106,7 @@ impl StoreInfo {
         key: &StoreKey,
         options: &InitOptions,
     ) -> Result<Created> {
-        let check = key.check_value(key.current()).unwrap_or_default();
+        let check = key.check_value(key.first()).unwrap_or_default();
         let info = StoreInfo {
             store: key.store(),
             block_size: options.block_size,
@@ -119,7 +119,7 @@ impl StoreInfo {
         };
         let body =
             serde_json::to_vec(&info).context(|| "cannot write the store's header".into())?;
-        let under = (key, key.current(), false);
+        let under = (key, key.first(), false);
         objects.create(
             names::STORE,
             format::seal_under(under, ObjectKind::Store, names::STORE, &body)?,

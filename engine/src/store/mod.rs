@@ -111,7 +111,7 @@ impl Store {
         if let Some(passphrase) = &options.passphrase {
             objects.create(names::WRAPPED_KEY, key.wrap(passphrase)?)?;
         }
-        let under = (&key, key.current(), options.encrypt);
+        let under = (&key, key.first(), options.encrypt);
         agreed::raise(&objects, under, StoreLevel::NEWEST, options.now_ms)?;
         // The last step: a store exists once its header does.
         match StoreInfo::create(&objects, &key, options)? {
@@ -127,28 +127,40 @@ impl Store {
     pub fn recover_key(location: &Location, passphrase: &str) -> Result<Arc<StoreKey>> {
         let objects = objects_at(location, &std::env::temp_dir())?;
         StoreInfo::read(&objects, location)?;
-        let wrapped = match objects.read_all(names::WRAPPED_KEY, SEALED_MAX) {
-            Err(error) if error.kind() == Kind::NotFound => {
-                let what = format!("the store at {location} has no key under a passphrase");
-                return Err(Error::new(
-                    Kind::Key,
-                    format!("{what}: use the key file or its paper copy"),
-                ));
-            }
-            wrapped => wrapped?,
-        };
+        let wrapped = agreed::wrapped_key(&objects)?.ok_or_else(|| {
+            let what = format!("the store at {location} has no key under a passphrase");
+            Error::new(Kind::Key, format!("{what}: use the key file or its paper copy"))
+        })?;
         let key = Arc::new(StoreKey::unwrap(&wrapped, passphrase)?);
-        enter(&objects, location, Arc::clone(&key))?;
+        look(&objects, location, Arc::clone(&key))?;
         Ok(key)
     }
 
-    /// Makes sure that a key opens a store.
+    /// Puts a copy of the store's key under a passphrase into the store, for [`recover_key`](Self::recover_key).
+    ///
+    /// # Errors
+    /// [`Kind::Usage`] when there is one of this key; the store's.
+    pub fn keep_key(location: &Location, key: &StoreKey, passphrase: &str) -> Result<()> {
+        let objects = objects_at(location, &std::env::temp_dir())?;
+        let newest = key.newest().0;
+        match objects.create(&names::wrapped_key(newest), key.wrap(passphrase)?)? {
+            Created::Ours => Ok(()),
+            Created::Exists => {
+                let what = format!("the store has a copy of the key up to {newest} already");
+                Err(Error::new(Kind::Usage, format!("{what}: under the passphrase given then")))
+            }
+        }
+    }
+
+    /// Makes sure that a key opens all that is and will be in a store; what its engines go by.
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub fn check_key(location: &Location, key: StoreKey) -> Result<()> {
+    pub fn check_key(location: &Location, key: Arc<StoreKey>) -> Result<Agreed> {
         let objects = objects_at(location, &std::env::temp_dir())?;
-        enter(&objects, location, Arc::new(key)).map(drop)
+        let (_, sealer, agreed) = look(&objects, location, key)?;
+        agreed.must_be_had_by(&sealer.key(), location)?;
+        Ok(agreed)
     }
 
     /// Opens a store for reading and writing, as the one engine of `state_dir`.
@@ -191,7 +203,9 @@ impl Store {
         state_dir: Option<&Path>,
         options: StoreOptions,
     ) -> Result<Self> {
-        let (info, sealer, agreed) = enter(&objects, location, Arc::new(key))?;
+        let (info, sealer, agreed) = look(&objects, location, Arc::new(key))?;
+        agreed.must_be_had_by(&sealer.key(), location)?;
+        sealer.use_key(agreed.key);
         let fingerprinter = sealer.key().fingerprinter(info.block_size);
         let codecs = Arc::new(Codecs::new(options.compression));
         let budget = options.budget;
@@ -247,17 +261,36 @@ impl Store {
         *self.inner.agreed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks what its engines go by now, and goes by it, too. Never goes back: a directory that is
-    /// unmounted looks like a store that was never raised.
+    /// Looks what its engines go by now, and goes by it, too.
     ///
     /// # Errors
     /// As [`open`](Self::open): this engine cannot go on then, unless it could not look at all.
     pub fn follow(&self) -> Result<Agreed> {
         let Inner { objects, sealer, location, .. } = &*self.inner;
-        let read = Agreed::read(objects, sealer, location)?;
+        let read = Agreed::read(objects, sealer, location, self.agreed())?;
+        read.must_be_had_by(&sealer.key(), location)?;
         let mut agreed = self.inner.agreed.lock().unwrap_or_else(PoisonError::into_inner);
-        agreed.level = agreed.level.max(read.level);
+        // Somebody else may have looked meanwhile.
+        *agreed = Agreed { level: agreed.level.max(read.level), key: agreed.key.max(read.key) };
+        sealer.use_key(agreed.key);
         Ok(*agreed)
+    }
+
+    /// Takes a key file that has further encryption keys, so that they are known before they are used.
+    ///
+    /// # Errors
+    /// [`Kind::Key`] when it lacks something that the present one has.
+    pub fn take_key(&self, key: StoreKey) -> Result<()> {
+        let sealer = &self.inner.sealer;
+        if *sealer.key() == key {
+            return Ok(());
+        }
+        if !key.extends(&sealer.key()) {
+            let what = "the key file was changed, and lacks what it had: put the newest one there";
+            return Err(Error::new(Kind::Key, what));
+        }
+        sealer.take(key);
+        Ok(())
     }
 
     /// Makes sure that what changed the engines' agreement was made by one of them.
@@ -273,8 +306,20 @@ impl Store {
     /// # Errors
     /// As [`Objects::create`], and as [`follow`](Self::follow).
     pub fn raise(&self, level: StoreLevel, now_ms: i64) -> Result<Agreed> {
-        let Inner { objects, sealer, .. } = &*self.inner;
-        agreed::raise(objects, sealer.under(), level, now_ms)?;
+        let Inner { objects, sealer, info, .. } = &*self.inner;
+        let under = (&*sealer.key(), sealer.current(), info.encrypted);
+        agreed::raise(objects, under, level, now_ms)?;
+        self.follow()
+    }
+
+    /// Has all its engines, each of which has it, seal what is new under the newest encryption key.
+    ///
+    /// # Errors
+    /// As [`Objects::create`], and as [`follow`](Self::follow).
+    pub fn use_newest_key(&self, now_ms: i64) -> Result<Agreed> {
+        let Inner { objects, sealer, info, .. } = &*self.inner;
+        let key = sealer.key();
+        agreed::use_key(objects, (&key, key.newest(), info.encrypted), now_ms)?;
         self.follow()
     }
 
@@ -369,15 +414,15 @@ impl Store {
 }
 
 /// The first look into a store, before anything is touched: whether its key, its format and its level are
-/// known here.
-fn enter(
+/// known here. The key may lack the encryption key for what is new.
+fn look(
     objects: &Objects,
     location: &Location,
     key: Arc<StoreKey>,
 ) -> Result<(StoreInfo, Sealer, Agreed)> {
     let info = StoreInfo::check(objects, location, &key)?;
     let sealer = Sealer::new(key, info.encrypted);
-    let agreed = Agreed::read(objects, &sealer, location)?;
+    let agreed = Agreed::read(objects, &sealer, location, Agreed::at_first(&sealer.key()))?;
     Ok((info, sealer, agreed))
 }
 

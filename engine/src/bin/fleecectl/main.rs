@@ -125,7 +125,10 @@ fn main() -> ExitCode {
 fn run(options: Options) -> Result<ExitCode> {
     match options.verb {
         Verb::Init(init) => init::run(&init, &options.config, options.json)?,
-        Verb::Key(verb) => key::run(verb, &options.config, options.json)?,
+        Verb::Key(key::Verb::Rotate { used: true, .. }) => {
+            key::use_newest(&socket(&options)?, options.json)?;
+        }
+        Verb::Key(ref verb) => key::run(verb, &options.config, options.json)?,
         Verb::Cluster(verb) => cluster::run(&verb, &options.config, options.json)?,
         Verb::Completions { shell } => {
             let mut command = Options::command();

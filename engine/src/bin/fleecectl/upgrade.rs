@@ -9,8 +9,8 @@ use fleece_engine::rpc::client::EngineClient;
 
 use super::report::{print_json, with_engine};
 
-/// Within this all engines see what was changed: they look every 5 s.
-const FOLLOWED: Duration = Duration::from_secs(20);
+/// Within this all engines see what was changed: they look every 10 s.
+const FOLLOWED: Duration = Duration::from_secs(30);
 /// Between two questions whether they did.
 const AGAIN: Duration = Duration::from_millis(500);
 
