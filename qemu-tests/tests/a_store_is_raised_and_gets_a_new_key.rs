@@ -233,3 +233,34 @@ fn a_lone_host_changes_its_key_and_finds_it_again_by_a_passphrase() -> Result {
     }
     fixture.verify()?.code(0).map(drop)
 }
+
+#[test]
+fn an_engine_that_cannot_go_by_what_the_others_do_ends_by_name() -> Result {
+    let mut fixture = Fixture::new()?;
+    let (config, key) = (fixture.text("engine.toml"), fixture.text("engine.key"));
+    // As a later Fleece makes the one, and hosts that have a newer key file the other: their names are enough.
+    for (name, code, said) in [
+        ("agreed/level-00000003", 10, "is at level 3, and this Fleece"),
+        ("agreed/key-00000002", 12, "needs the encryption key 2, which the key file"),
+    ] {
+        let object = fixture.store().join(name);
+        fs::write(&object, b"of others")?;
+        let mut ended = None;
+        wait_until(SOON, "the engine to end", || {
+            ended = fixture.engine()?.ended()?;
+            Ok(ended.is_some())
+        })?;
+        let ended = ended.and_then(|status| status.code());
+        ensure!(ended == Some(code), "it ended with {ended:?}");
+        fixture.engine()?.wait_printed(SOON, said)?;
+        fixture.kill_engine()?;
+        // None starts with it, and fleecectl says the same.
+        let refused = fixture.start_engine().err().context("it started")?.to_string();
+        ensure!(refused.contains(said), "{refused}");
+        let checked = fixture.try_fleecectl(&["--config", &config, "key", "check", &key])?;
+        ensure!(checked.code(code)?.printed().contains(said.split(',').next().unwrap_or(said)));
+        fs::remove_file(&object)?;
+        fixture.start_engine()?;
+    }
+    fixture.verify()?.code(0).map(drop)
+}
