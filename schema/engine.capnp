@@ -5,10 +5,14 @@
 # "fleece:<kind>: <message>" as its reason; the kinds are those of the exit code table.
 
 const protocolVersion :UInt16 = 2;
-# Raised when a change is not compatible; `hello` refuses another one by name.
+# The newest that this version speaks. Raised when a change is not compatible.
+const oldestProtocol :UInt16 = 2;
+# That of the version before. Both sides speak the newest that both know; where there is none, `hello`
+# refuses, and says which program is to be upgraded.
 
 interface Engine {
-  hello @0 (program :Text, version :Text, protocol :UInt16) -> (info :EngineInfo);
+  hello @0 (program :Text, version :Text, protocol :UInt16, oldestProtocol :UInt16) -> (info :EngineInfo);
+  # protocol: the newest that the program speaks; oldestProtocol 0: it speaks no other.
 
   settle @1 (vm :Data, snapshots :List(Text)) -> (fates :List(Fate), latest :Snapshot);
   # What became of the snapshots that dirty bitmaps of this VM name. One that is
@@ -46,6 +50,11 @@ interface Engine {
   rebalance @13 (without :Text) -> (report :Text);
   # What would move if the partition map were computed now, `without` ("" for none) one host: JSON
   # (engine/src/hosts.rs). Changes nothing.
+  finalize @14 () -> (level :UInt32);
+  # Raises the store to the newest level that this engine knows; refused while a host does not know it.
+  useKey @15 () -> (key :UInt32);
+  # Has all engines seal what is new under the newest encryption key of this host's key file; refused while
+  # a host lacks it.
 }
 
 enum Fate { committed @0; ended @1; }

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::ids::{HostId, Slice, VmId};
 use crate::session::Context;
 use crate::session::registry::{Live, StageName};
+use crate::store::StoreLevel;
 
 /// How it is with a host; the same names in `--json`.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -30,6 +31,18 @@ pub struct HostReport {
     pub state: String,
     /// Its engine's version.
     pub version: String,
+    /// The level of the store that it goes by.
+    #[serde(default)]
+    pub level: StoreLevel,
+    /// The newest level that it knows.
+    #[serde(default)]
+    pub newest_level: StoreLevel,
+    /// The encryption key that it seals what is new under.
+    #[serde(default)]
+    pub key: u32,
+    /// All encryption keys that it has: what tells whether another host's are the same.
+    #[serde(default)]
+    pub keys: BTreeMap<u32, String>,
     /// The partition map that it goes by.
     pub map_epoch: u64,
     /// The one that its index was filled for.
@@ -242,6 +255,10 @@ pub fn own(context: &Context) -> Result<HostReport> {
         filling: cluster.map_or(0, |cluster| cluster.filling()),
         state: "here".into(),
         version: env!("CARGO_PKG_VERSION").into(),
+        level: context.store.agreed().level,
+        newest_level: StoreLevel::NEWEST,
+        key: context.store.agreed().key.0,
+        keys: context.store.sealer().key().checks(),
         map_epoch: cluster.map_or(0, |cluster| cluster.map().epoch().0),
         index_epoch: cluster.map_or(0, |cluster| cluster.index_epoch().0),
         unique_blocks: figures.unique_blocks.load(Relaxed),

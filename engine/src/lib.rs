@@ -25,4 +25,5 @@ pub mod session;
 pub mod sort;
 pub mod start;
 pub mod store;
+pub mod upgrade;
 pub mod upkeep;

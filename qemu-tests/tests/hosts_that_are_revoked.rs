@@ -1,5 +1,6 @@
 //! A host whose certificate the cluster's CA took back, while everything runs: the others hang up on it
-//! and refuse it both ways, take its part over, and go on; invited again, it is one of them again.
+//! and refuse it both ways, take its part over, and go on, with a key that it never had; invited again, it is
+//! one of them again.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,7 @@ fn revoke(cluster: &Cluster) -> Result {
     cluster.fixture.try_fleecectl(&unknown)?.code(14)?;
     ensure!(!list.exists(), "a list for nobody");
     let revoked = cluster.fixture.fleecectl(&["cluster", "revoke", "hv2", "--dir", &ca])?;
-    for step in ["crl.pem", "fleecectl drain hv2", "S3 credentials", "store's key"] {
+    for step in ["crl.pem", "fleecectl drain hv2", "S3 credentials", "key rotate --use"] {
         ensure!(revoked.printed().contains(step), "{}", revoked.printed());
     }
     // Once more is no mistake, and says the same.
@@ -57,6 +58,35 @@ fn all_refuse(cluster: &Cluster) -> Result {
         ensure!(state(cluster, 2, other)? == "silent", "{other} answers hv2");
     }
     Ok(())
+}
+
+/// What is stored from then on is under a key that hv2 never had: the others have one file, but for the host that
+/// came by a bundle.
+fn changes_the_key(cluster: &Cluster, fourth: usize) -> Result {
+    wait_until(LONG, "a map without hv2", || {
+        Ok(cluster.ask(0, &["hosts"])?.iter().all(|host| host["name"] != "hv2"))
+    })?;
+    let (file, had) = (cluster.fixture.path("engine.key"), cluster.fixture.path("had.key"));
+    fs::copy(&file, &had)?;
+    let config = cluster.config(0).display().to_string();
+    let key = |arguments: &[&str]| {
+        let arguments = [&["--config", &config, "key"], arguments].concat();
+        cluster.begin(0, "fleecectl", &arguments)?.finish(LONG)
+    };
+    key(&["rotate"])?.code(0)?;
+    let lacks = key(&["rotate", "--use"])?.code(1)?.printed();
+    ensure!(lacks.contains(&format!("hv{fourth} lacks it")), "{lacks}");
+    let (theirs, next) =
+        (format!("hv{fourth}/engine.key"), cluster.fixture.path("engine.key.next"));
+    fs::copy(&file, &next)?;
+    fs::rename(&next, cluster.fixture.path(&theirs))?;
+    wait_until(SOON, "every host to have the key", || {
+        Ok(key(&["rotate", "--use"])?.code(0).is_ok())
+    })?;
+    // That is the key that hv2 had.
+    let old = key(&["check", &had.display().to_string()])?.code(12)?.printed();
+    ensure!(old.contains("needs the encryption key 2"), "{old}");
+    key(&["check", &file.display().to_string()])?.code(0).map(drop)
 }
 
 /// Invited again, with the same list about, it is one of them: it finds what is known.
@@ -119,6 +149,7 @@ fn a_host_that_is_revoked_gets_nothing_and_the_others_go_on() -> Result {
     cluster.kill(2)?;
     let refused = cluster.start(2).err().context("a revoked host started")?.to_string();
     ensure!(refused.contains("this host's certificate is revoked"), "{refused}");
+    changes_the_key(&cluster, fourth)?;
     let both = [(snapshot("vm0", &first)?, all[0]), (snapshot("vm1", &during)?, all[1])];
     cluster.must_be_whole(&both)?;
 

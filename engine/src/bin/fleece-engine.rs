@@ -10,12 +10,15 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser};
 use fleece_engine::config::{Config, DEFAULT_CONFIG};
 use fleece_engine::error::{Context as _, Error, Kind, Result};
-use fleece_engine::{memory, rpc, start};
+use fleece_engine::store::Store;
+use fleece_engine::{memory, rpc, start, upgrade};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 
 /// How often the peak of anonymous memory is looked at.
 const SAMPLE: Duration = Duration::from_millis(100);
+/// Between two looks at what all engines of the store go by: each is a listing, which buckets charge for.
+const LOOK: Duration = Duration::from_secs(10);
 /// Restores at once: each borrows a pass's share of the memory.
 const RESTORES: usize = 2;
 /// How long sessions may take to end themselves at a SIGTERM.
@@ -152,20 +155,43 @@ async fn listen(config: &Config, started: &start::Started) -> Result<()> {
         readers: Arc::new(Semaphore::new(context.budget.sessions)),
         messages: Arc::new(Semaphore::new(context.budget.messages >> 10)),
         restores: Arc::new(Semaphore::new(RESTORES)),
-        context,
+        context: context.clone(),
         allowed_uids: config.allowed_uids.clone(),
+        key_file: config.key.clone(),
         store_name: config.store.clone(),
     };
+    let store = context.store.clone();
     let served = async {
         tokio::select! {
             served = rpc::serve(Rc::new(services), &config.socket, stopped) => served,
             ended = listening => ended,
+            error = follow(store, config.key.clone()) => Err(error),
         }
     };
     served.await.map_err(|error| match error.kind() {
         Kind::Failed => Error::caused(Kind::Failed, "the engine cannot serve", error),
         _ => error,
     })
+}
+
+/// Follows what all engines of the store go by, and the key file, until this engine cannot.
+async fn follow(store: Store, key_file: PathBuf) -> Error {
+    let mut said = String::new();
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let (store, key_file) = (store.clone(), key_file.clone());
+        let looked = rpc::on_a_thread(move || Ok(upgrade::look(&store, &key_file))).await;
+        let why = match looked.unwrap_or_else(|error| (Err(error), Ok(()))) {
+            (Err(error), _) if matches!(error.kind(), Kind::NoStore | Kind::Key) => return error,
+            (Err(error), _) => format!("cannot see what the store's engines go by: {error}"),
+            (_, Err(error)) => format!("on with the key that was: {error}"),
+            (Ok(_), Ok(())) => String::new(),
+        };
+        if why != said && !why.is_empty() {
+            eprintln!("fleece-engine: {why}");
+        }
+        said = why;
+    }
 }
 
 /// The other hosts, if there are any, and what keeps the links to them.

@@ -26,28 +26,31 @@ pub(super) async fn blocking<T: Send + 'static>(
 pub(super) async fn long<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> std::result::Result<T, capnp::Error> {
-    on_a_thread(work, ()).await.map_err(|e| to_wire(&e))
+    on_a_thread(work).await.map_err(|e| to_wire(&e))
 }
 
 async fn run<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let place = PLACES.acquire().await;
-    on_a_thread(work, place).await
+    on_a_thread(move || {
+        let _place = place;
+        work()
+    })
+    .await
 }
 
-/// Runs `work`, and drops `place` after it.
-async fn on_a_thread<T: Send + 'static>(
+/// Runs `work` on a thread of its own.
+///
+/// # Errors
+/// Its own; when there can be no thread.
+pub async fn on_a_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
-    place: impl Send + 'static,
 ) -> Result<T> {
     let failed = |e| Error::caused(Kind::Failed, "the engine cannot start a worker", e);
     let (done, result) = oneshot::channel();
     std::thread::Builder::new()
         .name("call".into())
         .stack_size(STACK)
-        .spawn(move || {
-            let _place = place;
-            drop(done.send(work()));
-        })
+        .spawn(move || drop(done.send(work())))
         .map_err(failed)?;
     result.await.unwrap_or_else(|_| Err(Error::new(Kind::Failed, "the engine's worker failed")))
 }

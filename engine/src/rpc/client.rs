@@ -14,6 +14,7 @@ use crate::error::{Error, Kind, Result};
 use crate::hosts::{HostReport, Rebalance, SessionReport};
 use crate::ids::VmId;
 use crate::session::registry::StageName;
+use crate::store::StoreLevel;
 
 /// A connection to the engine of this host. Lives on a `LocalSet`.
 pub struct EngineClient {
@@ -115,6 +116,7 @@ impl EngineClient {
         params.set_program("fleecectl");
         params.set_version(env!("CARGO_PKG_VERSION"));
         params.set_protocol(wire::PROTOCOL_VERSION);
+        params.set_oldest_protocol(wire::OLDEST_PROTOCOL);
         hello.send().promise.await.map_err(|e| Some(from_wire(&e)))?;
         Ok(EngineClient { engine })
     }
@@ -207,6 +209,30 @@ impl EngineClient {
             let response = request.send().promise.await?;
             serde_json::from_slice(response.get()?.get_report()?.as_bytes())
                 .map_err(|error| capnp::Error::failed(error.to_string()))
+        };
+        work.await.map_err(|e: capnp::Error| from_wire(&e))
+    }
+
+    /// Raises the store to the newest level that the engine knows; gives that level.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub async fn finalize(&self) -> Result<StoreLevel> {
+        let work = async {
+            let response = self.engine.finalize_request().send().promise.await?;
+            Ok(StoreLevel(response.get()?.get_level()))
+        };
+        work.await.map_err(|e: capnp::Error| from_wire(&e))
+    }
+
+    /// Has all engines go over to the newest encryption key of the engine's key file; gives its number.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub async fn use_key(&self) -> Result<u32> {
+        let work = async {
+            let response = self.engine.use_key_request().send().promise.await?;
+            Ok(response.get()?.get_key())
         };
         work.await.map_err(|e: capnp::Error| from_wire(&e))
     }

@@ -10,6 +10,7 @@ use super::backup::BackupServer;
 use super::blocking::blocking;
 use super::flow::Flow;
 use super::image::ImageServer;
+use super::protocol::{Speaker, Spoken};
 use super::server::Services;
 use super::{convert, to_wire};
 use crate::cluster::map::PartitionMap;
@@ -20,7 +21,7 @@ use crate::jobs::usage::usage;
 use crate::session::Context;
 use crate::session::begin::begin;
 use crate::store::manifest::Manifest;
-use crate::upkeep;
+use crate::{upgrade, upkeep};
 
 type Answer = std::result::Result<(), capnp::Error>;
 
@@ -97,20 +98,13 @@ impl engine::Server for EngineServer {
     ) -> Answer {
         let context = self.context()?;
         let params = params.get()?;
-        let protocol = params.get_protocol();
-        if protocol != wire::PROTOCOL_VERSION {
-            let program = of_params(convert::text(params.get_program(), "the program"))?;
-            let version = of_params(convert::text(params.get_version(), "the version"))?;
-            return Err(to_wire(&Error::new(
-                Kind::Usage,
-                format!(
-                    "{program} {version} speaks protocol {protocol}, this engine ({}) speaks {}: \
-                     install the same version of both",
-                    env!("CARGO_PKG_VERSION"),
-                    wire::PROTOCOL_VERSION
-                ),
-            )));
-        }
+        let program = of_params(convert::text(params.get_program(), "the program"))?;
+        let version = of_params(convert::text(params.get_version(), "the version"))?;
+        let theirs = Spoken::said(params.get_oldest_protocol(), params.get_protocol());
+        let ours = Spoken { oldest: wire::OLDEST_PROTOCOL, newest: wire::PROTOCOL_VERSION };
+        let us = Speaker { name: "the engine", version: env!("CARGO_PKG_VERSION"), speaks: ours };
+        let them = Speaker { name: &program, version: &version, speaks: theirs };
+        us.agrees_with(&them).map_err(|why| to_wire(&Error::new(Kind::Usage, why)))?;
         let store = &context.store;
         let mut info = results.get().init_info();
         info.set_version(env!("CARGO_PKG_VERSION"));
@@ -358,6 +352,38 @@ impl engine::Server for EngineServer {
         let (then, known) = (of_params(then)?, self.reports(&context).await?);
         let text = serde_json::to_string(&hosts::rebalance(&now, &then, &known));
         results.get().set_report(text.map_err(|e| capnp::Error::failed(e.to_string()))?);
+        Ok(())
+    }
+
+    async fn finalize(
+        self: Rc<Self>,
+        _: engine::FinalizeParams,
+        mut results: engine::FinalizeResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let reports = self.reports(&context).await?;
+        let raised =
+            blocking(move || upgrade::finalize(&context.store, &reports, now_ms())).await?;
+        results.get().set_level(raised.0);
+        Ok(())
+    }
+
+    async fn use_key(
+        self: Rc<Self>,
+        _: engine::UseKeyParams,
+        mut results: engine::UseKeyResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let (store, key_file) = (context.store.clone(), self.services.key_file.clone());
+        // The file may just have been changed.
+        blocking(move || {
+            let (followed, taken) = upgrade::look(&store, &key_file);
+            followed.and(taken)
+        })
+        .await?;
+        let reports = self.reports(&context).await?;
+        let used = move || upgrade::use_newest_key(&context.store, &reports, now_ms());
+        results.get().set_key(blocking(used).await?.0);
         Ok(())
     }
 

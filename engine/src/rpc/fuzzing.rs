@@ -29,7 +29,7 @@ const INPUTS: u32 = 3000;
 pub(crate) struct Rig {
     pub(crate) started: Option<Started>,
     inputs: u32,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Rig {
@@ -51,7 +51,7 @@ impl Rig {
             ..Config::new(store.display().to_string(), key)
         };
         let started = Some(start(&config)?);
-        Ok(Rig { started, inputs: 0, _dir: dir })
+        Ok(Rig { started, inputs: 0, dir })
     }
 
     pub(crate) fn services(&self) -> Option<Services> {
@@ -65,6 +65,7 @@ impl Rig {
             messages: Arc::new(Semaphore::new(2048)),
             restores: Arc::new(Semaphore::new(2)),
             allowed_uids: Vec::new(),
+            key_file: self.dir.path().join("key"),
             store_name: "fuzz".into(),
         })
     }

@@ -14,10 +14,12 @@ pub(crate) mod fuzzing;
 mod image;
 mod links;
 mod peers;
+mod protocol;
 mod reports;
 mod server;
 mod tls;
 
+pub use blocking::on_a_thread;
 pub use peers::Peers;
 pub use server::{Services, serve};
 
@@ -45,6 +47,9 @@ pub fn from_wire(error: &capnp::Error) -> Error {
     match error.kind {
         capnp::ErrorKind::Disconnected => {
             Error::new(Kind::Failed, "the engine ended the connection (see its log)")
+        }
+        capnp::ErrorKind::Unimplemented => {
+            Error::new(Kind::Failed, "the engine is older than this program: upgrade it")
         }
         _ => Error::new(Kind::Failed, format!("the engine says: {error}")),
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capnp_rpc::{RpcSystem, rpc_twoparty_capnp, twoparty};
-use fleece_schema::peer_capnp::{PEER_PROTOCOL, greeting, peer};
+use fleece_schema::peer_capnp::{OLDEST_PEER_PROTOCOL, PEER_PROTOCOL, greeting, peer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
@@ -23,6 +23,7 @@ use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 use super::MESSAGE_WORDS;
 use super::blocking::{blocking, long};
 use super::links::{Places, keep_link};
+use super::protocol::{Speaker, Spoken};
 use super::reports::to_json;
 use super::tls::{Files, Identity, is_of_revoked, proves};
 use crate::cluster::outbox::FrameNumber;
@@ -48,6 +49,9 @@ pub(super) const AGAIN: Duration = Duration::from_secs(1);
 const BUFFER: usize = 1 << 10;
 /// Frames that wait for the thread that takes them.
 const QUEUE: usize = 4;
+
+/// What engines say to one another.
+const SPOKEN: Spoken = Spoken { oldest: OLDEST_PEER_PROTOCOL, newest: PEER_PROTOCOL };
 
 /// What a host is told whose own certificate was taken back.
 const REVOKED: &str = "this host's certificate is revoked, no other one talks to it (fleecectl cluster invite makes a new one)";
@@ -240,7 +244,8 @@ impl Peers {
         greeting.set_store(self.store.0.as_bytes());
         greeting.set_map_digest(map.digest());
         greeting.set_instance(ours.0);
-        greeting.set_protocol(PEER_PROTOCOL);
+        greeting.set_protocol(SPOKEN.newest);
+        greeting.set_oldest_protocol(SPOKEN.oldest);
         greeting.set_version(env!("CARGO_PKG_VERSION"));
     }
 
@@ -251,12 +256,11 @@ impl Peers {
     ) -> capnp::Result<(HostId, Instance)> {
         let name = greeting.get_host()?.to_str()?;
         let refused = |what: String| Err(capnp::Error::failed(what));
-        if greeting.get_protocol() != PEER_PROTOCOL {
-            let (theirs, version) = (greeting.get_protocol(), greeting.get_version()?.to_str()?);
-            return refused(format!(
-                "{name} runs {version} and speaks protocol {theirs}, this engine {PEER_PROTOCOL}"
-            ));
-        }
+        let theirs = Spoken::said(greeting.get_oldest_protocol(), greeting.get_protocol());
+        let version = greeting.get_version()?.to_str()?;
+        let us = Speaker { name: &self.name, version: env!("CARGO_PKG_VERSION"), speaks: SPOKEN };
+        // There is one protocol only so far: nothing depends on which it is.
+        us.agrees_with(&Speaker { name, version, speaks: theirs }).map_err(capnp::Error::failed)?;
         if greeting.get_store()? != self.store.0.as_bytes() {
             return refused(format!("{name} has another store"));
         }

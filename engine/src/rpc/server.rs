@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,6 +46,8 @@ pub struct Services {
     pub restores: Arc<Semaphore>,
     /// User ids that may use the socket, besides root and our own.
     pub allowed_uids: Vec<u32>,
+    /// Where the store's key is.
+    pub key_file: PathBuf,
     /// The store's name for people.
     pub store_name: String,
     /// The other hosts, if there are any.

@@ -6,6 +6,8 @@
 //! object is too new. Small objects are `header ‖ body ‖ tag`; containers are laid
 //! out in [`super::container`].
 
+use std::sync::{Arc, PoisonError, RwLock};
+
 use aes_gcm::aead::{AeadInOut, KeyInit};
 use aes_gcm::{Aes256Gcm, Nonce, Tag};
 use uuid::Uuid;
@@ -60,11 +62,15 @@ pub enum ObjectKind {
     Checkpoint = 10,
     /// Entries of the index.
     ShardPart = 11,
+    /// The store's level.
+    Level = 12,
+    /// The encryption key for what is new.
+    KeyInUse = 13,
 }
 
 impl ObjectKind {
     /// Every kind.
-    pub(crate) const ALL: [ObjectKind; 11] = [
+    pub(crate) const ALL: [ObjectKind; 13] = [
         ObjectKind::Store,
         ObjectKind::WrappedKey,
         ObjectKind::Incarnation,
@@ -76,6 +82,8 @@ impl ObjectKind {
         ObjectKind::Damage,
         ObjectKind::Checkpoint,
         ObjectKind::ShardPart,
+        ObjectKind::Level,
+        ObjectKind::KeyInUse,
     ];
 
     fn from_code(code: u16) -> Option<Self> {
@@ -297,31 +305,80 @@ pub(crate) fn open(cipher: &ObjectCipher, path: &str, bytes: &[u8]) -> Option<Ve
     cipher.open(Piece::Body, 0, &sealed_associated(header, path), &mut body, tag).then_some(body)
 }
 
-/// Seals and opens the small objects of one store.
+/// A key of a store, which of its encryption keys, and whether objects are encrypted.
+pub(crate) type Under<'k> = (&'k StoreKey, KeyId, bool);
+
+/// A fresh header for an object of `kind`, and its cipher.
+fn begin_under((key, id, encrypt): Under<'_>, kind: ObjectKind) -> Result<(Header, ObjectCipher)> {
+    let header = Header::new(kind, encrypt, id, key.store())?;
+    let cipher = key.cipher(&header, "a new object")?;
+    Ok((header, cipher))
+}
+
+/// The bytes of the object of `kind` to create at `path`.
+pub(crate) fn seal_under(
+    under: Under<'_>,
+    kind: ObjectKind,
+    path: &str,
+    plaintext: &[u8],
+) -> Result<Vec<u8>> {
+    let (header, cipher) = begin_under(under, kind)?;
+    seal(&cipher, &header, path, plaintext)
+}
+
+/// Seals and opens the objects of one store. All copies of one follow when the key changes.
 #[derive(Clone)]
 pub struct Sealer {
-    key: std::sync::Arc<StoreKey>,
+    keys: Arc<RwLock<Keys>>,
     encrypt: bool,
 }
 
+/// The store's key, and the encryption key of it for what is new.
+#[derive(Clone)]
+struct Keys {
+    key: Arc<StoreKey>,
+    current: KeyId,
+}
+
 impl Sealer {
-    /// For the store of `key`; without `encrypt` objects are only authenticated.
+    /// For the store of `key`, under its first encryption key; without `encrypt` objects are only
+    /// authenticated.
     #[must_use]
-    pub fn new(key: std::sync::Arc<StoreKey>, encrypt: bool) -> Self {
-        Sealer { key, encrypt }
+    pub fn new(key: Arc<StoreKey>, encrypt: bool) -> Self {
+        let current = key.first();
+        Sealer { keys: Arc::new(RwLock::new(Keys { key, current })), encrypt }
+    }
+
+    fn keys(&self) -> Keys {
+        self.keys.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The store's key.
     #[must_use]
-    pub fn key(&self) -> &StoreKey {
-        &self.key
+    pub fn key(&self) -> Arc<StoreKey> {
+        self.keys().key
+    }
+
+    /// The encryption key that new objects are sealed under.
+    #[must_use]
+    pub fn current(&self) -> KeyId {
+        self.keys().current
+    }
+
+    /// Seals what is new under another encryption key. One that is lacking is met when it is needed.
+    pub(super) fn use_key(&self, id: KeyId) {
+        self.keys.write().unwrap_or_else(PoisonError::into_inner).current = id;
+    }
+
+    /// Takes the store's key with further encryption keys.
+    pub(super) fn take(&self, key: StoreKey) {
+        self.keys.write().unwrap_or_else(PoisonError::into_inner).key = Arc::new(key);
     }
 
     /// A fresh header for an object of `kind`, and its cipher.
     pub(crate) fn begin(&self, kind: ObjectKind) -> Result<(Header, ObjectCipher)> {
-        let header = Header::new(kind, self.encrypt, self.key.current(), self.key.store())?;
-        let cipher = self.key.cipher(&header, "a new object")?;
-        Ok((header, cipher))
+        let Keys { key, current } = self.keys();
+        begin_under((&key, current, self.encrypt), kind)
     }
 
     /// The cipher of an object of ours with this header.
@@ -331,11 +388,12 @@ impl Sealer {
         kind: ObjectKind,
         name: &str,
     ) -> Result<ObjectCipher> {
-        header.expect(kind, self.key.store(), name)?;
+        let key = self.key();
+        header.expect(kind, key.store(), name)?;
         if header.encrypted != self.encrypt {
             return Err(damaged(name, "it is not protected the way this store's objects are"));
         }
-        self.key.cipher(header, name)
+        key.cipher(header, name)
     }
 
     /// The bytes of the object of `kind` to create at `path`. Two calls give different bytes.
@@ -343,8 +401,8 @@ impl Sealer {
     /// # Errors
     /// When the system gives no random bytes.
     pub fn seal(&self, kind: ObjectKind, path: &str, plaintext: &[u8]) -> Result<Vec<u8>> {
-        let (header, cipher) = self.begin(kind)?;
-        seal(&cipher, &header, path, plaintext)
+        let Keys { key, current } = self.keys();
+        seal_under((&key, current, self.encrypt), kind, path, plaintext)
     }
 
     /// The plaintext of the object of `kind` at `path`.

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::agreed::Since;
 use super::damage::{DamageMap, DamageMark};
 use super::format::{HEADER_LEN, Header, KeyId, ObjectKind, SALT_LEN, Sealer, damaged, le32};
 use super::info::StoreInfo;
@@ -55,7 +56,7 @@ pub(super) fn fixed_key() -> Result<StoreKey> {
 /// the body of one kind.
 pub fn small_objects(data: &[u8]) {
     let Some((what, data)) = data.split_first() else { return };
-    match what % 11 {
+    match what % 12 {
         0 => sealed(data),
         1 => info(data),
         2 => manifest(data),
@@ -66,7 +67,8 @@ pub fn small_objects(data: &[u8]) {
         7 => text(data),
         8 => wrapped(data),
         9 => checkpoint(data),
-        _ => shard_part(data),
+        10 => shard_part(data),
+        _ => agreement(data),
     }
 }
 
@@ -161,12 +163,18 @@ fn shard_part(data: &[u8]) {
     assert_eq!(shards::encode_entries(&entries), data, "a part that has two forms");
 }
 
+fn agreement(data: &[u8]) {
+    let Ok(since) = Since::decode(data, "x") else { return };
+    let again = since.encode().and_then(|body| Since::decode(&body, "x"));
+    assert_eq!(again.ok(), Some(since), "it reads back as another");
+}
+
 /// A key's binary form, as it comes and with its checksum made good.
 fn key(data: &[u8]) {
     let _ = StoreKey::decode(data);
     if let Ok(key) = StoreKey::decode(&StoreKey::summed(data)) {
         assert!(StoreKey::decode(&key.encode()).is_ok_and(|again| again == key));
-        let _ = (key.check_value(key.current()), key.fingerprinter(4096));
+        let _ = (key.check_value(key.first()), key.fingerprinter(4096));
     }
 }
 
@@ -191,6 +199,9 @@ fn text(data: &[u8]) {
     if let Some((host, n)) = names::parse_checkpoint(text) {
         let again = names::checkpoint(host, n);
         assert_eq!(names::parse_checkpoint(&again[names::SHARDS.len() + 1..]), Some((host, n)));
+    }
+    if let Some(n) = names::parse_number(names::LEVEL, text) {
+        assert_eq!(names::parse_number(names::LEVEL, &names::level(n)), Some(n));
     }
     let _ = text.parse::<SnapshotId>();
     let _ = NodeRef::try_from(text.to_owned()).map(|node| {

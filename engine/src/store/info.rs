@@ -106,8 +106,7 @@ impl StoreInfo {
         key: &StoreKey,
         options: &InitOptions,
     ) -> Result<Created> {
-        let header = Header::new(ObjectKind::Store, false, key.current(), key.store())?;
-        let check = key.check_value(key.current()).unwrap_or_default();
+        let check = key.check_value(key.first()).unwrap_or_default();
         let info = StoreInfo {
             store: key.store(),
             block_size: options.block_size,
@@ -120,8 +119,11 @@ impl StoreInfo {
         };
         let body =
             serde_json::to_vec(&info).context(|| "cannot write the store's header".into())?;
-        let cipher = key.cipher(&header, names::STORE)?;
-        objects.create(names::STORE, format::seal(&cipher, &header, names::STORE, &body)?)
+        let under = (key, key.first(), false);
+        objects.create(
+            names::STORE,
+            format::seal_under(under, ObjectKind::Store, names::STORE, &body)?,
+        )
     }
 }
 

@@ -4,11 +4,12 @@
 //! One canonical binary form ([`StoreKey::encode`]) is behind the key file, the copy
 //! under a passphrase and the form on paper.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::path::{Path, PathBuf};
 
 use argon2::{Algorithm, Argon2, Params, Version};
 use hkdf::Hkdf;
@@ -52,8 +53,10 @@ pub struct StoreKey {
     store: StoreId,
     domain: String,
     fingerprint: Secret,
-    /// The last one is current; never empty.
+    /// Never empty. Which is used for what is new the store says (`agreed.rs`).
     encryption: Vec<(KeyId, Secret)>,
+    /// Where it was read, for messages.
+    file: Option<PathBuf>,
 }
 
 impl StoreKey {
@@ -72,20 +75,30 @@ impl StoreKey {
             domain: domain.to_owned(),
             fingerprint: Zeroizing::new(random()?),
             encryption: vec![(KeyId(1), Zeroizing::new(random()?))],
+            file: None,
         })
     }
 
-    /// Adds an encryption key under which everything new is sealed from now on.
+    /// The same with one more encryption key, to be used once all hosts have it.
     ///
     /// # Errors
     /// When there are too many, or no random bytes.
-    pub fn rotate(&mut self) -> Result<KeyId> {
+    pub fn rotated(&self) -> Result<Self> {
         if self.encryption.len() >= KEYS_MAX {
             return Err(Error::new(Kind::Usage, "the store has too many encryption keys"));
         }
-        let id = KeyId(self.current().0 + 1);
-        self.encryption.push((id, Zeroizing::new(random()?)));
-        Ok(id)
+        let mut rotated = Self::decode(&self.encode())?;
+        rotated.encryption.push((KeyId(self.newest().0 + 1), Zeroizing::new(random()?)));
+        Ok(rotated)
+    }
+
+    /// Whether it has all that `other` has.
+    #[must_use]
+    pub fn extends(&self, other: &Self) -> bool {
+        let has = |(id, secret): &(KeyId, Secret)| self.secret(*id) == Some(secret);
+        (self.store, &self.domain, &self.fingerprint)
+            == (other.store, &other.domain, &other.fingerprint)
+            && other.encryption.iter().all(has)
     }
 
     /// The store that it opens.
@@ -100,10 +113,43 @@ impl StoreKey {
         &self.domain
     }
 
-    /// The encryption key for new objects.
+    /// The encryption key that the store was made with.
     #[must_use]
-    pub fn current(&self) -> KeyId {
+    pub fn first(&self) -> KeyId {
+        self.encryption.first().map_or(KeyId(0), |(id, _)| *id)
+    }
+
+    /// The encryption key that was added last.
+    #[must_use]
+    pub fn newest(&self) -> KeyId {
         self.encryption.last().map_or(KeyId(0), |(id, _)| *id)
+    }
+
+    /// What tells for each of its encryption keys whether another one is the same, in hex, and nothing
+    /// about it.
+    #[must_use]
+    pub fn checks(&self) -> BTreeMap<u32, String> {
+        let check = |(id, _): &(KeyId, Secret)| {
+            let check = self.check_value(*id).unwrap_or_default();
+            (id.0, check.iter().map(|byte| format!("{byte:02x}")).collect())
+        };
+        self.encryption.iter().map(check).collect()
+    }
+
+    /// Whether it has an encryption key.
+    #[must_use]
+    pub fn has(&self, id: KeyId) -> bool {
+        self.secret(id).is_some()
+    }
+
+    /// That it has not an encryption key, which `what` needs.
+    pub(super) fn lacks(&self, id: KeyId, what: &str) -> Error {
+        let lacking = match &self.file {
+            Some(file) => format!("the key file {}", file.display()),
+            None => "this copy of the key".to_owned(),
+        };
+        let what = format!("{what} needs the encryption key {}, which {lacking} lacks", id.0);
+        Error::new(Kind::Key, format!("{what}: use the newest key file"))
     }
 
     /// Fingerprints of blocks of `block_size` bytes.
@@ -129,12 +175,8 @@ impl StoreKey {
 
     /// The cipher of the object with this header.
     pub(crate) fn cipher(&self, header: &Header, name: &str) -> Result<ObjectCipher> {
-        let Some(secret) = self.secret(header.key_id) else {
-            let id = header.key_id.0;
-            let what =
-                format!("object {name} needs the encryption key {id}, which the key file lacks");
-            return Err(Error::new(Kind::Key, format!("{what}: use the newest key file")));
-        };
+        let lacks = || self.lacks(header.key_id, &format!("object {name}"));
+        let secret = self.secret(header.key_id).ok_or_else(lacks)?;
         Ok(object_cipher(secret, header))
     }
 
@@ -210,6 +252,7 @@ impl StoreKey {
             domain: String::from_utf8(domain.to_vec()).ok()?,
             fingerprint: Zeroizing::new(*fingerprint),
             encryption,
+            file: None,
         })
     }
 }
@@ -280,7 +323,7 @@ impl StoreKey {
         }
         let text = Zeroizing::new(fs::read_to_string(path).map_err(failed)?);
         let key = Self::from_text(&text).context(|| format!("the key file {shown}"))?;
-        Ok(key)
+        Ok(StoreKey { file: Some(path.to_owned()), ..key })
     }
 
     /// The key file's text.
@@ -331,6 +374,32 @@ impl StoreKey {
             options.write(true).create_new(true).mode(0o400).open(path).map_err(failed)?;
         file.write_all(self.to_text().as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
+    }
+
+    /// Puts itself into the place of a key file that it extends: 0400, of the same owner, durable, and
+    /// whole at any moment.
+    ///
+    /// # Errors
+    /// [`Kind::Key`] when it cannot be written.
+    pub fn replace(&self, path: &Path) -> Result<()> {
+        let failed = |error| {
+            let what = format!("cannot replace the key file {}", path.display());
+            Error::caused(Kind::Key, what, error)
+        };
+        // Not a link to it.
+        let path = fs::canonicalize(path).map_err(failed)?;
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let owner = fs::metadata(&path).map_err(failed)?;
+        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+        let written = file.write_all(self.to_text().as_bytes());
+        written
+            .and_then(|()| fchown(&file, Some(owner.uid()), Some(owner.gid())))
+            .map_err(failed)?;
+        let private = fs::Permissions::from_mode(0o400);
+        file.as_file().set_permissions(private).map_err(failed)?;
+        file.as_file().sync_all().map_err(failed)?;
+        file.persist(&path).map_err(|error| failed(error.error))?;
         fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
     }
 

@@ -1,5 +1,6 @@
 //! What is durable: objects, containers, recipes, manifests, journals, keys. Knows nothing of detection.
 
+mod agreed;
 pub mod catalog;
 pub mod commit;
 #[cfg(test)]
@@ -27,8 +28,9 @@ pub(crate) mod testing;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+pub use self::agreed::{Agreed, StoreLevel};
 pub use self::info::StoreInfo;
 pub use self::options::{
     Access, BLOCK_SIZE, Bucket, InitOptions, Location, StoreBudget, StoreOptions,
@@ -69,6 +71,7 @@ struct Inner {
     sealer: Sealer,
     info: StoreInfo,
     fingerprinter: Fingerprinter,
+    agreed: Mutex<Agreed>,
     pool: Pool,
     codecs: Arc<Codecs>,
     directories: Directories,
@@ -108,6 +111,8 @@ impl Store {
         if let Some(passphrase) = &options.passphrase {
             objects.create(names::WRAPPED_KEY, key.wrap(passphrase)?)?;
         }
+        let under = (&key, key.first(), options.encrypt);
+        agreed::raise(&objects, under, StoreLevel::NEWEST, options.now_ms)?;
         // The last step: a store exists once its header does.
         match StoreInfo::create(&objects, &key, options)? {
             Created::Ours => Ok(key),
@@ -119,22 +124,43 @@ impl Store {
     ///
     /// # Errors
     /// [`Kind::Key`] when there is no copy or the passphrase is wrong; [`Kind::NoStore`].
-    pub fn recover_key(location: &Location, passphrase: &str) -> Result<StoreKey> {
+    pub fn recover_key(location: &Location, passphrase: &str) -> Result<Arc<StoreKey>> {
         let objects = objects_at(location, &std::env::temp_dir())?;
         StoreInfo::read(&objects, location)?;
-        let wrapped = match objects.read_all(names::WRAPPED_KEY, SEALED_MAX) {
-            Err(error) if error.kind() == Kind::NotFound => {
-                let what = format!("the store at {location} has no key under a passphrase");
-                return Err(Error::new(
-                    Kind::Key,
-                    format!("{what}: use the key file or its paper copy"),
-                ));
-            }
-            wrapped => wrapped?,
-        };
-        let key = StoreKey::unwrap(&wrapped, passphrase)?;
-        StoreInfo::check(&objects, location, &key)?;
+        let wrapped = agreed::wrapped_key(&objects)?.ok_or_else(|| {
+            let what = format!("the store at {location} has no key under a passphrase");
+            Error::new(Kind::Key, format!("{what}: use the key file or its paper copy"))
+        })?;
+        let key = Arc::new(StoreKey::unwrap(&wrapped, passphrase)?);
+        look(&objects, location, Arc::clone(&key))?;
         Ok(key)
+    }
+
+    /// Puts a copy of the store's key under a passphrase into the store, for [`recover_key`](Self::recover_key).
+    ///
+    /// # Errors
+    /// [`Kind::Usage`] when there is one of this key; the store's.
+    pub fn keep_key(location: &Location, key: &StoreKey, passphrase: &str) -> Result<()> {
+        let objects = objects_at(location, &std::env::temp_dir())?;
+        let newest = key.newest().0;
+        match objects.create(&names::wrapped_key(newest), key.wrap(passphrase)?)? {
+            Created::Ours => Ok(()),
+            Created::Exists => {
+                let what = format!("the store has a copy of the key up to {newest} already");
+                Err(Error::new(Kind::Usage, format!("{what}: under the passphrase given then")))
+            }
+        }
+    }
+
+    /// Makes sure that a key opens all that is and will be in a store; what its engines go by.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn check_key(location: &Location, key: Arc<StoreKey>) -> Result<Agreed> {
+        let objects = objects_at(location, &std::env::temp_dir())?;
+        let (_, sealer, agreed) = look(&objects, location, key)?;
+        agreed.must_be_had_by(&sealer.key(), location)?;
+        Ok(agreed)
     }
 
     /// Opens a store for reading and writing, as the one engine of `state_dir`.
@@ -177,9 +203,10 @@ impl Store {
         state_dir: Option<&Path>,
         options: StoreOptions,
     ) -> Result<Self> {
-        let info = StoreInfo::check(&objects, location, &key)?;
-        let fingerprinter = key.fingerprinter(info.block_size);
-        let sealer = Sealer::new(Arc::new(key), info.encrypted);
+        let (info, sealer, agreed) = look(&objects, location, Arc::new(key))?;
+        agreed.must_be_had_by(&sealer.key(), location)?;
+        sealer.use_key(agreed.key);
+        let fingerprinter = sealer.key().fingerprinter(info.block_size);
         let codecs = Arc::new(Codecs::new(options.compression));
         let budget = options.budget;
         let journals = Journals::new(objects.clone(), sealer.clone());
@@ -205,6 +232,7 @@ impl Store {
             sealer,
             info,
             fingerprinter,
+            agreed: Mutex::new(agreed),
             pool,
             codecs,
             directories,
@@ -225,6 +253,74 @@ impl Store {
     #[must_use]
     pub fn info(&self) -> &StoreInfo {
         &self.inner.info
+    }
+
+    /// What its engines go by, as far as this one has seen.
+    #[must_use]
+    pub fn agreed(&self) -> Agreed {
+        *self.inner.agreed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks what its engines go by now, and goes by it, too.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open): this engine cannot go on then, unless it could not look at all.
+    pub fn follow(&self) -> Result<Agreed> {
+        let Inner { objects, sealer, location, .. } = &*self.inner;
+        let read = Agreed::read(objects, sealer, location, self.agreed())?;
+        read.must_be_had_by(&sealer.key(), location)?;
+        let mut agreed = self.inner.agreed.lock().unwrap_or_else(PoisonError::into_inner);
+        // Somebody else may have looked meanwhile.
+        *agreed = Agreed { level: agreed.level.max(read.level), key: agreed.key.max(read.key) };
+        sealer.use_key(agreed.key);
+        Ok(*agreed)
+    }
+
+    /// Takes a key file that has further encryption keys, so that they are known before they are used.
+    ///
+    /// # Errors
+    /// [`Kind::Key`] when it lacks something that the present one has.
+    pub fn take_key(&self, key: StoreKey) -> Result<()> {
+        let sealer = &self.inner.sealer;
+        if *sealer.key() == key {
+            return Ok(());
+        }
+        if !key.extends(&sealer.key()) {
+            let what = "the key file was changed, and lacks what it had: put the newest one there";
+            return Err(Error::new(Kind::Key, what));
+        }
+        sealer.take(key);
+        Ok(())
+    }
+
+    /// Makes sure that what changed the engines' agreement was made by one of them.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`].
+    pub(crate) fn check_agreed(&self, kind: ObjectKind, name: &str) -> Result<()> {
+        agreed::check(&self.inner.objects, &self.inner.sealer, kind, name)
+    }
+
+    /// Raises it to a level that every engine of it knows.
+    ///
+    /// # Errors
+    /// As [`Objects::create`], and as [`follow`](Self::follow).
+    pub fn raise(&self, level: StoreLevel, now_ms: i64) -> Result<Agreed> {
+        let Inner { objects, sealer, info, .. } = &*self.inner;
+        let under = (&*sealer.key(), sealer.current(), info.encrypted);
+        agreed::raise(objects, under, level, now_ms)?;
+        self.follow()
+    }
+
+    /// Has all its engines, each of which has it, seal what is new under the newest encryption key.
+    ///
+    /// # Errors
+    /// As [`Objects::create`], and as [`follow`](Self::follow).
+    pub fn use_newest_key(&self, now_ms: i64) -> Result<Agreed> {
+        let Inner { objects, sealer, info, .. } = &*self.inner;
+        let key = sealer.key();
+        agreed::use_key(objects, (&key, key.newest(), info.encrypted), now_ms)?;
+        self.follow()
     }
 
     /// Where it is.
@@ -315,6 +411,19 @@ impl Store {
     pub fn read_sealed(&self, kind: ObjectKind, key: &str) -> Result<Vec<u8>> {
         self.inner.sealer.open(kind, key, &self.inner.objects.read_all(key, SEALED_MAX)?)
     }
+}
+
+/// The first look into a store, before anything is touched: whether its key, its format and its level are
+/// known here. The key may lack the encryption key for what is new.
+fn look(
+    objects: &Objects,
+    location: &Location,
+    key: Arc<StoreKey>,
+) -> Result<(StoreInfo, Sealer, Agreed)> {
+    let info = StoreInfo::check(objects, location, &key)?;
+    let sealer = Sealer::new(key, info.encrypted);
+    let agreed = Agreed::read(objects, &sealer, location, Agreed::at_first(&sealer.key()))?;
+    Ok((info, sealer, agreed))
 }
 
 fn taken(location: &Location) -> Error {

@@ -6,6 +6,8 @@ use crate::ids::{ContainerId, HostId, Incarnation, SnapshotId, VmId};
 pub const STORE: &str = "store";
 /// The store's key under a passphrase, where one was given.
 pub const WRAPPED_KEY: &str = "key.wrapped";
+/// The same with further encryption keys.
+pub const WRAPPED_KEYS: &str = "keys.wrapped";
 /// Containers, a folder per incarnation.
 pub const CONTAINERS: &str = "containers";
 /// The second copy of every container's directory, a folder per incarnation.
@@ -26,6 +28,12 @@ pub const DAMAGE: &str = "damage";
 pub const PROBE: &str = "probe";
 /// Checkpoints of the index, a folder each.
 pub const SHARDS: &str = "shards";
+/// What changed what all engines go by.
+pub const AGREED: &str = "agreed";
+/// Of these, what raised the store's level.
+pub const LEVEL: &str = "agreed/level";
+/// Of these, what changed the encryption key for what is new.
+pub const KEY_IN_USE: &str = "agreed/key";
 
 /// The object whose last container is `last`, in a generation (0 as first written).
 #[must_use]
@@ -165,6 +173,30 @@ pub fn checkpoint_record(host: HostId, n: u32) -> String {
     format!("{}/record", checkpoint(host, n))
 }
 
+/// What raised the store to a level.
+#[must_use]
+pub fn level(n: u32) -> String {
+    format!("{LEVEL}-{n:08x}")
+}
+
+/// What made an encryption key the one for what is new.
+#[must_use]
+pub fn key_in_use(id: u32) -> String {
+    format!("{KEY_IN_USE}-{id:08x}")
+}
+
+/// The store's key under a passphrase, with all encryption keys up to one.
+#[must_use]
+pub fn wrapped_key(newest: u32) -> String {
+    format!("{WRAPPED_KEYS}/{newest:08x}")
+}
+
+/// The number at the end of an object's name that begins like one of the three above.
+#[must_use]
+pub fn parse_number(beginning: &str, key: &str) -> Option<u32> {
+    key.strip_prefix(beginning)?.strip_prefix(['-', '/']).and_then(hex)
+}
+
 /// The container and the number of a damage record.
 #[must_use]
 pub fn parse_damage(key: &str) -> Option<(ContainerId, u32)> {
@@ -196,6 +228,12 @@ mod tests {
         assert_eq!(parse_checkpoint("000a-00000002"), Some((HostId(10), 2)));
         assert_eq!(parse_checkpoint("a-00000002"), None);
         assert_eq!(parse_damage("damage/00000007-00000abc"), None);
+        assert_eq!(level(2), "agreed/level-00000002");
+        assert_eq!(parse_number(LEVEL, &level(2)), Some(2));
+        assert_eq!(parse_number(KEY_IN_USE, &key_in_use(3)), Some(3));
+        assert_eq!(parse_number(WRAPPED_KEYS, &wrapped_key(4)), Some(4));
+        assert_eq!(parse_number(LEVEL, "agreed/level-2"), None);
+        assert_eq!(parse_number(KEY_IN_USE, &level(2)), None);
         assert_eq!(parse_incarnation(&incarnation(Incarnation(9))), Some(Incarnation(9)));
         let (vm, snapshot) = (VmId(uuid::Uuid::from_u128(5)), SnapshotId::from_random(77));
         assert_eq!(parse_snapshot(&manifest(vm, 3, snapshot)), Some((vm, 3, snapshot)));

@@ -156,17 +156,62 @@ fn a_changed_header_object_is_never_believed() {
 }
 
 #[test]
+fn a_level_that_nobody_here_knows_is_refused_by_name() {
+    let test = TestStore::new();
+    let reader = test.reader();
+    assert_eq!(reader.agreed().level, StoreLevel::NEWEST);
+    // Whatever is in it: only its name has to be read.
+    let higher = names::level(StoreLevel::NEWEST.0 + 1);
+    fs::write(test.path(&higher), b"of a later Fleece").unwrap();
+    for error in [open(&test, key_of(&test)).map(|_| ()), reader.follow().map(|_| ())] {
+        let error = error.unwrap_err();
+        assert_eq!(error.kind(), Kind::NoStore);
+        let told = error.to_string();
+        assert!(told.contains("is at level 3") && told.contains("levels up to 2"), "{told}");
+    }
+    fs::remove_file(test.path(&higher)).unwrap();
+    // One that no engine made counts for nothing, and no store goes back.
+    let raised = test.path(&names::level(StoreLevel::NEWEST.0));
+    let bytes = fs::read(&raised).unwrap();
+    fs::write(&raised, [&bytes[..], b"x"].concat()).unwrap();
+    assert_eq!(open(&test, key_of(&test)).map(|_| ()).unwrap_err().kind(), Kind::Damaged);
+    fs::remove_file(&raised).unwrap();
+    assert_eq!(reader.follow().unwrap().level, StoreLevel::NEWEST);
+    assert_eq!(open(&test, key_of(&test)).unwrap().agreed().level, StoreLevel::FIRST);
+}
+
+#[test]
 fn a_passphrase_brings_the_key_back() {
     let init = InitOptions { passphrase: Some("open sesame".into()), ..InitOptions::default() };
     let test = TestStore::with(&init, StoreOptions::default());
     let key = Store::recover_key(test.store.location(), "open sesame").unwrap();
-    assert_eq!(key, key_of(&test));
+    assert_eq!(*key, key_of(&test));
     let error = Store::recover_key(test.store.location(), "guess").unwrap_err();
     assert_eq!(error.kind(), Kind::Key);
     let without = TestStore::new();
     let error = Store::recover_key(without.store.location(), "open sesame").unwrap_err();
     assert_eq!(error.kind(), Kind::Key);
     assert!(error.to_string().contains("key file"), "{error}");
+}
+
+#[test]
+fn the_newest_copy_under_a_passphrase_is_the_one_that_counts() {
+    let init = InitOptions { passphrase: Some("first".into()), ..InitOptions::default() };
+    let test = TestStore::with(&init, StoreOptions::default());
+    let location = test.store.location();
+    let next = Arc::new(key_of(&test).rotated().unwrap());
+    test.store.take_key(StoreKey::decode(&next.encode()).unwrap()).unwrap();
+    test.store.use_newest_key(7).unwrap();
+    // The one that there is opens what is older.
+    let old = Store::recover_key(location, "first").unwrap();
+    assert_eq!(*old, key_of(&test));
+    assert_eq!(Store::check_key(location, old).unwrap_err().kind(), Kind::Key);
+    Store::keep_key(location, &next, "second").unwrap();
+    assert_eq!(Store::recover_key(location, "second").unwrap(), next);
+    assert_eq!(Store::recover_key(location, "first").unwrap_err().kind(), Kind::Key);
+    assert_eq!(Store::check_key(location, Arc::clone(&next)).unwrap().key, next.newest());
+    let again = Store::keep_key(location, &next, "third").unwrap_err();
+    assert_eq!(again.kind(), Kind::Usage, "{again}");
 }
 
 #[test]

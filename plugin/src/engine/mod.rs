@@ -251,6 +251,7 @@ async fn hello(client: &wire::engine::Client) -> Result<EngineInfo> {
     ours.set_program("fleece");
     ours.set_version(env!("CARGO_PKG_VERSION"));
     ours.set_protocol(wire::PROTOCOL_VERSION);
+    ours.set_oldest_protocol(wire::OLDEST_PROTOCOL);
     let decode = async {
         let response = request.send().promise.await?;
         convert::info(response.get()?.get_info()?)

@@ -146,12 +146,16 @@ fn say_revoked(host: &str, Revoked { list, serials }: &Revoked, json: bool) -> R
              access to the directory"
         ),
         format!(
-            "{host} had the store's key. That opens all that is and will be in this store, and cannot be \
-             changed today, nor can the passphrase of its copy in the store: what {host} has copied it \
-             can read for ever, so step 3 is what keeps it from the rest. If it must never read what \
-             comes, make a new store (fleecectl init: a new key) and back the VMs up there"
+            "give the store a new encryption key: fleecectl key rotate on a host, its key file to every other \
+             one, then fleecectl key rotate --use. {host} had the store's key, and cannot read what is stored \
+             from then on. What was stored before stays under the keys that it had, also where new \
+             snapshots share it: what {host} has copied it can read for ever, the rest as long as it \
+             reaches the store (step 3)"
         ),
-        format!("delete bundles that were made for {host}: their passphrase opens that key, too"),
+        format!(
+            "delete bundles that were made for {host}: their passphrase opens the key that it had, too. Bundles \
+             that are made after step 4 have the new one"
+        ),
     ];
     if json {
         let line = serde_json::json!({

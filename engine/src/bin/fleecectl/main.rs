@@ -6,6 +6,7 @@ mod hosts;
 mod init;
 mod key;
 mod report;
+mod upgrade;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -65,6 +66,13 @@ enum Verb {
         #[arg(long)]
         undo: bool,
     },
+    /// The store's level, and which hosts' engines know the next one.
+    Upgrade {
+        /// Raise the store to the newest level, so that new formats are used: engines that do not know it
+        /// are refused from then on. There is no way back.
+        #[arg(long)]
+        finalize: bool,
+    },
     /// Check everything that restoring needs, or what one VM or snapshot needs.
     Verify {
         /// VM or VM@SNAPSHOT; everything if absent.
@@ -117,7 +125,10 @@ fn main() -> ExitCode {
 fn run(options: Options) -> Result<ExitCode> {
     match options.verb {
         Verb::Init(init) => init::run(&init, &options.config, options.json)?,
-        Verb::Key(verb) => key::run(verb, &options.config, options.json)?,
+        Verb::Key(key::Verb::Rotate { used: true, .. }) => {
+            key::use_newest(&socket(&options)?, options.json)?;
+        }
+        Verb::Key(ref verb) => key::run(verb, &options.config, options.json)?,
         Verb::Cluster(verb) => cluster::run(&verb, &options.config, options.json)?,
         Verb::Completions { shell } => {
             let mut command = Options::command();
@@ -136,6 +147,8 @@ fn run(options: Options) -> Result<ExitCode> {
         Verb::Drain { ref host, undo } => {
             hosts::drain(&socket(&options)?, host, undo, options.json)?;
         }
+        Verb::Upgrade { finalize: false } => upgrade::show(&socket(&options)?, options.json)?,
+        Verb::Upgrade { finalize: true } => upgrade::finalize(&socket(&options)?, options.json)?,
         Verb::Verify { ref what } => {
             return report::verify(&socket(&options)?, what.as_deref(), options.json);
         }

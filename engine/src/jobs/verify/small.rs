@@ -10,9 +10,10 @@ use crate::store::{StoreInfo, names, shards};
 impl Verifier<'_> {
     pub(super) fn check_small(&mut self) -> Result<()> {
         let (objects, sealer) = (self.store.objects(), self.store.sealer());
-        let info = StoreInfo::check(objects, self.store.location(), sealer.key()).map(drop);
+        let info = StoreInfo::check(objects, self.store.location(), &sealer.key()).map(drop);
         self.check_object("store", names::STORE, info)?;
-        self.check_wrapped_key()?;
+        self.check_wrapped_keys()?;
+        self.check_agreed()?;
         let journals = self.store.journals();
         for incarnation in journals.incarnations()? {
             let claim = journals.check_claim(incarnation);
@@ -61,18 +62,34 @@ impl Verifier<'_> {
         }
     }
 
-    /// Its passphrase is not known here: only its header can be checked.
-    fn check_wrapped_key(&mut self) -> Result<()> {
+    /// What changed what engines go by.
+    fn check_agreed(&mut self) -> Result<()> {
+        let store = self.store;
+        store.objects().list(names::AGREED, |key, _| {
+            let kind = match names::parse_number(names::LEVEL, key) {
+                Some(_) => ObjectKind::Level,
+                None => ObjectKind::KeyInUse,
+            };
+            self.check_object("agreement", key, store.check_agreed(kind, key))
+        })
+    }
+
+    /// Their passphrases are not known here: only their headers can be checked.
+    fn check_wrapped_keys(&mut self) -> Result<()> {
+        let store = self.store;
+        self.check_wrapped_key(names::WRAPPED_KEY)?;
+        store.objects().list(names::WRAPPED_KEYS, |key, _| self.check_wrapped_key(key))
+    }
+
+    fn check_wrapped_key(&mut self, name: &str) -> Result<()> {
         let store = self.store.id();
-        let read = self.store.objects().read_all(names::WRAPPED_KEY, SEALED_MAX);
-        let checked = match read {
+        let checked = match self.store.objects().read_all(name, SEALED_MAX) {
             Err(error) if error.kind() == Kind::NotFound => return Ok(()),
             read => read.and_then(|bytes| {
-                let header = Header::decode(&bytes, names::WRAPPED_KEY)?;
-                header.expect(ObjectKind::WrappedKey, store, names::WRAPPED_KEY)
+                Header::decode(&bytes, name)?.expect(ObjectKind::WrappedKey, store, name)
             }),
         };
-        self.check_object("key", names::WRAPPED_KEY, checked)
+        self.check_object("key", name, checked)
     }
 
     fn check_sessions(&mut self) -> Result<()> {

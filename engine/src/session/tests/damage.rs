@@ -5,7 +5,7 @@ use crate::ids::{Address, ContainerId, Incarnation, Slot};
 use crate::store::commit::SnapshotKey;
 use crate::store::container::SlotInfo;
 use crate::store::recipe::{Placement, RecipeReader};
-use crate::store::{damage, names};
+use crate::store::{StoreLevel, damage, names};
 
 impl Host {
     fn path(&self, key: &str) -> std::path::PathBuf {
@@ -441,21 +441,26 @@ fn a_mark_that_cannot_be_read_condemns_until_it_is_taken_back() {
 }
 
 #[test]
-fn a_wrapped_key_whose_header_is_damaged_is_named() {
+fn a_wrapped_key_or_an_agreement_that_is_damaged_is_named() {
     let host = Host::new();
     let store = &host.context.store;
-    let wrapped = store.sealer().key().wrap("a passphrase").unwrap();
-    store.objects().create(names::WRAPPED_KEY, wrapped).unwrap();
+    let (second, raised) = (names::wrapped_key(2), names::level(StoreLevel::NEWEST.0));
+    for name in [names::WRAPPED_KEY, &second] {
+        let wrapped = store.sealer().key().wrap("a passphrase").unwrap();
+        store.objects().create(name, wrapped).unwrap();
+    }
     host.must_be_clean();
-    for kind in [Harm::Flip, Harm::Truncate] {
-        let path = host.path(names::WRAPPED_KEY);
-        let pristine = std::fs::read(&path).unwrap();
-        match kind {
-            Harm::Flip => flip(&path, 30),
-            _ => std::fs::write(&path, &pristine[..70]).unwrap(),
+    for name in [names::WRAPPED_KEY, &second, &raised] {
+        for kind in [Harm::Flip, Harm::Truncate] {
+            let path = host.path(name);
+            let pristine = std::fs::read(&path).unwrap();
+            match kind {
+                Harm::Flip => flip(&path, 30),
+                _ => std::fs::write(&path, &pristine[..70]).unwrap(),
+            }
+            let (clean, said) = host.verify();
+            assert!(!clean && said.contains(name), "{said}");
+            std::fs::write(&path, pristine).unwrap();
         }
-        let (clean, said) = host.verify();
-        assert!(!clean && said.contains(names::WRAPPED_KEY), "{said}");
-        std::fs::write(&path, pristine).unwrap();
     }
 }

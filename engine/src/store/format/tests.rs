@@ -11,7 +11,7 @@ use crate::ids::{Address, ContainerId, Fingerprint, HostId, Incarnation, Slice, 
 use crate::store::container::{ContainerKind, Packer, SlotInfo};
 use crate::store::journal::Position;
 use crate::store::shards::{self, CheckpointId, Record};
-use crate::store::{InitOptions, Location, Store, StoreOptions};
+use crate::store::{InitOptions, Location, Store, StoreLevel, StoreOptions};
 
 fn sealer(encrypt: bool) -> Sealer {
     Sealer::new(Arc::new(StoreKey::generate("default").unwrap()), encrypt)
@@ -31,7 +31,7 @@ fn sealed_objects_open_at_their_place_as_their_kind_only() {
             let foreign =
                 sealer(encrypt).open(ObjectKind::Manifest, "manifests/a/1", &bytes).unwrap_err();
             assert_eq!(foreign.kind(), Kind::NoStore);
-            let other_way = Sealer::new(ours.key.clone(), !encrypt);
+            let other_way = Sealer::new(ours.key(), !encrypt);
             assert!(other_way.open(ObjectKind::Manifest, "manifests/a/1", &bytes).is_err());
         }
     }
@@ -39,11 +39,10 @@ fn sealed_objects_open_at_their_place_as_their_kind_only() {
 
 #[test]
 fn an_older_keyring_says_that_it_is_older() {
-    let mut key = StoreKey::generate("default").unwrap();
-    let old = Sealer::new(Arc::new(StoreKey::decode(&key.encode()).unwrap()), true);
+    let old = sealer(true);
     let before = old.seal(ObjectKind::Session, "s", b"before").unwrap();
-    key.rotate().unwrap();
-    let new = Sealer::new(Arc::new(key), true);
+    let new = Sealer::new(Arc::new(old.key().rotated().unwrap()), true);
+    new.use_key(KeyId(2));
     let after = new.seal(ObjectKind::Session, "s", b"after").unwrap();
     assert_eq!(new.open(ObjectKind::Session, "s", &before).unwrap(), b"before");
     assert_eq!(new.open(ObjectKind::Session, "s", &after).unwrap(), b"after");
@@ -171,9 +170,10 @@ fn stores_of_every_version_still_open() {
         let root = fixture(version);
         let location = Location::Directory(root.join("store"));
         let key = StoreKey::from_text(&std::fs::read_to_string(root.join("key")).unwrap()).unwrap();
-        assert_eq!(Store::recover_key(&location, PASSPHRASE).unwrap(), key);
+        assert_eq!(*Store::recover_key(&location, PASSPHRASE).unwrap(), key);
         let store = Store::open_to_read(&location, key, StoreOptions::default()).unwrap();
         assert_eq!(store.info().created_ms, 1_700_000_000_000);
+        assert_eq!(store.agreed().level, StoreLevel::FIRST);
         let incarnations = store.journals().incarnations().unwrap();
         let mut containers = Vec::new();
         store
@@ -213,5 +213,44 @@ fn stores_of_every_version_still_open() {
             store.read_sealed(ObjectKind::Session, "sessions/x").unwrap(),
             b"a sealed object"
         );
+    }
+}
+
+/// A store whose level was raised and whose key was changed.
+#[test]
+fn a_store_with_two_encryption_keys_still_opens() {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store-v1-level2");
+    let location = Location::Directory(root.join("store"));
+    let (before, after) = ("sessions/before", "sessions/after");
+    if std::env::var_os("FLEECE_WRITE_FIXTURES").is_some() && !root.exists() {
+        let now_ms = 1_700_000_000_000;
+        let init = InitOptions { now_ms, ..InitOptions::default() };
+        let key = Store::init(&location, &init, |_| Ok(())).unwrap();
+        let next = key.rotated().unwrap();
+        let store = Store::open_to_read(&location, key, StoreOptions::default()).unwrap();
+        store.create_sealed(ObjectKind::Session, before, b"under the first").unwrap();
+        std::fs::write(root.join("key"), next.to_text().as_bytes()).unwrap();
+        Store::keep_key(&location, &next, PASSPHRASE).unwrap();
+        store.take_key(next).unwrap();
+        store.use_newest_key(now_ms).unwrap();
+        store.create_sealed(ObjectKind::Session, after, b"under the second").unwrap();
+    }
+    let key = StoreKey::from_text(&std::fs::read_to_string(root.join("key")).unwrap()).unwrap();
+    assert_eq!(*Store::recover_key(&location, PASSPHRASE).unwrap(), key);
+    let store = Store::open_to_read(&location, key, StoreOptions::default()).unwrap();
+    assert_eq!((store.agreed().level, store.agreed().key), (StoreLevel(2), KeyId(2)));
+    for (name, id, text) in [(before, 1, &b"under the first"[..]), (after, 2, b"under the second")]
+    {
+        let bytes = store.objects().read_all(name, SEALED_MAX).unwrap();
+        assert_eq!(Header::decode(&bytes, name).unwrap().key_id, KeyId(id));
+        assert_eq!(store.read_sealed(ObjectKind::Session, name).unwrap(), text);
+    }
+    for (name, kind) in [
+        ("agreed/level-00000002", ObjectKind::Level),
+        ("agreed/key-00000002", ObjectKind::KeyInUse),
+    ] {
+        store.check_agreed(kind, name).unwrap();
+        let body = store.read_sealed(kind, name).unwrap();
+        assert!(body.starts_with(b"A\x01{\"made_ms\":1700000000000,"), "{body:?}");
     }
 }

@@ -3,6 +3,7 @@
 use super::recipe::Tree;
 use crate::ids::{Address, ContainerId, Fingerprint, Incarnation, Slice, Slot, SnapshotId, VmId};
 use crate::jobs::fixture::{Fixture, image};
+use crate::store::agreed::Since;
 use crate::store::container::{ContainerKind, Packer};
 use crate::store::journal::Position;
 use crate::store::manifest::Tombstone;
@@ -82,7 +83,13 @@ pub(crate) fn objects() -> Seeds {
         ("checkpoint", with(9, &checkpoint().encode().unwrap())),
         ("shard-part", with(10, &shards::encode_entries(&entries_of(entries[0].container)))),
         ("name-checkpoint", with(7, b"000a-00000002")),
+        ("agreement", with(11, &agreement().encode().unwrap())),
+        ("name-level", with(7, names::level(2).as_bytes())),
     ]
+}
+
+fn agreement() -> Since {
+    Since { made_ms: 7, version: "0.1.0".into() }
 }
 
 fn checkpoint() -> shards::Record {

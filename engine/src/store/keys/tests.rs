@@ -7,9 +7,7 @@ use proptest::prelude::*;
 use super::*;
 
 fn key() -> StoreKey {
-    let mut key = StoreKey::generate("default").unwrap();
-    key.rotate().unwrap();
-    key
+    StoreKey::generate("default").unwrap().rotated().unwrap()
 }
 
 #[test]
@@ -29,6 +27,29 @@ fn a_key_file_round_trips_and_is_for_its_owner_only() {
 
     let error = StoreKey::load(&dir.path().join("missing")).unwrap_err();
     assert_eq!(error.kind(), Kind::Key);
+}
+
+#[test]
+fn a_key_file_is_replaced_whole_by_one_that_has_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store.key");
+    let (key, linked) = (key(), dir.path().join("linked.key"));
+    key.save(&path).unwrap();
+    std::os::unix::fs::symlink(&path, &linked).unwrap();
+    let next = key.rotated().unwrap();
+    next.replace(&linked).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o400);
+    assert!(fs::symlink_metadata(&linked).unwrap().is_symlink());
+    assert_eq!(StoreKey::load(&path).unwrap(), next);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left beside it");
+    assert_eq!((key.newest(), next.newest(), next.first()), (KeyId(2), KeyId(3), KeyId(1)));
+    assert!(next.extends(&key) && next.extends(&next) && !key.extends(&next));
+    // Another one of the same number is another one.
+    let other = key.rotated().unwrap();
+    assert!(!other.extends(&next) && other.checks()[&2] == next.checks()[&2]);
+    assert_ne!(other.checks()[&3], next.checks()[&3]);
+    assert!(!StoreKey::generate("default").unwrap().rotated().unwrap().extends(&key));
+    assert_eq!(key.replace(&dir.path().join("missing")).unwrap_err().kind(), Kind::Key);
 }
 
 #[test]
@@ -99,8 +120,7 @@ fn fingerprints_depend_on_secret_size_and_domain_only() {
     let key = key();
     let block = [5; 4096];
     let fingerprint = key.fingerprinter(4096).of(&block);
-    let mut rotated = StoreKey::decode(&key.encode()).unwrap();
-    rotated.rotate().unwrap();
+    let rotated = key.rotated().unwrap();
     assert_eq!(rotated.fingerprinter(4096).of(&block), fingerprint);
     assert_ne!(key.fingerprinter(8192).of(&block), fingerprint);
     assert_ne!(StoreKey::generate("default").unwrap().fingerprinter(4096).of(&block), fingerprint);
