@@ -2,8 +2,9 @@
 # What the engines of a cluster say to each other, over TLS with certificates on both sides. A host
 # calls to send; what comes back is sent by a call of the other one.
 
-const peerProtocol :UInt16 = 1;
-# The newest that this version speaks. Raised when a change is not compatible.
+const peerProtocol :UInt16 = 2;
+# The newest that this version speaks. Raised when a change is not compatible. 2: frames hand grants over
+# whose slices move.
 const oldestPeerProtocol :UInt16 = 1;
 # That of the version before. Two hosts speak the newest that both know; where there is none, `greet`
 # refuses, and says which host is to be upgraded.
@@ -29,7 +30,7 @@ struct Greeting {
   store @1 :Data;        # the store's id: 16 bytes
   mapDigest @2 :UInt64;  # of cluster.static; 0 where etcd says who is in the cluster
   instance @3 :UInt64;   # what this process says to that host; another one: it knows nothing of what was said
-  protocol @4 :UInt16;   # the newest that it speaks
+  protocol @4 :UInt16;   # the oldest that it speaks
   version @5 :Text;
-  oldestProtocol @6 :UInt16;  # 0: it speaks no other
+  newestProtocol @6 :UInt16;  # 0: it speaks no other
 }

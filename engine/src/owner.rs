@@ -44,7 +44,7 @@ impl Part for Owner {
     }
 
     fn keep(&self, slices: Slices, hand: HandOver) -> Result<()> {
-        self.send(Command::Keep { slices, hand })
+        self.send(Command::Keep { slices: Box::new(slices), hand })
     }
 
     fn waiting(&self, session: SessionId, waiting: bool) -> Result<()> {
@@ -76,7 +76,7 @@ enum Command {
     Ask { session: SessionId, requests: Vec<(Fingerprint, Sequence)> },
     Release { session: SessionId, grants: Vec<(Fingerprint, Sequence)> },
     Claim { session: SessionId, grants: Vec<(Fingerprint, Sequence)> },
-    Keep { slices: Slices, hand: HandOver },
+    Keep { slices: Box<Slices>, hand: HandOver },
     Waiting { session: SessionId, waiting: bool },
     Learn { entries: Vec<(Fingerprint, Address)>, position: JournalPosition },
     Withdraw { session: SessionId },
@@ -467,7 +467,7 @@ impl OwnerThread {
             }
             Command::Claim { session, grants } => self.detector.claim(session, &grants),
             Command::Keep { slices, hand } => {
-                self.detector.keep(slices);
+                self.detector.keep(*slices);
                 self.hand = Some(hand);
                 Ok(())
             }

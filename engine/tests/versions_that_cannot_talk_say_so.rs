@@ -100,11 +100,11 @@ impl Host {
         us.set_map_digest(map.digest());
         us.set_instance(7);
         us.set_version("0.9.9");
-        us.set_oldest_protocol(oldest);
-        us.set_protocol(newest);
+        us.set_protocol(oldest);
+        us.set_newest_protocol(newest);
         let answer = request.send().promise.await.map_err(|error| error.to_string())?;
         let you = answer.get().unwrap().get_you().unwrap();
-        Ok((you.get_oldest_protocol(), you.get_protocol()))
+        Ok((you.get_protocol(), you.get_newest_protocol()))
     }
 }
 
@@ -130,14 +130,15 @@ fn hosts_talk_by_a_protocol_that_both_speak() {
     on_local(async {
         let ours = (OLDEST_PEER_PROTOCOL, PEER_PROTOCOL);
         // The next version speaks one more; the one before knew of no range.
-        for (oldest, newest) in [ours, (PEER_PROTOCOL, PEER_PROTOCOL + 1), (0, PEER_PROTOCOL)] {
+        let next = (PEER_PROTOCOL, PEER_PROTOCOL + 1);
+        for (oldest, newest) in [ours, next, (OLDEST_PEER_PROTOCOL, 0)] {
             assert_eq!(host.greet(oldest, newest).await, Ok(ours), "{oldest} to {newest}");
         }
         let this = format!("hv0 ({}) speaks protocol", env!("CARGO_PKG_VERSION"));
         let newer = host.greet(PEER_PROTOCOL + 1, PEER_PROTOCOL + 2).await.unwrap_err();
         assert!(newer.contains("hv1 (0.9.9) speaks protocols") && newer.contains(&this), "{newer}");
         assert!(newer.ends_with("upgrade hv0"), "{newer}");
-        let older = host.greet(0, OLDEST_PEER_PROTOCOL - 1).await.unwrap_err();
+        let older = host.greet(OLDEST_PEER_PROTOCOL - 1, 0).await.unwrap_err();
         assert!(older.contains(&this) && older.ends_with("upgrade hv1"), "{older}");
     });
 }

@@ -16,8 +16,11 @@ use super::map::{MapEpoch, PartitionMap};
 use super::{Cluster, split};
 use crate::detect::Handed;
 use crate::error::{Error, Result};
-use crate::ids::{Fingerprint, Sequence, SessionId};
+use crate::ids::{Fingerprint, HostId, Sequence, SessionId};
 use crate::part::HandOver;
+
+/// The first protocol that has [`Message::Handed`] and [`Message::Claim`].
+const HANDS_OVER: u16 = 2;
 
 type Grants = Vec<(Fingerprint, Sequence)>;
 
@@ -43,7 +46,7 @@ impl Cluster {
                 if here {
                     self.claim_there(session, &map, moved);
                 } else if !moved.is_empty() {
-                    self.put(session.host(), &Message::Handed(session, epoch, moved));
+                    self.put_grants(session.host(), &Message::Handed(session, epoch, moved));
                 }
                 ours
             }
@@ -87,7 +90,7 @@ impl Cluster {
             return;
         }
         for (host, grants) in split(map, grants) {
-            self.put(host, &Message::Claim(session, map.epoch(), grants));
+            self.put_grants(host, &Message::Claim(session, map.epoch(), grants));
             self.withdraw_if_gone(session, host);
         }
     }
@@ -106,10 +109,17 @@ impl Cluster {
         let ours = |one: &(Fingerprint, Sequence)| map.owner(&one.0) == self.us;
         let (ours, moved): (Grants, Grants) = grants.into_iter().partition(ours);
         if !moved.is_empty() {
-            self.put(session.host(), &Message::Handed(session, map.epoch(), moved));
+            self.put_grants(session.host(), &Message::Handed(session, map.epoch(), moved));
         }
         // One that has ended meanwhile is not known to the owner any more.
         if ours.is_empty() { Ok(()) } else { self.owner.claim(session, ours) }
+    }
+
+    /// Tells a host of grants. One of an older version cannot hear it, and may have blocks granted again.
+    fn put_grants(&self, host: HostId, message: &Message) {
+        if self.peer(host).is_some_and(|peer| peer.link().protocol >= HANDS_OVER) {
+            self.put(host, message);
+        }
     }
 
     /// Keeps claims by a map that we do not have yet; false if we have it.

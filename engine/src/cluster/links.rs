@@ -119,6 +119,14 @@ impl Cluster {
         }
     }
 
+    /// A host greets, or is greeted, and this is the newest protocol that both speak. Of who did not yet the
+    /// newest is taken for granted.
+    pub fn speaks(&self, host: HostId, protocol: u16) {
+        if let Some(peer) = self.peer(host) {
+            peer.link().protocol = protocol;
+        }
+    }
+
     /// A host cannot be reached, or its link broke.
     pub fn disconnected(&self, host: HostId) {
         if let Some(peer) = self.peer(host) {

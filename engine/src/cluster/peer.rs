@@ -31,6 +31,8 @@ pub(super) struct Peer {
 pub(super) struct Link {
     /// The process that our frames go to.
     pub(super) instance: Option<Instance>,
+    /// The protocol that both speak.
+    pub(super) protocol: u16,
     /// It answered when we called it last.
     pub(super) reached: bool,
     /// When it answered last, or we began to wait for it.
@@ -54,6 +56,7 @@ impl Peer {
     ) -> Self {
         let link = Link {
             instance: None,
+            protocol: u16::MAX,
             reached: false,
             heard: now,
             lost: false,

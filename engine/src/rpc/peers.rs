@@ -244,8 +244,8 @@ impl Peers {
         greeting.set_store(self.store.0.as_bytes());
         greeting.set_map_digest(map.digest());
         greeting.set_instance(ours.0);
-        greeting.set_protocol(SPOKEN.newest);
-        greeting.set_oldest_protocol(SPOKEN.oldest);
+        greeting.set_protocol(SPOKEN.oldest);
+        greeting.set_newest_protocol(SPOKEN.newest);
         greeting.set_version(env!("CARGO_PKG_VERSION"));
     }
 
@@ -256,11 +256,11 @@ impl Peers {
     ) -> capnp::Result<(HostId, Instance)> {
         let name = greeting.get_host()?.to_str()?;
         let refused = |what: String| Err(capnp::Error::failed(what));
-        let theirs = Spoken::said(greeting.get_oldest_protocol(), greeting.get_protocol());
+        let theirs = Spoken::said(greeting.get_protocol(), greeting.get_newest_protocol());
         let version = greeting.get_version()?.to_str()?;
         let us = Speaker { name: &self.name, version: env!("CARGO_PKG_VERSION"), speaks: SPOKEN };
-        // There is one protocol only so far: nothing depends on which it is.
-        us.agrees_with(&Speaker { name, version, speaks: theirs }).map_err(capnp::Error::failed)?;
+        let them = Speaker { name, version, speaks: theirs };
+        let agreed = us.agrees_with(&them).map_err(capnp::Error::failed)?;
         if greeting.get_store()? != self.store.0.as_bytes() {
             return refused(format!("{name} has another store"));
         }
@@ -269,7 +269,10 @@ impl Peers {
             return refused(format!("{name} has another list of hosts in cluster.static"));
         }
         match map.host(name).filter(|host| *host != self.cluster.us()) {
-            Some(host) => Ok((host, Instance(greeting.get_instance()))),
+            Some(host) => {
+                self.cluster.speaks(host, agreed);
+                Ok((host, Instance(greeting.get_instance())))
+            }
             None => refused(format!("{name} is no other host of this cluster")),
         }
     }

@@ -10,9 +10,10 @@ pub(super) struct Spoken {
 }
 
 impl Spoken {
-    /// By what a greeting says. Programs that knew of no range said the one protocol that they spoke.
+    /// By what a greeting says. Programs that knew of no range said the one protocol that they spoke, and 0.
     pub(super) fn said(oldest: u16, newest: u16) -> Self {
-        Spoken { oldest: if oldest == 0 { newest } else { oldest }, newest }
+        let or = |said, other| if said == 0 { other } else { said };
+        Spoken { oldest: or(oldest, newest), newest: or(newest, oldest) }
     }
 }
 
@@ -84,8 +85,10 @@ mod tests {
     }
 
     #[test]
-    fn who_names_no_oldest_protocol_speaks_one() {
-        assert_eq!(Spoken::said(0, 2), Spoken { oldest: 2, newest: 2 });
+    fn who_names_one_protocol_speaks_one() {
+        for said in [(0, 2), (2, 0)] {
+            assert_eq!(Spoken::said(said.0, said.1), Spoken { oldest: 2, newest: 2 });
+        }
         assert_eq!(Spoken::said(1, 2).to_string(), "protocols 1 to 2");
         // What nobody says in earnest agrees with nobody.
         let (us, them) = (Spoken::said(1, 3), Spoken::said(9, 2));

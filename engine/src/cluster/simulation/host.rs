@@ -20,7 +20,7 @@ pub(super) enum Command {
     Ask(SessionId, Vec<(Fingerprint, Sequence)>),
     Release(SessionId, Vec<(Fingerprint, Sequence)>),
     Claim(SessionId, Vec<(Fingerprint, Sequence)>),
-    Keep(Slices, HandOver),
+    Keep(Box<Slices>, HandOver),
     Learn(Vec<Entry>, JournalPosition),
     Withdraw(SessionId),
     Refill,
@@ -57,7 +57,7 @@ impl Part for Owned {
     }
 
     fn keep(&self, slices: Slices, hand: HandOver) -> Result<()> {
-        self.push(Command::Keep(slices, hand))
+        self.push(Command::Keep(Box::new(slices), hand))
     }
 
     fn waiting(&self, _: SessionId, _: bool) -> Result<()> {
@@ -156,7 +156,7 @@ impl Host {
             }
             Some(Command::Claim(session, grants)) => self.detector.claim(session, &grants).unwrap(),
             Some(Command::Keep(slices, hand)) => {
-                self.detector.keep(slices);
+                self.detector.keep(*slices);
                 self.hand = Some(hand);
             }
             Some(Command::Learn(mut entries, position)) => {
