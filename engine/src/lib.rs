@@ -17,6 +17,7 @@ pub mod membership;
 pub mod memory;
 pub mod moving;
 pub mod owner;
+pub(crate) mod pem;
 pub mod pool;
 pub mod routing;
 pub mod rpc;
