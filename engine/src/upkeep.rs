@@ -9,7 +9,8 @@ use crate::detect::{Anew, Detector, Partition, Rebuild, Watermark};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint, HostId, Slice, Slices};
 use crate::jobs::checkpoint::{Checkpoints, journal_ends};
-use crate::jobs::rebuild::{each_entry, last_entry};
+use crate::jobs::journals::walk;
+use crate::jobs::rebuild::each_entry;
 use crate::jobs::repair;
 use crate::jobs::restore::{Options, Outcome, Restorer, Sink};
 use crate::jobs::verify::{self, Event, Scope};
@@ -442,29 +443,21 @@ fn each_container(
     after: &Watermark,
     each: &mut dyn FnMut(Position, Vec<(Fingerprint, Address)>) -> Result<()>,
 ) -> Result<()> {
-    let journals = store.journals();
-    for incarnation in journals.incarnations()? {
-        let mut at = u32::try_from(after.get(incarnation)).unwrap_or(u32::MAX);
-        let end = last_entry(store, incarnation)?;
-        loop {
-            let read = journals.each_after(incarnation, at, |position, containers| {
-                at = position.n;
-                let mut entries = Vec::new();
-                for entry in containers.iter().filter(|e| e.kind == ContainerKind::Blocks) {
-                    read_entries(store, entry.container, &mut entries)?;
-                }
-                each(position, entries)
-            });
+    for incarnation in store.journals().incarnations()? {
+        let after = u32::try_from(after.get(incarnation)).unwrap_or(u32::MAX);
+        walk(store, incarnation, after, &mut |position, read| {
+            let mut entries = Vec::new();
             match read {
-                Ok(_) if at >= end => break,
-                Ok(_) => eprintln!("fleece-engine: a journal entry is missing; see verify"),
-                Err(error) if error.kind() == Kind::Damaged => eprintln!("fleece-engine: {error}"),
-                Err(error) => return Err(error),
+                Ok(recorded) => recorded
+                    .iter()
+                    .filter(|entry| entry.kind == ContainerKind::Blocks)
+                    .try_for_each(|entry| read_entries(store, entry.container, &mut entries))?,
+                Err(error) => {
+                    eprintln!("fleece-engine: {error}; nothing is deduplicated against it");
+                }
             }
-            // Behind what cannot be read: nothing is deduplicated against it.
-            at += 1;
-            each(Position { incarnation, n: at }, Vec::new())?;
-        }
+            each(position, entries)
+        })?;
     }
     Ok(())
 }
