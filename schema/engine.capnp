@@ -37,7 +37,8 @@ interface Engine {
 
   verify @8 (vm :Text, snapshot :Text, events :EventSink) -> (clean :Bool);
   # Everything, or what one VM or snapshot needs ("" = all).
-  rebuildIndex @9 (events :EventSink) -> (entries :UInt64);
+  rebuildIndex @9 (events :EventSink, partition :Int32 = -1) -> (entries :UInt64);
+  # Of this host's index; -1: all partitions. entries: those that were built.
   repair @10 (dryRun :Bool, events :EventSink) -> (whole :Bool);
   # Puts good copies in the place of what is marked as damaged. `whole`: every
   # snapshot can be restored (dryRun: could be, after it).

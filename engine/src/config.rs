@@ -20,6 +20,9 @@ pub const DEFAULT_SOCKET: &str = "/run/fleece/engine.sock";
 /// Where the index and the sessions' working files live.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/fleece";
 
+/// How endpoints begin that are spoken to by TLS.
+const HTTPS: &str = "https://";
+
 /// What `fleecectl init` writes and `fleece-engine` reads.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -75,6 +78,15 @@ pub struct ClusterConfig {
     /// With etcd: its endpoints.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub etcd: Vec<String>,
+    /// With etcd of https: the CAs that its certificate may be of (PEM); else the cluster's own, as in the identity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etcd_ca: Option<PathBuf>,
+    /// With etcd of https: what this host proves itself to it with (PEM); else the identity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etcd_certificate: Option<PathBuf>,
+    /// The key of that certificate (PEM, mode 0400).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etcd_key: Option<PathBuf>,
     /// With etcd: where the others reach this host's engine, host and port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
@@ -99,6 +111,22 @@ pub struct HostConfig {
 impl ClusterConfig {
     fn check(&self) -> Result<()> {
         let wrong = |what: &str| Err(Error::new(Kind::Usage, format!("cluster: {what}")));
+        let secure = self.etcd.iter().filter(|endpoint| endpoint.starts_with(HTTPS)).count();
+        if secure > 0 && secure < self.etcd.len() {
+            return wrong(
+                "etcd has endpoints of https and others: what is said to one is said to all",
+            );
+        }
+        if secure == 0
+            && [&self.etcd_ca, &self.etcd_certificate, &self.etcd_key]
+                .iter()
+                .any(|path| path.is_some())
+        {
+            return wrong("etcd_ca, etcd_certificate and etcd_key are for endpoints of https://");
+        }
+        if self.etcd_certificate.is_some() != self.etcd_key.is_some() {
+            return wrong("etcd_certificate and etcd_key go together: one of them is missing");
+        }
         match (self.etcd.is_empty(), self.hosts.is_empty()) {
             (true, true) => wrong("neither etcd nor static says who is in it"),
             (false, false) => wrong("both etcd and static say who is in it"),
@@ -109,6 +137,12 @@ impl ClusterConfig {
             (false, true) if self.capacity == 0 => wrong("capacity is 0: drain the host instead"),
             (false, true) => Ok(()),
         }
+    }
+
+    /// Whether etcd is spoken to by TLS.
+    #[must_use]
+    pub fn is_etcd_secure(&self) -> bool {
+        self.etcd.iter().any(|endpoint| endpoint.starts_with(HTTPS))
     }
 
     /// The list of revoked certificates, and whether it has to be there.
@@ -293,6 +327,33 @@ mod tests {
         assert_eq!(parse_size("1TiB").unwrap(), 1 << 40);
         for wrong in ["32", "", "M", "3.5G", "-1M", "99999999999999T", "5Q"] {
             assert_eq!(parse_size(wrong).unwrap_err().kind(), Kind::Usage, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_etcd_is_spoken_to_with_is_all_there_or_refused() {
+        let check = |etcd: &str, more: &str| {
+            let text = format!(
+                "store = '/s'\nkey = '/k'\n[cluster]\nname = 'a'\nidentity = '/i'\naddress = 'a:1'\n{etcd}\n{more}"
+            );
+            toml::from_str::<Config>(&text).unwrap().check()
+        };
+        let (plain, secure) = ("etcd = ['http://e:1']", "etcd = ['https://e:1', 'https://f:1']");
+        let pair = "etcd_certificate = '/c'\netcd_key = '/y'";
+        for (etcd, more) in [(plain, ""), (secure, ""), (secure, "etcd_ca = '/a'"), (secure, pair)]
+        {
+            check(etcd, more).unwrap();
+        }
+        let listed = "static = [{ name = 'a', address = 'a:1' }]";
+        for (etcd, more) in [
+            (plain, "etcd_ca = '/a'"),
+            (plain, pair),
+            (listed, "etcd_ca = '/a'"),
+            (secure, "etcd_certificate = '/c'"),
+            (secure, "etcd_key = '/y'"),
+            ("etcd = ['http://e:1', 'https://f:1']", ""),
+        ] {
+            assert_eq!(check(etcd, more).unwrap_err().kind(), Kind::Usage, "{etcd} {more}");
         }
     }
 

@@ -213,6 +213,15 @@ impl Slice {
         let [first, second, ..] = fingerprint.0;
         Slice((u16::from(first) << 8 | u16::from(second)) >> (u16::BITS - Self::BITS))
     }
+
+    /// The first fingerprint in it.
+    #[must_use]
+    pub fn first(self) -> Fingerprint {
+        let mut fingerprint = Fingerprint([0; Fingerprint::LEN]);
+        let lead = self.0 << (u16::BITS - Self::BITS);
+        fingerprint.0[..2].copy_from_slice(&lead.to_be_bytes());
+        fingerprint
+    }
 }
 
 /// A set of slices.

@@ -18,6 +18,7 @@ pub mod memory;
 pub mod moving;
 pub mod owner;
 pub mod part;
+pub(crate) mod pem;
 pub mod pool;
 pub mod routing;
 pub mod rpc;

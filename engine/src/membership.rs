@@ -11,6 +11,7 @@
 //! everybody goes on with the map that it has, an engine that starts with the one it had last.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error as _;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,8 +19,9 @@ use std::time::Duration;
 
 use etcd_client::{
     Client, Compare, CompareOp, ConnectOptions, GetOptions, LeaseKeepAliveStream, LeaseKeeper,
-    PutOptions, Txn, TxnOp,
+    PutOptions, TlsOptions, Txn, TxnOp,
 };
+use rustls::RootCertStore;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -30,6 +32,7 @@ use crate::cluster::map::{MAX_HOSTS, MapEpoch, Member, PartitionMap};
 use crate::config::ClusterConfig;
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::ids::{HostId, Incarnation, StoreId};
+use crate::pem::Pem;
 
 /// A host that says nothing for so long is out: longer than an engine needs to start anew.
 const LEASE: Duration = Duration::from_secs(15);
@@ -138,9 +141,8 @@ impl Document {
 /// This host's place in the cluster.
 #[derive(Clone)]
 pub struct Membership {
-    endpoints: Vec<String>,
+    settings: ClusterConfig,
     prefix: String,
-    name: String,
     announcement: Announcement,
     /// Where the map that we had last is.
     kept: PathBuf,
@@ -176,7 +178,57 @@ async fn keep_alive(mut keeper: LeaseKeeper, mut alive: LeaseKeepAliveStream) {
     }
 }
 
+/// Why a request failed: the last cause, such as a certificate's, of which etcd's client tells all that it
+/// came through.
+fn why(error: &etcd_client::Error) -> String {
+    let (mut last, mut cause) = match error {
+        etcd_client::Error::GRpcStatus(status) => (status.message().to_owned(), status.source()),
+        etcd_client::Error::TransportError(error) => (error.to_string(), error.source()),
+        other => (other.to_string(), None),
+    };
+    while let Some(error) = cause {
+        last = error.to_string();
+        cause = error.source();
+    }
+    // Its word on that may be lost with the connection.
+    if last == "connection closed" || last.contains("fatal alert") {
+        last += ": it may be that etcd does not accept this host's certificate";
+    }
+    last
+}
+
+/// How etcd has to prove itself, and how this host does; `None` where they do not.
+fn tls(settings: &ClusterConfig) -> Result<Option<TlsOptions>> {
+    if !settings.is_etcd_secure() {
+        return Ok(None);
+    }
+    let authority = match &settings.etcd_ca {
+        Some(path) => Pem::read(path)?.certificates()?,
+        // Behind the host's own.
+        None => Pem::read_secret(&settings.identity)?.certificates()?.split_off(1),
+    };
+    let mut roots = RootCertStore::empty();
+    for certificate in authority {
+        roots.add(certificate).context(|| "a certificate of etcd's CA".into())?;
+    }
+    let identity = &settings.identity;
+    let own = Pem::read(settings.etcd_certificate.as_ref().unwrap_or(identity))?;
+    let key = Pem::read_secret(settings.etcd_key.as_ref().unwrap_or(identity))?;
+    own.certificates()?;
+    key.key()?;
+    let own = etcd_client::Identity::from_pem(own.text(), key.text());
+    Ok(Some(TlsOptions::new().trust_anchors(roots.roots).identity(own)))
+}
+
 impl Membership {
+    /// Whether there is all that etcd is spoken to with.
+    ///
+    /// # Errors
+    /// When a certificate or key cannot be read; [`Kind::Key`] when it is none, or others can read the key.
+    pub fn check(config: &ClusterConfig) -> Result<()> {
+        tls(config).map(drop)
+    }
+
     /// Of a configuration with `cluster.etcd`; the last map is kept in `state_dir`.
     #[must_use]
     pub fn new(
@@ -186,9 +238,8 @@ impl Membership {
     ) -> Self {
         let address = config.address.clone().unwrap_or_default();
         Membership {
-            endpoints: config.etcd.clone(),
+            settings: config.clone(),
             prefix: format!("fleece/{store}/"),
-            name: config.name.clone(),
             announcement: Announcement { address, capacity: config.capacity, engine },
             kept: state_dir.join("map.json"),
             starting: Arc::default(),
@@ -216,9 +267,9 @@ impl Membership {
             }
             Err(error) if error.kind() == Kind::Busy => Err(error),
             Err(error) => {
-                let bytes = std::fs::read(&self.kept).map_err(|_| error)?;
+                let Ok(bytes) = std::fs::read(&self.kept) else { return Err(error) };
                 let document = Document::decode(&bytes)?;
-                eprintln!("fleece-engine: etcd does not answer: on with the map that was last");
+                eprintln!("fleece-engine: {error}; on with the map that was last");
                 document.map()
             }
         }
@@ -276,7 +327,7 @@ impl Membership {
                 }
                 None => seen.map.ok_or_else(|| self.failed("no map, and none can be made"))?,
             };
-            if document.hosts.iter().any(|member| member.name == self.name) {
+            if document.hosts.iter().any(|member| member.name == self.settings.name) {
                 return Ok((document, registered));
             }
         }
@@ -284,7 +335,8 @@ impl Membership {
     }
 
     fn failed(&self, what: &str) -> Error {
-        Error::new(Kind::Failed, format!("etcd at {}: {what}", self.endpoints.join(", ")))
+        let endpoints = self.settings.etcd.join(", ");
+        Error::new(Kind::Failed, format!("etcd at {endpoints}: {what}"))
     }
 
     /// Waits for an answer of etcd.
@@ -293,15 +345,18 @@ impl Membership {
         request: impl Future<Output = std::result::Result<T, etcd_client::Error>>,
     ) -> Result<T> {
         let late = |_| self.failed("no answer");
-        let failed = |error: etcd_client::Error| {
-            Error::caused(Kind::Failed, format!("etcd at {}", self.endpoints.join(", ")), error)
-        };
+        let failed = |error: etcd_client::Error| self.failed(&why(&error));
         timeout(PATIENCE, request).await.map_err(late)?.map_err(failed)
     }
 
     async fn connect(&self) -> Result<Client> {
-        let options = ConnectOptions::new().with_connect_timeout(PATIENCE).with_timeout(PATIENCE);
-        self.answer(Client::connect(&self.endpoints, Some(options))).await
+        let mut options =
+            ConnectOptions::new().with_connect_timeout(PATIENCE).with_timeout(PATIENCE);
+        // Read anew each time: certificates end, and are replaced.
+        if let Some(tls) = tls(&self.settings)? {
+            options = options.with_tls(tls);
+        }
+        self.answer(Client::connect(&self.settings.etcd, Some(options))).await
     }
 
     /// Connects, takes a lease and announces this host.
@@ -311,7 +366,7 @@ impl Membership {
         let lease = self.answer(granted).await?.id();
         let (keeper, alive) = self.answer(client.lease_keep_alive(lease)).await?;
         let kept = tokio::spawn(keep_alive(keeper, alive));
-        let key = format!("{}hosts/{}", self.prefix, self.name);
+        let key = format!("{}hosts/{}", self.prefix, self.settings.name);
         let value = serde_json::to_vec(&self.announcement)
             .map_err(|error| Error::caused(Kind::Failed, "cannot announce this host", error))?;
         let registered = Registered { client: client.clone(), lease, kept };
@@ -338,7 +393,7 @@ impl Membership {
         if announced.engine == self.announcement.engine {
             return Ok(());
         }
-        let what = format!("another engine, at {}, is {}", announced.address, self.name);
+        let what = format!("another engine, at {}, is {}", announced.address, self.settings.name);
         let seconds = LEASE.as_secs();
         Err(Error::new(
             Kind::Busy,
@@ -457,7 +512,7 @@ impl Membership {
         let seen = self.look(registered).await?;
         // Whoever took the key away, a lease alone keeps nobody in the map.
         let gone = || self.failed("this host is not announced any more");
-        self.must_be_us(seen.hosts.get(&self.name).ok_or_else(gone)?)?;
+        self.must_be_us(seen.hosts.get(&self.settings.name).ok_or_else(gone)?)?;
         if let Some(next) = self.next(&seen, cluster.map().epoch()) {
             // Whoever loses sees the winner's a second later.
             self.put(registered, &seen, &next).await?;

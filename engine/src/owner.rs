@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
-use crate::detect::{Detector, JournalPosition, Partition, Rebuild, Rebuilt, Watermark};
+use crate::detect::{
+    Anew, Detector, JournalPosition, Partition, Rebuild, Rebuilt, Watermark,
+};
 use crate::error::{Error, Kind, Result};
 use crate::hosts::PartitionReport;
 use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slices};
@@ -84,7 +86,7 @@ enum Command {
     Describe { reply: Sender<Vec<PartitionReport>> },
     Entries { partition: Partition, after: Option<Fingerprint>, reply: Sender<Result<Vec<Entry>>> },
     Applied { reply: Sender<Watermark> },
-    Rebuild { part: Option<u64>, reply: Sender<Result<Rebuild>> },
+    Rebuild { anew: Anew, reply: Sender<Result<Option<Rebuild>>> },
     Install { rebuilt: Rebuilt, reply: Sender<Result<()>> },
     Stop,
 }
@@ -252,27 +254,20 @@ impl Owner {
         answer.recv().map_err(|_| stopped())
     }
 
-    /// Begins a new index beside the present one; it is fed and built by the caller, and
+    /// Begins what is new beside the present index; it is fed and built by the caller, and
     /// detection goes on meanwhile.
     ///
     /// # Errors
     /// When the index cannot be written or the engine is ending.
-    pub fn begin_rebuild(&self) -> Result<Rebuild> {
-        self.begin(None)
-    }
-
-    /// The same for another part of the fingerprints.
-    ///
-    /// # Errors
-    /// When the index cannot be written or the engine is ending.
-    pub fn begin_rebuild_as(&self, part: u64) -> Result<Rebuild> {
-        self.begin(Some(part))
-    }
-
-    fn begin(&self, part: Option<u64>) -> Result<Rebuild> {
-        let (reply, answer) = bounded(1);
-        self.send(Command::Rebuild { part, reply })?;
-        answer.recv().map_err(|_| stopped())?
+    pub fn begin_rebuild(&self, anew: Anew) -> Result<Rebuild> {
+        loop {
+            let (reply, answer) = bounded(1);
+            self.send(Command::Rebuild { anew, reply })?;
+            // None: a step was made on the way to it, and others have their turn before the next one.
+            if let Some(begun) = answer.recv().map_err(|_| stopped())?? {
+                return Ok(begun);
+            }
+        }
     }
 
     /// Puts a new index in place of the present one.
@@ -516,13 +511,10 @@ impl OwnerThread {
         match question {
             Command::Describe { reply } => drop(reply.send(self.describe())),
             Command::Entries { partition, after, reply } => {
-                drop(reply.send(self.entries(partition, after)));
+                drop(reply.send(self.detector.export(partition, after, EXPORT_ENTRIES)));
             }
             Command::Applied { reply } => drop(reply.send(self.detector.applied().clone())),
-            Command::Rebuild { part, reply } => drop(reply.send(match part {
-                Some(part) => self.detector.rebuild_as(part),
-                None => self.detector.rebuild(),
-            })),
+            Command::Rebuild { anew, reply } => drop(reply.send(self.rebuild(anew))),
             Command::Install { rebuilt, reply } => {
                 drop(reply.send(self.detector.install(rebuilt)));
                 self.publish_figures();
@@ -549,8 +541,13 @@ impl OwnerThread {
         outcome
     }
 
-    fn entries(&mut self, partition: Partition, after: Option<Fingerprint>) -> Result<Vec<Entry>> {
-        self.detector.export(partition, after, EXPORT_ENTRIES)
+    fn rebuild(&mut self, anew: Anew) -> Result<Option<Rebuild>> {
+        let begun = match anew {
+            Anew::Index => self.detector.rebuild().map(Some),
+            Anew::Part(part) => self.detector.rebuild_as(part).map(Some),
+            Anew::Partition(partition) => self.detector.rebuild_partition(partition),
+        };
+        begun.inspect_err(|error| self.heal(error))
     }
 
     fn describe(&self) -> Vec<PartitionReport> {

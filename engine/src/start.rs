@@ -69,6 +69,9 @@ pub fn harden() -> Result<()> {
 /// Those of the store and its key; [`Kind::Busy`] when another engine has the state.
 pub fn start(config: &Config) -> Result<Started> {
     let budget = config.budget()?;
+    if let Some(settings) = &config.cluster {
+        Membership::check(settings)?;
+    }
     let state = &config.state_dir;
     let work_dir = state.join("sessions");
     for dir in [state, &work_dir] {

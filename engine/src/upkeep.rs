@@ -2,13 +2,15 @@
 //! restore, which notes the damage that it meets.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::detect::{Detector, Partition, Rebuild, Watermark};
+use crate::detect::{Anew, Detector, Partition, Rebuild, Watermark};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{Address, ContainerId, Fingerprint, Slice, Slices};
+use crate::ids::{Address, ContainerId, Fingerprint, HostId, Slice, Slices};
 use crate::jobs::checkpoint::{Checkpoints, journal_ends};
-use crate::jobs::rebuild::{each_entry, last_entry};
+use crate::jobs::journals::walk;
+use crate::jobs::rebuild::each_entry;
 use crate::jobs::repair;
 use crate::jobs::restore::{Options, Outcome, Restorer, Sink};
 use crate::jobs::verify::{self, Event, Scope};
@@ -94,18 +96,61 @@ pub fn refill(
     })
 }
 
-/// Builds the index anew, while backups go on with the present one; gives its entries.
+/// Builds the index anew, or one partition of it, while backups go on with the present one; gives its
+/// entries.
 ///
 /// # Errors
-/// When the journals cannot be read or the index cannot be written.
-pub fn rebuild_index(context: &Context, emit: Emit<'_>) -> Result<u64> {
+/// [`Kind::Usage`] for a partition that there is not, or of which this host has nothing. When the journals
+/// cannot be read or the index cannot be written.
+pub fn rebuild_index(
+    context: &Context,
+    partition: Option<Partition>,
+    emit: Emit<'_>,
+) -> Result<u64> {
+    if let Some(partition) = partition
+        && let Some(note) = elsewhere(context, partition)?
+    {
+        emit(line(&note)?)?;
+    }
     let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
-    let rebuild = context.owners.here().begin_rebuild()?;
+    let rebuild =
+        context.owners.here().begin_rebuild(partition.map_or(Anew::Index, Anew::Partition))?;
     let owns = context.owners.ownership();
     build(context, (rebuild, &[]), &owns, &|| Ok(()), &mut |problem| {
         let line = serde_json::json!({ "message_type": "problem", "message": problem });
         emit(line.to_string())
     })
+}
+
+/// What is to be said of the other hosts that answer for fingerprints of a partition: each has them in its
+/// own index.
+fn elsewhere(context: &Context, partition: Partition) -> Result<Option<Event>> {
+    let Partition(number) = partition;
+    let partitions = context.owners.here().partitions();
+    if number >= partitions {
+        let last = partitions.saturating_sub(1);
+        let what = format!("there is no partition {number}: they are 0 to {last}");
+        return Err(Error::new(Kind::Usage, what));
+    }
+    let Some(cluster) = context.owners.cluster() else { return Ok(None) };
+    let map = cluster.map();
+    let slices =
+        Slice::all().filter(|slice| Partition::of(&slice.first(), partitions) == partition);
+    let mut owners: BTreeSet<HostId> = slices.map(|slice| map.owner_of(slice)).collect();
+    let is_ours = owners.remove(&cluster.us());
+    let name = |host| map.member(host).map(|member| member.name.as_str());
+    let names = owners.into_iter().filter_map(name).collect::<Vec<_>>().join(", ");
+    match (is_ours, names.is_empty()) {
+        (false, _) => {
+            let what = format!("partition {number} is of {names}: run it there");
+            Err(Error::new(Kind::Usage, what))
+        }
+        (true, true) => Ok(None),
+        (true, false) => Ok(Some(Event::Note {
+            object: "index".into(),
+            message: format!("{names}: the rest of partition {number} is there; run it there, too"),
+        })),
+    }
 }
 
 /// An index that was filled.
@@ -132,7 +177,7 @@ pub fn fill_index(
     // A repair takes hours: nobody waits so long for what the index is filled for.
     let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
     // Before anything is read: what is learned from here on is kept.
-    let mut rebuild = context.owners.here().begin_rebuild_as(slices.digest())?;
+    let mut rebuild = context.owners.here().begin_rebuild(Anew::Part(slices.digest()))?;
     let owns = |fingerprint: &_| slices.contains(Slice::of(fingerprint));
     let wanted = || {
         let outdated = || Error::new(Kind::Busy, "another part is to be filled in");
@@ -273,6 +318,7 @@ const NAMED: u64 = 20;
 /// The index beside the directories, which are the truth: both ascend by address.
 struct IndexCheck<'c> {
     index: Sorted<BY_ADDRESS>,
+    partitions: u16,
     next: Option<[u8; BY_ADDRESS]>,
     wrong: u64,
     missing: u64,
@@ -313,7 +359,8 @@ impl<'c> IndexCheck<'c> {
     /// Takes the index as it is now; containers sealed later are not missed.
     fn new(context: &Context, say: &'c dyn Fn(&Event) -> Result<()>) -> Result<Self> {
         let mut sorter = Sorter::new(&context.work_dir, context.budget.pass / 4);
-        for partition in (0..context.owners.here().partitions()).map(Partition) {
+        let partitions = context.owners.here().partitions();
+        for partition in (0..partitions).map(Partition) {
             let mut after = None;
             loop {
                 let entries = context.owners.here().entries_after(partition, after)?;
@@ -326,7 +373,7 @@ impl<'c> IndexCheck<'c> {
         }
         let mut index = sorter.finish()?;
         let next = index.next()?;
-        Ok(IndexCheck { index, next, wrong: 0, missing: 0, say })
+        Ok(IndexCheck { index, partitions, next, wrong: 0, missing: 0, say })
     }
 
     fn compare(&mut self, sound: &(Fingerprint, Address)) -> Result<()> {
@@ -353,12 +400,16 @@ impl<'c> IndexCheck<'c> {
         let number = |range: std::ops::Range<usize>| {
             entry[range].iter().fold(0_u64, |n, &byte| n << 8 | u64::from(byte))
         };
+        let mut fingerprint = Fingerprint([0; Fingerprint::LEN]);
+        fingerprint.0.copy_from_slice(&entry[BY_ADDRESS - Fingerprint::LEN..]);
+        let Partition(partition) = Partition::of(&fingerprint, self.partitions);
         (self.say)(&Event::Problem {
             what: "index",
             object: format!("{:08x}-{:08x}/{}", number(0..4), number(4..8), number(8..10)),
-            message: "an entry of the index names a slot that does not hold its block; no harm \
-                      is done, fleecectl rebuild-index mends it"
-                .into(),
+            message: format!(
+                "an entry of the index names a slot that does not hold its block; no harm is done, \
+                 fleecectl rebuild-index --partition {partition} mends it"
+            ),
         })
     }
 
@@ -392,29 +443,21 @@ fn each_container(
     after: &Watermark,
     each: &mut dyn FnMut(Position, Vec<(Fingerprint, Address)>) -> Result<()>,
 ) -> Result<()> {
-    let journals = store.journals();
-    for incarnation in journals.incarnations()? {
-        let mut at = u32::try_from(after.get(incarnation)).unwrap_or(u32::MAX);
-        let end = last_entry(store, incarnation)?;
-        loop {
-            let read = journals.each_after(incarnation, at, |position, containers| {
-                at = position.n;
-                let mut entries = Vec::new();
-                for entry in containers.iter().filter(|e| e.kind == ContainerKind::Blocks) {
-                    read_entries(store, entry.container, &mut entries)?;
-                }
-                each(position, entries)
-            });
+    for incarnation in store.journals().incarnations()? {
+        let after = u32::try_from(after.get(incarnation)).unwrap_or(u32::MAX);
+        walk(store, incarnation, after, &mut |position, read| {
+            let mut entries = Vec::new();
             match read {
-                Ok(_) if at >= end => break,
-                Ok(_) => eprintln!("fleece-engine: a journal entry is missing; see verify"),
-                Err(error) if error.kind() == Kind::Damaged => eprintln!("fleece-engine: {error}"),
-                Err(error) => return Err(error),
+                Ok(recorded) => recorded
+                    .iter()
+                    .filter(|entry| entry.kind == ContainerKind::Blocks)
+                    .try_for_each(|entry| read_entries(store, entry.container, &mut entries))?,
+                Err(error) => {
+                    eprintln!("fleece-engine: {error}; nothing is deduplicated against it");
+                }
             }
-            // Behind what cannot be read: nothing is deduplicated against it.
-            at += 1;
-            each(Position { incarnation, n: at }, Vec::new())?;
-        }
+            each(position, entries)
+        })?;
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use crate::etcd::Etcd;
+use crate::etcd::{Etcd, Proofs};
 use crate::fixture::{Fixture, Places, snapshot_id};
 use crate::network::Network;
 use crate::process::{Finished, Running};
@@ -39,7 +39,7 @@ pub struct Cluster {
     /// The store, if it is no directory.
     pub s3: Option<S3>,
     hosts: Vec<Host>,
-    _home: tempfile::TempDir,
+    home: tempfile::TempDir,
 }
 
 impl Cluster {
@@ -72,7 +72,7 @@ impl Cluster {
     fn listed(network: Option<Network>, addresses: &[String]) -> Result<Self> {
         let (home, fixture) = (tempfile::tempdir()?, Fixture::without_engine()?);
         let (etcd, s3, hosts) = (None, None, Vec::new());
-        let mut cluster = Cluster { fixture, network, etcd, s3, hosts, _home: home };
+        let mut cluster = Cluster { fixture, network, etcd, s3, hosts, home };
         cluster.make_ca()?;
         let host = |(n, address)| format!("{{ name = \"hv{n}\", address = \"{address}\" }}");
         let list: Vec<String> = addresses.iter().enumerate().map(host).collect();
@@ -98,9 +98,36 @@ impl Cluster {
     /// # Errors
     /// When that does not come up.
     pub fn with_etcd(in_s3: bool) -> Result<Self> {
+        let mut cluster = Self::without_etcd(in_s3)?;
+        cluster.start_etcd(None)?;
+        Ok(cluster)
+    }
+
+    /// The same with a directory and an etcd that speaks TLS, its certificate and its clients' of the
+    /// cluster's CA.
+    ///
+    /// # Errors
+    /// When that does not come up.
+    pub fn with_secure_etcd() -> Result<Self> {
+        let mut cluster = Self::without_etcd(false)?;
+        let ip = cluster.network.as_ref().context("no network")?.ours();
+        let identity = cluster.fixture.path("etcd.pem");
+        let (ca, out) = (cluster.fixture.text("ca"), identity.display().to_string());
+        cluster.fixture.fleecectl(&["cluster", "invite", &ip, "--dir", &ca, "--out", &out])?;
+        let clients = Path::new(&ca).join("ca.pem");
+        cluster.start_etcd(Some(Proofs { identity, clients, revoked: None }))?;
+        Ok(cluster)
+    }
+
+    fn start_etcd(&mut self, proofs: Option<Proofs>) -> Result {
+        let ip = self.network.as_ref().context("no network")?.ours();
+        self.etcd = Some(Etcd::start(&self.home.path().join("etcd"), &ip, proofs)?);
+        Ok(())
+    }
+
+    fn without_etcd(in_s3: bool) -> Result<Self> {
         let home = tempfile::Builder::new().prefix("fleece-cluster").tempdir()?;
         let network = Network::new()?;
-        let etcd = Etcd::start(&home.path().join("etcd"), &network.ours())?;
         let (mut places, mut s3) = (Places::default(), None);
         if in_s3 {
             let server = S3::start_at(&home.path().join("s3"), &network.ours())?;
@@ -115,8 +142,8 @@ impl Cluster {
             ];
             s3 = Some(server);
         }
-        let (fixture, network, etcd) = (Fixture::at(places)?, Some(network), Some(etcd));
-        let cluster = Cluster { fixture, network, etcd, s3, hosts: Vec::new(), _home: home };
+        let (fixture, network, etcd) = (Fixture::at(places)?, Some(network), None);
+        let cluster = Cluster { fixture, network, etcd, s3, hosts: Vec::new(), home };
         cluster.make_ca()?;
         Ok(cluster)
     }

@@ -2,9 +2,10 @@
 //! the images finds, even for blocks made to collide, and whatever the index says.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use qemu_tests::content::{BLOCK, mix};
 use qemu_tests::fixture::snapshot_id;
 use qemu_tests::process::Running;
@@ -126,6 +127,68 @@ fn a_store_without_any_index_restores_and_deduplicates_again() -> Result {
     let expected = image::distinct_blocks(&[&paths[0], &paths[1]])?;
     assert_eq!(fixture.figure("unique_blocks")?, expected);
     Ok(())
+}
+
+/// Entries of each partition: exact where nothing is left in memory.
+fn partitions(fixture: &Fixture) -> Result<Vec<u64>> {
+    let lines = fixture.fleecectl(&["partitions", "--json"])?.json()?;
+    lines.iter().map(|line| line["of"]["entries"].as_u64().context("no entries")).collect()
+}
+
+#[test]
+fn an_index_that_lost_everything_is_rebuilt_partition_by_partition_while_backups_go_on() -> Result {
+    let mut fixture = Fixture::new()?;
+    let paths = images(fixture.folder())?;
+    let expected = image::distinct_blocks(&[&paths[0]])?;
+    let (first, _) = fixture.backup_images("vm0", &[("vda", &paths[0])])?;
+    fixture.fleecectl(&["rebuild-index"])?;
+    let before = partitions(&fixture)?;
+    assert_eq!(before.iter().sum::<u64>(), expected);
+
+    // An index that is refilled while the store's containers are away has read all journals, and nothing.
+    fixture.stop_engine()?;
+    fs::remove_dir_all(fixture.state().join("index"))?;
+    let (containers, away) = (fixture.store().join("containers"), fixture.path("away"));
+    fs::rename(&containers, &away)?;
+    fixture.start_engine()?;
+    fixture.stop_engine()?;
+    fs::remove_dir_all(&containers).or_else(|error| match error.kind() {
+        ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    })?;
+    fs::rename(&away, &containers)?;
+    fixture.start_engine()?;
+    assert_eq!(fixture.figure("unique_blocks")?, 0);
+
+    let refused = fixture.try_fleecectl(&["rebuild-index", "--partition", "16"])?.code(2)?;
+    assert!(refused.printed().contains("0 to 15"), "{}", refused.printed());
+    fixture.try_fleecectl(&["rebuild-index", "--partition", "three"])?.code(2)?;
+    fixture.fleecectl(&["rebuild-index", "--partition", "3"])?;
+    let only: Vec<u64> = (0..16).map(|p| if p == 3 { before[p] } else { 0 }).collect();
+    assert_eq!(partitions(&fixture)?, only);
+
+    // What is backed up meanwhile has nothing in common with it, so that it is exact whatever comes first.
+    let other = fixture.path("other.raw");
+    image::raw(&other, 160 * MIB, &[(0, 150 * MIB, 99)])?;
+    let running = start(&fixture, "other", &other, &[])?;
+    let rebuild = |fixture: &Fixture| {
+        (0..16).try_for_each(|p| {
+            fixture.fleecectl(&["rebuild-index", "--partition", &p.to_string()]).map(drop)
+        })
+    };
+    rebuild(&fixture)?;
+    running.finish(LONG)?.code(0)?;
+    // What was learned and read at once counts twice until it is merged, or rebuilt.
+    rebuild(&fixture)?;
+    let expected = image::distinct_blocks(&[&paths[0], &other])?;
+    assert_eq!(fixture.figure("unique_blocks")?, expected);
+    assert_eq!(fixture.figure("double_blocks")?, 0);
+    for (vm, path) in [("again", &paths[0]), ("other-again", &other)] {
+        let (id, finished) = fixture.backup_images(vm, &[("vda", path)])?;
+        assert!(finished.printed().contains("new 0 B"), "{}", finished.printed());
+        image::same(path, &fixture.restore(&format!("{vm}@{id}"), "vda")?)?;
+    }
+    image::same(&paths[0], &fixture.restore(&format!("vm0@{first}"), "vda")?)
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::Partition;
 use super::current::{Level, RunMeta, range_of, run_path};
+use super::duplicates::Duplicates;
 use super::index::Index;
 use super::merge::Merge;
 use super::shard::RunWriter;
@@ -25,7 +26,7 @@ pub(super) struct Work {
     /// Runs that are written but that CURRENT does not name yet.
     done: Vec<RunMeta>,
     /// Second addresses met so far.
-    duplicates: u64,
+    duplicates: Duplicates,
 }
 
 struct Output {
@@ -37,7 +38,8 @@ struct Output {
 
 impl Work {
     fn new(goal: Level, last: Partition, inputs: Vec<u64>) -> Self {
-        Work { goal, last, inputs, output: None, done: Vec::new(), duplicates: 0 }
+        let (output, done, duplicates) = (None, Vec::new(), Duplicates::default());
+        Work { goal, last, inputs, output, done, duplicates }
     }
 
     /// Gives the merge up and removes what it wrote.
@@ -85,6 +87,16 @@ impl Index {
             return Ok(false);
         }
         let planned = self.work.take().or_else(|| self.plan());
+        self.go_on(planned)
+    }
+
+    /// One step on the way to an index without young runs. False: there are none.
+    pub(super) fn part_young(&mut self) -> Result<bool> {
+        let planned = self.work.take().or_else(|| self.young());
+        self.go_on(planned)
+    }
+
+    fn go_on(&mut self, planned: Option<Work>) -> Result<bool> {
         let Some(mut work) = planned else { return Ok(false) };
         match self.step(&mut work) {
             Ok(true) => self.work = Some(work),
@@ -98,10 +110,8 @@ impl Index {
     }
 
     fn plan(&self) -> Option<Work> {
-        let young = self.runs_of(Level::Young);
-        if young.len() >= self.options.young_runs.max(1) {
-            let last = Partition(self.options.partitions().saturating_sub(1));
-            return Some(Work::new(Level::Delta(Partition(0)), last, numbers(&young)));
+        if self.runs_of(Level::Young).len() >= self.options.young_runs.max(1) {
+            return self.young();
         }
         for partition in (0..self.options.partitions()).map(Partition) {
             let deltas = self.runs_of(Level::Delta(partition));
@@ -117,6 +127,14 @@ impl Index {
             }
         }
         None
+    }
+
+    /// Of all young runs a delta for each partition.
+    fn young(&self) -> Option<Work> {
+        let young = self.runs_of(Level::Young);
+        let last = Partition(self.options.partitions().saturating_sub(1));
+        let work = || Work::new(Level::Delta(Partition(0)), last, numbers(&young));
+        (!young.is_empty()).then(work)
     }
 
     /// Oldest first.
@@ -150,7 +168,7 @@ impl Index {
             *after = entry.map(|(fingerprint, _)| fingerprint).or(*after);
             Ok(entry)
         })?;
-        work.duplicates += merge.duplicates();
+        work.duplicates.add(partition, merge.duplicates());
         if more {
             output.writer.sync()?;
             return Ok(true);
@@ -176,7 +194,7 @@ impl Index {
             return Ok(true);
         }
         let mut next = self.current.clone();
-        next.duplicates += work.duplicates;
+        next.duplicates.add_all(&work.duplicates);
         next.runs.retain(|run| work.inputs.binary_search(&run.number).is_err());
         next.runs.extend(work.done.iter().cloned());
         self.replace(next)?;

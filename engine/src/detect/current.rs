@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use super::duplicates::Duplicates;
 use super::format::{Decoder, Encoder};
 use super::{DetectOptions, Partition, Watermark};
 use crate::error::{Context, Result};
@@ -14,8 +15,9 @@ use crate::ids::{Fingerprint, StoreId};
 const NAME: &str = "CURRENT";
 const TEMPORARY: &str = "CURRENT.new";
 const MAGIC: &[u8; 8] = b"FLEECEIX";
-/// 2: runs hold groups of entries. 3: double blocks are counted. An older index is set aside and refilled.
-const VERSION: u16 = 3;
+/// 2: runs hold groups of entries. 3: double blocks are counted. 4: by partition. An older index is set aside
+/// and refilled.
+const VERSION: u16 = 4;
 /// More than 256 partitions with all their runs ever need; a larger file is not ours.
 const MAX_BYTES: u64 = 4 << 20;
 
@@ -134,7 +136,7 @@ pub(super) struct Current {
     /// What the runs have; the memtable is not in it.
     pub(super) watermark: Watermark,
     /// Times that a fingerprint was found under a second address, in what the runs have.
-    pub(super) duplicates: u64,
+    pub(super) duplicates: Duplicates,
     /// Ascending by number.
     pub(super) runs: Vec<RunMeta>,
 }
@@ -146,7 +148,7 @@ impl Current {
             instance,
             next_run: 1,
             watermark: Watermark::default(),
-            duplicates: 0,
+            duplicates: Duplicates::default(),
             runs: Vec::new(),
         }
     }
@@ -188,7 +190,11 @@ impl Current {
         encoder.u64(self.instance);
         encoder.u64(self.next_run);
         encoder.watermark(&self.watermark);
-        encoder.u64(self.duplicates);
+        encoder.u32(self.duplicates.iter().len() as u32);
+        for (partition, count) in self.duplicates.iter() {
+            encoder.u16(partition.0);
+            encoder.u64(count);
+        }
         encoder.u32(self.runs.len() as u32);
         for run in &self.runs {
             let (level, partition) = match run.level {
@@ -217,7 +223,8 @@ impl Current {
             Level::Base(Partition(p)) | Level::Delta(Partition(p)) => u32::from(p) < partitions,
             Level::Young => true,
         });
-        if !(decoder.is_empty() && ascending && known && inside) {
+        let counted = current.duplicates.iter().all(|(Partition(p), _)| u32::from(p) < partitions);
+        if !(decoder.is_empty() && ascending && known && inside && counted) {
             return Err("contradicts itself".into());
         }
         Ok(current)
@@ -228,7 +235,10 @@ impl Current {
         let instance = decoder.u64()?;
         let next_run = decoder.u64()?;
         let watermark = decoder.watermark()?;
-        let duplicates = decoder.u64()?;
+        let mut duplicates = Duplicates::default();
+        for _ in 0..decoder.u32()? {
+            duplicates.add(Partition(decoder.u16()?), decoder.u64()?);
+        }
         let mut runs = Vec::new();
         for _ in 0..decoder.u32()? {
             let number = decoder.u64()?;
@@ -282,6 +292,7 @@ mod tests {
             current.runs.push(RunMeta { number, level, entries: 9, bytes: 8192, crc: 7 });
         }
         current.next_run = 6;
+        current.duplicates.add(Partition(9), 1 << 33);
         current
     }
 

@@ -433,16 +433,28 @@ impl Detector {
     pub fn rebuild_as(&mut self, part: u64) -> Result<Rebuild> {
         let begun = self.index.begin_rebuild()?;
         let options = DetectOptions { part, ..self.options.clone() };
-        Ok(Rebuild::new(&self.index.dir, &self.scratch, options, begun))
+        Ok(Rebuild::new(&self.index.dir, &self.scratch, (options, None), begun))
+    }
+
+    /// The same for one partition, beside the others. `None`: a bounded step of merging was made first, ask
+    /// again. [`Kind::Damaged`] as in [`Detector::pass`].
+    pub fn rebuild_partition(&mut self, partition: Partition) -> Result<Option<Rebuild>> {
+        let begun = match self.index.begin_rebuild_of_partition() {
+            Ok(begun) => begun,
+            Err(error) => return Err(self.set_damaged_aside(error)),
+        };
+        let what = (self.options.clone(), Some(partition));
+        Ok(begun.map(|begun| Rebuild::new(&self.index.dir, &self.scratch, what, begun)))
     }
 
     /// Puts the new index in place of the present one, but for what was learned since
     /// [`Detector::rebuild`].
     pub fn install(&mut self, rebuilt: Rebuilt) -> Result<()> {
-        let Rebuilt { bases, watermark, part, duplicates, .. } = rebuilt;
-        let installed = self.index.install(&bases, &watermark, (part, duplicates));
+        let installed = self.index.install(&rebuilt);
         installed.context(|| "cannot install the rebuilt index".into())?;
-        self.options.part = part;
+        self.options.part = rebuilt.part;
+        // With its token: merges go on.
+        drop(rebuilt);
         Ok(())
     }
 }

@@ -54,6 +54,7 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         current.runs.push(RunMeta { number, level, entries: 9, bytes: 8192, crc: 7 });
     }
     current.next_run = 9;
+    current.duplicates.add(Partition(4), 12);
     let (identity, watermark) = (current.identity, current.watermark.clone());
     let header = Header { identity, number: 4, level: Level::Young, entries: 9, watermark };
     vec![

@@ -22,9 +22,11 @@ use rustix::fs::{Advice, fadvise};
 
 use super::compaction::Work;
 use super::current::{Current, Identity, Level, RunMeta, range_of, run_number, run_path};
+use super::duplicates::Duplicates;
 use super::header::Header;
 use super::lookup::OpenRun;
 use super::memtable::{Entry, Memtable};
+use super::rebuild::Rebuilt;
 use super::shard::{RunReader, RunWriter};
 use super::watermark::Applied;
 use super::{DetectOptions, JournalPosition, Partition, Watermark};
@@ -56,7 +58,7 @@ pub(super) struct Index {
     checked: BTreeSet<u64>,
     pub(super) work: Option<Work>,
     /// Second addresses met in the memtable: with it they become durable.
-    fresh_duplicates: u64,
+    fresh_duplicates: Duplicates,
     _lock: File,
 }
 
@@ -89,7 +91,7 @@ impl Index {
             rebuilt_from: 0,
             checked: BTreeSet::new(),
             work: None,
-            fresh_duplicates: 0,
+            fresh_duplicates: Duplicates::default(),
             _lock: lock,
         };
         Ok((index, useless))
@@ -115,7 +117,10 @@ impl Index {
             if self.memtable.len() + part.len() > capacity {
                 self.freeze()?;
             }
-            self.fresh_duplicates += self.memtable.insert(part);
+            let (options, duplicates) = (&self.options, &mut self.fresh_duplicates);
+            self.memtable.insert(part, &mut |fingerprint| {
+                duplicates.add(options.partition_of(fingerprint), 1);
+            });
         }
         // Only now: a young run that was frozen above does not have all of this position yet.
         self.applied.add(position.incarnation, position.n, position.n);
@@ -132,7 +137,7 @@ impl Index {
         }
         let mut next = self.current.clone();
         next.watermark = self.applied.mark().clone();
-        next.duplicates += self.fresh_duplicates;
+        next.duplicates.add_all(&self.fresh_duplicates);
         if self.memtable.len() > 0 {
             let number = self.new_number();
             let entries = self.memtable.len();
@@ -148,7 +153,7 @@ impl Index {
         }
         self.replace(next)?;
         self.memtable.clear();
-        self.fresh_duplicates = 0;
+        self.fresh_duplicates = Duplicates::default();
         Ok(())
     }
 
@@ -281,45 +286,63 @@ impl Index {
         Ok((token, first))
     }
 
+    /// The same for one partition. What young runs have of it must not outlive it, so they become deltas
+    /// first, which are of one partition each: a step at a time, `None` while there are more.
+    pub(super) fn begin_rebuild_of_partition(&mut self) -> Result<Option<(Arc<()>, u64)>> {
+        if self.part_young()? {
+            return Ok(None);
+        }
+        // A memtable at most, so no more than a step: whatever is learned before the next one is new.
+        self.freeze()?;
+        while self.part_young()? {}
+        self.begin_rebuild().map(Some)
+    }
+
     pub(super) fn is_rebuilding(&self) -> bool {
         self.rebuilding.strong_count() > 0
     }
 
-    /// Puts new bases in place of all runs there were when the rebuild began. Later young runs and
-    /// the memtable stay: they have what was learned since.
-    /// Of `part` they are from now on.
-    pub(super) fn install(
-        &mut self,
-        bases: &[RunMeta],
-        watermark: &Watermark,
-        (part, duplicates): (u64, u64),
-    ) -> Result<()> {
-        let mut applied = Applied::up_to(watermark.clone());
-        applied.add_all(&self.since);
-        let before = std::mem::replace(&mut self.applied, applied);
+    /// Puts new bases in place of the runs that there were when the rebuild began: of all, or of the
+    /// partition that was rebuilt. Later young runs and the memtable stay: they have what was learned since.
+    pub(super) fn install(&mut self, rebuilt: &Rebuilt) -> Result<()> {
+        let before = self.applied.clone();
+        // Of one partition more may have been read than the others have.
+        if rebuilt.only.is_none() {
+            self.applied = Applied::up_to(rebuilt.watermark.clone());
+            self.applied.add_all(&self.since);
+        }
         let install = |index: &mut Self| -> Result<()> {
             index.freeze()?;
             let mut next = index.current.clone();
             next.watermark = index.applied.mark().clone();
-            next.identity.part = part;
-            next.duplicates = duplicates;
-            let since = index.rebuilt_from;
-            next.runs.retain(|run| run.level == Level::Young && run.number > since);
-            next.runs.extend(bases.iter().cloned());
+            next.identity.part = rebuilt.part;
+            match rebuilt.only {
+                None => {
+                    let since = index.rebuilt_from;
+                    next.runs.retain(|run| run.level == Level::Young && run.number > since);
+                    next.duplicates = Duplicates::default();
+                }
+                Some(partition) => {
+                    next.runs.retain(|run| run.level == Level::Young || !run.touches(partition));
+                    next.duplicates.forget(partition);
+                }
+            }
+            next.duplicates.add_all(&rebuilt.duplicates);
+            next.runs.extend(rebuilt.bases.iter().cloned());
             index.replace(next)
         };
         if let Err(error) = install(self) {
             self.applied = before;
             return Err(error);
         }
-        self.checked.extend(bases.iter().map(|run| run.number));
+        self.checked.extend(rebuilt.bases.iter().map(|run| run.number));
         self.rebuilding = Weak::new();
         Ok(())
     }
 
     /// Times that a fingerprint was found under a second address.
     pub(super) fn duplicates(&self) -> u64 {
-        self.current.duplicates + self.fresh_duplicates
+        self.current.duplicates.total().saturating_add(self.fresh_duplicates.total())
     }
 
     /// Entries in runs and memtable.

@@ -40,53 +40,56 @@ pub(super) struct Memtable {
     fresh: Vec<Entry>,
 }
 
-/// Merges sorted entries in; of equal fingerprints the new one wins. Returns how many got another address.
-fn merge(sorted: &mut Vec<Entry>, entries: &[Entry]) -> u64 {
+/// Hears of fingerprints that got another address.
+pub(super) type Moved<'m> = dyn FnMut(&Fingerprint) + 'm;
+
+/// Merges sorted entries in; of equal fingerprints the new one wins.
+fn merge(sorted: &mut Vec<Entry>, entries: &[Entry], moved: &mut Moved<'_>) {
     sorted.extend_from_slice(entries);
     // Stable: what was there stays before what came; two sorted runs are merged in linear time.
     sorted.sort_by_key(|(fingerprint, _)| *fingerprint);
-    let mut duplicates = 0;
     sorted.dedup_by(|new, old| {
         let equal = new.0 == old.0;
         if equal {
-            duplicates += u64::from(new.1 != old.1);
-            *old = *new;
+            replace(old, new, moved);
         }
         equal
     });
-    duplicates
+}
+
+fn replace(old: &mut Entry, new: &Entry, moved: &mut Moved<'_>) {
+    if old.1 != new.1 {
+        moved(&new.0);
+    }
+    *old = *new;
 }
 
 impl Memtable {
-    /// Adds sorted entries; of equal fingerprints the new one wins. Returns how many got another address.
-    pub(super) fn insert(&mut self, entries: &[Entry]) -> u64 {
+    /// Adds sorted entries; of equal fingerprints the new one wins.
+    pub(super) fn insert(&mut self, entries: &[Entry], moved: &mut Moved<'_>) {
         if entries.len() >= FRESH {
             self.settle();
-            return merge(&mut self.sorted, entries);
+            return merge(&mut self.sorted, entries, moved);
         }
-        let mut duplicates = 0;
         let mut new = Vec::with_capacity(entries.len());
         for entry in entries {
             let at = self.sorted.partition_point(|(fingerprint, _)| fingerprint < &entry.0);
             match self.sorted.get_mut(at).filter(|old| old.0 == entry.0) {
-                Some(old) => {
-                    duplicates += u64::from(old.1 != entry.1);
-                    *old = *entry;
-                }
+                Some(old) => replace(old, entry, moved),
                 None => new.push(*entry),
             }
         }
-        duplicates += merge(&mut self.fresh, &new);
+        merge(&mut self.fresh, &new, moved);
         if self.fresh.len() >= FRESH {
             self.settle();
         }
-        duplicates
     }
 
     /// Sorts the newest entries in among all others.
     fn settle(&mut self) {
         if !self.fresh.is_empty() {
-            merge(&mut self.sorted, &self.fresh);
+            // None of them is in `sorted`.
+            merge(&mut self.sorted, &self.fresh, &mut |_| {});
             self.fresh.clear();
         }
     }
@@ -142,7 +145,7 @@ mod tests {
                 entries.insert(fingerprint, Address { container, slot: Slot(0) });
             }
             let entries: Vec<Entry> = entries.into_iter().collect();
-            counted += memtable.insert(&entries);
+            memtable.insert(&entries, &mut |_| counted += 1);
             for (fingerprint, address) in entries {
                 duplicates += u64::from(expected.insert(fingerprint, address).is_some());
             }

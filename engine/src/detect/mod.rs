@@ -9,6 +9,7 @@
 mod compaction;
 mod current;
 mod detector;
+mod duplicates;
 mod format;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
@@ -32,7 +33,7 @@ mod watermark;
 pub use detector::{Detector, Handed, OpenReport};
 pub use options::{DetectOptions, MAX_PARTITION_BITS, Partition};
 pub use pass::PassReport;
-pub use rebuild::{Rebuild, Rebuilt};
+pub use rebuild::{Anew, Rebuild, Rebuilt};
 pub use verdict::Verdict;
 pub use watermark::{JournalPosition, Watermark};
 

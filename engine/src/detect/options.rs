@@ -11,6 +11,15 @@ pub const MAX_PARTITION_BITS: u8 = 8;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Partition(pub u16);
 
+impl Partition {
+    /// Whose fingerprint this is, of so many partitions: a power of two, 256 at most.
+    #[must_use]
+    pub fn of(fingerprint: &Fingerprint, partitions: u16) -> Self {
+        let [first, ..] = fingerprint.0;
+        Partition(((u32::from(first) * u32::from(partitions)) >> u8::BITS) as u16)
+    }
+}
+
 /// How detection works; the defaults fit one host with the default memory budget.
 #[derive(Clone, Debug)]
 pub struct DetectOptions {
@@ -72,8 +81,6 @@ impl DetectOptions {
     /// Whose fingerprint this is.
     #[must_use]
     pub fn partition_of(&self, fingerprint: &Fingerprint) -> Partition {
-        let bits = u32::from(self.partition_bits.min(MAX_PARTITION_BITS));
-        let [first, ..] = fingerprint.0;
-        Partition((u16::from(first) << bits) >> 8)
+        Partition::of(fingerprint, self.partitions())
     }
 }

@@ -1,9 +1,11 @@
-//! A new index from entries in any order: sort them outside memory, then write the bases.
+//! A new index, or a partition of it, from entries in any order: sort them outside memory, then write the
+//! bases.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::current::{Identity, Level, RunMeta, run_path};
+use super::duplicates::Duplicates;
 use super::index::finish_run;
 use super::memtable::Entry;
 use super::records::take;
@@ -18,11 +20,23 @@ const RECORD: usize = Fingerprint::LEN + 8 + Address::LEN;
 /// Addresses of one fingerprint that are told apart: more need as many faults.
 const MAX_OTHERS: usize = 64;
 
+/// What is made anew.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Anew {
+    /// The index.
+    Index,
+    /// The index, of another part of the fingerprints.
+    Part(u64),
+    /// One partition of the index.
+    Partition(Partition),
+}
+
 /// A new index in the making, beside the present one. It may be fed and built on another thread;
 /// it takes half a pass's memory. Dropped, it leaves the present index as it is.
 pub struct Rebuild {
     dir: PathBuf,
     options: DetectOptions,
+    only: Option<Partition>,
     first_number: u64,
     sorter: Sorter<RECORD>,
     fed: u64,
@@ -33,10 +47,12 @@ pub struct Rebuild {
 pub struct Rebuilt {
     pub(super) bases: Vec<RunMeta>,
     pub(super) watermark: Watermark,
+    /// The partition that was rebuilt; none: all of them.
+    pub(super) only: Option<Partition>,
     /// What it is complete for.
     pub(super) part: u64,
     entries: u64,
-    pub(super) duplicates: u64,
+    pub(super) duplicates: Duplicates,
     _token: Arc<()>,
 }
 
@@ -44,16 +60,20 @@ impl Rebuild {
     pub(super) fn new(
         dir: &Path,
         scratch: &Path,
-        options: DetectOptions,
+        (options, only): (DetectOptions, Option<Partition>),
         (token, first_number): (Arc<()>, u64),
     ) -> Self {
         let sorter = Sorter::new(scratch, options.pass_memory / 2);
-        Rebuild { dir: dir.into(), options, first_number, sorter, fed: 0, token }
+        Rebuild { dir: dir.into(), options, only, first_number, sorter, fed: 0, token }
     }
 
-    /// Adds entries in any order; of equal fingerprints the one fed last wins.
+    /// Adds entries in any order; of equal fingerprints the one fed last wins. Those of partitions that are
+    /// not rebuilt are passed over.
     pub fn feed(&mut self, entries: &[(Fingerprint, Address)]) -> Result<()> {
-        for (fingerprint, address) in entries {
+        let wanted = |fingerprint: &_| {
+            self.only.is_none_or(|only| self.options.partition_of(fingerprint) == only)
+        };
+        for (fingerprint, address) in entries.iter().filter(|entry| wanted(&entry.0)) {
             let mut record = [0; RECORD];
             record[..20].copy_from_slice(&fingerprint.0);
             record[20..28].copy_from_slice(&(!self.fed).to_be_bytes());
@@ -67,11 +87,11 @@ impl Rebuild {
     /// Sorts what was fed and writes the bases. `watermark` is what was fed: it must cover every
     /// journal entry that there was when [`super::Detector::rebuild`] was called.
     pub fn build(self, watermark: Watermark) -> Result<Rebuilt> {
-        let Rebuild { dir, options, first_number, sorter, token, .. } = self;
+        let Rebuild { dir, options, only, first_number, sorter, token, .. } = self;
         let mut newest =
             Newest { sorted: sorter.finish()?, others: Vec::new(), head: None, duplicates: 0 };
         newest.advance()?;
-        let (mut bases, mut entries) = (Vec::new(), 0);
+        let (mut bases, mut entries, mut duplicates) = (Vec::new(), 0, Duplicates::default());
         // How many entries a partition has is not known before; fingerprints are spread evenly, and
         // a map that is too large costs nothing.
         let expected = newest.sorted.len();
@@ -95,13 +115,14 @@ impl Rebuild {
                 writer.discard();
                 return Err(error);
             }
+            duplicates.add(partition, std::mem::take(&mut newest.duplicates));
             let (level, identity) = (Level::Base(partition), Identity::of(&options));
             let base = finish_run(&dir, writer, number, level, identity, &watermark)?;
             entries += base.entries;
             bases.push(base);
         }
-        let (part, duplicates) = (options.part, newest.duplicates);
-        Ok(Rebuilt { bases, watermark, part, entries, duplicates, _token: token })
+        let part = options.part;
+        Ok(Rebuilt { bases, watermark, only, part, entries, duplicates, _token: token })
     }
 }
 
@@ -115,7 +136,7 @@ impl Rebuilt {
     /// Fingerprints' further addresses.
     #[must_use]
     pub fn duplicates(&self) -> u64 {
-        self.duplicates
+        self.duplicates.total()
     }
 }
 

@@ -341,7 +341,7 @@ impl Stretch {
 /// When they cannot be listed.
 pub fn journal_ends(store: &Store) -> Result<Vec<Position>> {
     let end = |incarnation| {
-        let n = super::rebuild::last_entry(store, incarnation)?;
+        let n = super::journals::last_entry(store, incarnation)?;
         Ok::<_, Error>(Position { incarnation, n })
     };
     store.journals().incarnations()?.into_iter().map(end).collect()

@@ -4,6 +4,7 @@ pub mod affected;
 pub mod checkpoint;
 #[cfg(test)]
 pub(crate) mod fixture;
+pub mod journals;
 pub mod rebuild;
 pub mod repair;
 pub mod restore;

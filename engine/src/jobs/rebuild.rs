@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint, Incarnation};
+use crate::jobs::journals::walk;
 use crate::sort::{Sorted, Sorter};
 use crate::store::Store;
 use crate::store::container::{ContainerKind, SlotInfo};
@@ -141,32 +142,22 @@ fn recorded(
     rebuilt: &mut Rebuilt,
 ) -> Result<Sorted<8>> {
     let mut sorter = Sorter::new(scratch, SORT_BYTES);
-    let journals = store.journals();
     let mut gaps = false;
-    for incarnation in journals.incarnations()? {
+    for incarnation in store.journals().incarnations()? {
         let seen = after.iter().find(|position| position.incarnation == incarnation);
-        let mut at = seen.map_or(0, |position| position.n);
-        let end = last_entry(store, incarnation)?;
-        loop {
-            let read = journals.each_after(incarnation, at, |position, entries| {
-                at = position.n;
+        let from = seen.map_or(0, |position| position.n);
+        let n = walk(store, incarnation, from, &mut |_, read| match read {
+            Ok(entries) => {
                 let blocks = entries.iter().filter(|entry| entry.kind == ContainerKind::Blocks);
                 blocks.map(|entry| id_bytes(entry.container)).try_for_each(|id| sorter.push(&id))
-            });
-            match read {
-                Err(error) if error.kind() != Kind::Damaged => return Err(error),
-                Err(error) => rebuilt.problem(&error),
-                Ok(_) if at >= end => break,
-                Ok(_) => rebuilt.problem(&Error::new(
-                    Kind::Damaged,
-                    format!("{} is missing", names::journal(incarnation, at + 1)),
-                )),
             }
-            // Behind the entry that cannot be read.
-            gaps = true;
-            at += 1;
-        }
-        rebuilt.watermark.push(Position { incarnation, n: at });
+            Err(error) => {
+                rebuilt.problem(&error);
+                gaps = true;
+                Ok(())
+            }
+        })?;
+        rebuilt.watermark.push(Position { incarnation, n });
     }
     if gaps {
         // What the lost entries recorded can only be told from the objects themselves.
@@ -181,17 +172,6 @@ fn listed(store: &Store, sorter: &mut Sorter<8>) -> Result<()> {
         Some((last, _)) => sorter.push(&id_bytes(last)),
         None => Ok(()),
     })
-}
-
-/// The number of the last entry in an incarnation's folder, gaps or not.
-pub(crate) fn last_entry(store: &Store, incarnation: Incarnation) -> Result<u32> {
-    let mut last = 0;
-    store.objects().list(&format!("{}/{:08x}", names::JOURNAL, incarnation.0), |key, _| {
-        let n = key.rsplit('/').next().and_then(|n| u32::from_str_radix(n, 16).ok());
-        last = last.max(n.unwrap_or(0));
-        Ok(())
-    })?;
-    Ok(last)
 }
 
 /// A container's id so that byte order is its order.

@@ -51,9 +51,8 @@ fn a_drained_host_owns_nothing_unless_all_are() {
 fn where_etcd_has_lost_its_map_or_was_set_back_the_last_one_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let membership = Membership {
-        endpoints: Vec::new(),
+        settings: toml::from_str("name = 'a'\nidentity = '/identity'").unwrap(),
         prefix: String::new(),
-        name: "a".into(),
         announcement: Announcement { address: String::new(), capacity: 1, engine: Incarnation(1) },
         kept: dir.path().join("map.json"),
         starting: Arc::default(),

@@ -270,12 +270,17 @@ impl EngineClient {
         work.await.map_err(|e: capnp::Error| from_wire(&e))
     }
 
-    /// Builds the index anew; gives the number of its entries.
+    /// Builds the index anew, or one partition of it; gives the number of its entries.
     ///
     /// # Errors
     /// What the engine says.
-    pub async fn rebuild_index(&self, each: impl Fn(&str) + 'static) -> Result<u64> {
+    pub async fn rebuild_index(
+        &self,
+        partition: Option<u16>,
+        each: impl Fn(&str) + 'static,
+    ) -> Result<u64> {
         let mut request = self.engine.rebuild_index_request();
+        request.get().set_partition(partition.map_or(-1, i32::from));
         request.get().set_events(capnp_rpc::new_client(Lines { each }));
         let work = async { Ok(request.send().promise.await?.get()?.get_entries()) };
         work.await.map_err(|e: capnp::Error| from_wire(&e))

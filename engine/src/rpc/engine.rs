@@ -14,6 +14,7 @@ use super::protocol::{Speaker, Spoken};
 use super::server::Services;
 use super::{convert, to_wire};
 use crate::cluster::map::PartitionMap;
+use crate::detect::Partition;
 use crate::error::{Error, Kind, Result};
 use crate::hosts::{self, HostReport};
 use crate::ids::{SnapshotId, VmId};
@@ -438,10 +439,14 @@ impl engine::Server for EngineServer {
         mut results: engine::RebuildIndexResults,
     ) -> Answer {
         let context = self.context()?;
-        let events = params.get()?.get_events()?;
-        let entries =
-            super::image::with_events(events, move |emit| upkeep::rebuild_index(&context, emit))
-                .await?;
+        let params = params.get()?;
+        let number = params.get_partition();
+        // One that is no number of any partition is refused as one that there is not.
+        let partition = (number >= 0).then(|| Partition(u16::try_from(number).unwrap_or(u16::MAX)));
+        let entries = super::image::with_events(params.get_events()?, move |emit| {
+            upkeep::rebuild_index(&context, partition, emit)
+        })
+        .await?;
         results.get().set_entries(entries);
         Ok(())
     }

@@ -17,7 +17,8 @@ use rustls::{CertificateError, ClientConfig, RootCertStore, ServerConfig};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::config::ClusterConfig;
-use crate::error::{Context as _, Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
+use crate::pem::Pem;
 
 /// Where a host finds who it is, and who is none of the cluster any more.
 #[derive(Clone)]
@@ -93,23 +94,10 @@ struct Bundle {
 
 impl Bundle {
     fn read(path: &Path) -> Result<Self> {
-        let wrong = |what: String| Error::new(Kind::Key, format!("{}: {what}", path.display()));
-        let unread = || format!("cannot read {}", path.display());
-        let mode = std::fs::metadata(path).context(unread)?.mode() & 0o777;
-        if mode & 0o077 != 0 {
-            return Err(wrong(format!("it can be read by others (mode {mode:04o}): chmod 0400")));
-        }
-        let text = std::fs::read(path).context(unread)?;
-        let certificates: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&text)
-            .collect::<std::result::Result<_, _>>()
-            .map_err(|error| wrong(error.to_string()))?;
-        let key = PrivateKeyDer::from_pem_slice(&text).map_err(|e| wrong(e.to_string()))?;
-        match &certificates[..] {
-            [own, authority @ ..] => {
-                Ok(Bundle { own: own.clone(), authority: authority.to_vec(), key })
-            }
-            [] => Err(wrong("there is no certificate in it".into())),
-        }
+        let file = Pem::read_secret(path)?;
+        let mut certificates = file.certificates()?;
+        let own = certificates.remove(0);
+        Ok(Bundle { own, authority: certificates, key: file.key()? })
     }
 }
 

@@ -72,11 +72,20 @@ struct Bundle {
     /// What the CA has taken back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     crl: Option<String>,
+    /// What cluster.etcd_ca names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    etcd_ca: Option<String>,
     config: Config,
 }
 
 /// Bundles of this version are read.
 const VERSION: u32 = 1;
+
+/// What a host that joins has for etcd, beside its configuration: the CA's certificate from the bundle; and
+/// where it is to have a certificate of its own, if the other host has one.
+const ETCD_CA: &str = "etcd-ca.pem";
+const ETCD_CERTIFICATE: &str = "etcd.pem";
+const ETCD_KEY: &str = "etcd.key";
 
 pub(crate) fn run(verb: &Verb, config: &Path, json: bool) -> Result<()> {
     let (files, hint) = match verb {
@@ -105,7 +114,15 @@ pub(crate) fn run(verb: &Verb, config: &Path, json: bool) -> Result<()> {
         }
         Verb::Join { bundle, passphrase_file, address, capacity } => {
             let place = (address.clone(), *capacity);
-            (join(bundle, passphrase_file, place, config)?, "now start fleece-engine")
+            let (files, has_own) = join(bundle, passphrase_file, place, config)?;
+            let hint = if has_own {
+                "put this host's certificate for etcd and its key (mode 0400) where cluster.etcd_certificate \
+                 and cluster.etcd_key say, etcd.pem and etcd.key beside the configuration; then start \
+                 fleece-engine"
+            } else {
+                "now start fleece-engine"
+            };
+            (files, hint)
         }
     };
     say_written(&files, json);
@@ -137,8 +154,8 @@ fn say_revoked(host: &str, Revoked { list, serials }: &Revoked, json: bool) -> R
         ),
         format!(
             "run fleecectl drain {host} on another host, so that the others take its part over (with \
-             cluster.static take it out of every list). Keep it from etcd: whoever reaches that is \
-             believed"
+             cluster.static take it out of every list). Keep it from etcd: whoever that lets in is \
+             believed. An etcd whose CA is this one takes {CRL_NAME} as --client-crl-file"
         ),
         format!(
             "{host} can still read everything in the store, and add to it, with the credentials that it \
@@ -179,31 +196,36 @@ fn bundle(
     passphrase: &Path,
 ) -> Result<String> {
     let config = Config::load(config)?;
-    if config.cluster.is_none() {
+    let Some(cluster) = &config.cluster else {
         let what = "this host's configuration has no [cluster]: who is in it, and how they meet";
         return Err(Error::new(Kind::Usage, what));
-    }
+    };
+    let read = |path: &PathBuf| {
+        fs::read_to_string(path).context(|| format!("cannot read {}", path.display()))
+    };
+    let etcd_ca = cluster.etcd_ca.as_ref().map(read).transpose()?;
     let wrapped = StoreKey::load(&config.key)?.wrap(&read_passphrase(passphrase)?)?;
     let store_key = wrapped.iter().map(|byte| format!("{byte:02x}")).collect();
     let (identity, crl) = (authority.invite(host)?, authority.revocations()?);
     let host = host.to_owned();
-    let bundle = Bundle { version: VERSION, host, store_key, identity, crl, config };
+    let bundle = Bundle { version: VERSION, host, store_key, identity, crl, etcd_ca, config };
     toml::to_string(&bundle)
         .map_err(|error| Error::caused(Kind::Failed, "cannot write the bundle", error))
 }
 
-/// Writes what a bundle says; gives the files. Nothing is replaced.
+/// Writes what a bundle says; gives the files, and whether the host has to have a certificate of its own for
+/// etcd. Nothing is replaced.
 fn join(
     bundle: &Path,
     passphrase: &Path,
     (address, capacity): (Option<String>, u32),
     config_path: &Path,
-) -> Result<Vec<PathBuf>> {
+) -> Result<(Vec<PathBuf>, bool)> {
     let text =
         fs::read_to_string(bundle).context(|| format!("cannot read {}", bundle.display()))?;
     // The cause would quote what is in it.
     let bad = |_| Error::new(Kind::Key, format!("{} is no bundle of a host", bundle.display()));
-    let Bundle { version, host, store_key, identity, crl, mut config } =
+    let Bundle { version, host, store_key, identity, crl, etcd_ca, mut config } =
         toml::from_str(&text).map_err(bad)?;
     if version != VERSION {
         let what = format!("{} is of version {version}: upgrade fleece", bundle.display());
@@ -223,23 +245,28 @@ fn join(
         (cluster.address, cluster.capacity, cluster.listen) = (address, capacity, None);
         // The other host's may be anywhere; ours is beside our identity.
         cluster.crl = None;
+        cluster.etcd_ca = etcd_ca.as_ref().map(|_| folder.join(ETCD_CA));
+        let own = cluster.etcd_certificate.is_some();
+        cluster.etcd_certificate = own.then(|| folder.join(ETCD_CERTIFICATE));
+        cluster.etcd_key = own.then(|| folder.join(ETCD_KEY));
     }
     config.check()?;
     fs::create_dir_all(&folder).context(|| format!("cannot create {}", folder.display()))?;
-    let list = crl.map(|text| (folder.join(CRL_NAME), text));
+    let public = [(CRL_NAME, crl), (ETCD_CA, etcd_ca)];
+    let public = public.into_iter().filter_map(|(name, text)| Some((folder.join(name), text?)));
+    let public: Vec<(PathBuf, String)> = public.collect();
     let mut files = vec![config_path.to_owned(), config.key.clone(), identity_path.clone()];
-    files.extend(list.iter().map(|(path, _)| path.clone()));
+    files.extend(public.iter().map(|(path, _)| path.clone()));
     for path in &files {
         if path.exists() {
             let what = format!("{} is there already: nothing is replaced", path.display());
             return Err(Error::new(Kind::Usage, what));
         }
     }
-    if let Some((path, text)) = &list {
-        write(path, text)?;
-    }
+    public.iter().try_for_each(|(path, text)| write(path, text))?;
     write(&identity_path, &identity)?;
     key.save(&config.key)?;
     write_config(config_path, &config)?;
-    Ok(files)
+    let has_own = config.cluster.is_some_and(|cluster| cluster.etcd_certificate.is_some());
+    Ok((files, has_own))
 }

@@ -13,7 +13,11 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use fleece_engine::config::{Config, DEFAULT_CONFIG, DEFAULT_SOCKET};
+use fleece_engine::detect::MAX_PARTITION_BITS;
 use fleece_engine::error::{Context as _, Error, Kind, Result};
+
+/// No index has more; the engine knows how many its own has.
+const LAST_PARTITION: i64 = (1 << MAX_PARTITION_BITS) - 1;
 
 /// Admin of Fleece: the store, its key, the engine of this host.
 #[derive(Parser)]
@@ -84,8 +88,12 @@ enum Verb {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Build the index anew from the store.
-    RebuildIndex,
+    /// Build this host's index anew from the store, while backups go on.
+    RebuildIndex {
+        /// Only this partition of it, as `fleecectl partitions` numbers them.
+        #[arg(long, value_name = "P", value_parser = clap::value_parser!(u16).range(..=LAST_PARTITION))]
+        partition: Option<u16>,
+    },
     /// The store's key.
     #[command(subcommand)]
     Key(key::Verb),
@@ -155,7 +163,9 @@ fn run(options: Options) -> Result<ExitCode> {
         Verb::Repair { dry_run } => {
             return report::repair(&socket(&options)?, dry_run, options.json);
         }
-        Verb::RebuildIndex => report::rebuild_index(&socket(&options)?, options.json)?,
+        Verb::RebuildIndex { partition } => {
+            report::rebuild_index(&socket(&options)?, partition, options.json)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

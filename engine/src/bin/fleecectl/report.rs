@@ -1,9 +1,7 @@
 //! What the engine is asked: status, sessions, verify, repair, rebuild-index.
 
-use std::cell::Cell;
 use std::path::Path;
 use std::process::ExitCode;
-use std::rc::Rc;
 
 use fleece_engine::error::{Context as _, Error, Kind, Result};
 use fleece_engine::hosts::SessionReport;
@@ -201,16 +199,9 @@ pub(crate) fn repair(socket: &Path, dry_run: bool, json: bool) -> Result<ExitCod
     Ok(if whole { ExitCode::SUCCESS } else { ExitCode::from(Kind::Damaged.exit_code()) })
 }
 
-pub(crate) fn rebuild_index(socket: &Path, json: bool) -> Result<()> {
-    let lines = Rc::new(Cell::new(0_u64));
+pub(crate) fn rebuild_index(socket: &Path, partition: Option<u16>, json: bool) -> Result<()> {
     let entries = with_engine(socket, async |engine| {
-        let lines = Rc::clone(&lines);
-        engine
-            .rebuild_index(move |line| {
-                lines.set(lines.get() + 1);
-                print_event(line, json);
-            })
-            .await
+        engine.rebuild_index(partition, move |line| print_event(line, json)).await
     })?;
     if json {
         println!("{}", serde_json::json!({ "message_type": "rebuilt", "entries": entries }));

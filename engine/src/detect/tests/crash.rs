@@ -10,7 +10,7 @@ use rand::{RngExt, SeedableRng};
 
 use super::{Journal, address, export, fingerprint, open, position, refill, tempdir, tiny_options};
 use crate::detect::current::Level;
-use crate::detect::{DetectOptions, Detector, Verdict};
+use crate::detect::{DetectOptions, Detector, Partition, Rebuild, Rebuilt, Verdict, Watermark};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, Fingerprint, Incarnation, Sequence, SessionId, StoreId};
 
@@ -70,18 +70,28 @@ fn crashes(rng: &mut StdRng, before: &Files, after: &Files) -> Vec<Files> {
     states
 }
 
-/// One detector's life: sessions ask, write and seal; merges go on.
+/// One detector's life: sessions ask, write and seal; merges go on; partitions are rebuilt.
 struct Life {
     rng: StdRng,
+    options: DetectOptions,
     detector: Detector,
     journal: Journal,
+    rebuilding: Rebuilding,
+}
+
+/// How far the rebuild of a partition is.
+enum Rebuilding {
+    No,
+    Begun(Rebuild),
+    Built(Rebuilt),
 }
 
 impl Life {
     fn begin(dir: &Path, options: &DetectOptions, seed: u64) -> Self {
         println!("seed {seed}");
         let (detector, _) = open(dir, options, &Vec::new());
-        Life { rng: StdRng::seed_from_u64(seed), detector, journal: Vec::new() }
+        let (rng, options) = (StdRng::seed_from_u64(seed), options.clone());
+        Life { rng, options, detector, journal: Vec::new(), rebuilding: Rebuilding::No }
     }
 
     fn truth(&self) -> Vec<(Fingerprint, Address)> {
@@ -108,8 +118,29 @@ impl Life {
         self.detector.submit(SessionId(self.rng.random_range(0..4)), &requests).unwrap();
     }
 
+    /// One step of a rebuild.
+    fn rebuild(&mut self) {
+        self.rebuilding = match std::mem::replace(&mut self.rebuilding, Rebuilding::No) {
+            Rebuilding::No => {
+                let partition = Partition(self.rng.random_range(0..self.options.partitions()));
+                let begun = self.detector.rebuild_partition(partition).unwrap();
+                begun.map_or(Rebuilding::No, Rebuilding::Begun)
+            }
+            Rebuilding::Begun(mut rebuild) => {
+                self.journal.iter().for_each(|entries| rebuild.feed(entries).unwrap());
+                let mut watermark = Watermark::default();
+                watermark.raise(Incarnation(3), self.journal.len() as u64);
+                Rebuilding::Built(rebuild.build(watermark).unwrap())
+            }
+            Rebuilding::Built(rebuilt) => {
+                self.detector.install(rebuilt).unwrap();
+                Rebuilding::No
+            }
+        };
+    }
+
     fn step(&mut self) {
-        match self.rng.random_range(0..10) {
+        match self.rng.random_range(0..13) {
             0..3 => self.learn(),
             3 => self.ask(),
             4 => {
@@ -118,6 +149,7 @@ impl Life {
                 }
             }
             5 => self.detector.flush().unwrap(),
+            6..9 => self.rebuild(),
             _ => drop(self.detector.maintain().unwrap()),
         }
     }

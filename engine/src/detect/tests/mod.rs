@@ -3,6 +3,7 @@
 mod crash;
 mod large;
 mod model;
+mod partition;
 
 use std::path::Path;
 

@@ -295,7 +295,16 @@ impl World {
     }
 
     fn rebuild(&mut self) {
-        let mut rebuild = self.detector.rebuild().unwrap();
+        let one = Partition(self.rng.random_range(0..self.options.partitions()));
+        let mut rebuild = if self.rng.random_bool(0.5) {
+            self.detector.rebuild().unwrap()
+        } else {
+            loop {
+                if let Some(begun) = self.detector.rebuild_partition(one).unwrap() {
+                    break begun;
+                }
+            }
+        };
         let mut watermark = crate::detect::Watermark::default();
         for entries in &self.journal {
             rebuild.feed(entries).unwrap();

@@ -3,9 +3,10 @@
 use super::{Event, Repairer};
 use crate::error::{Kind, Result};
 use crate::ids::ContainerId;
-use crate::jobs::rebuild::{id_bytes, last_entry, read_id};
+use crate::jobs::journals::walk;
+use crate::jobs::rebuild::{id_bytes, read_id};
 use crate::sort::Sorter;
-use crate::store::journal::{Entry, Position};
+use crate::store::journal::Entry;
 use crate::store::names;
 
 /// Memory of each of the two sorts of container ids.
@@ -22,16 +23,15 @@ impl Repairer<'_> {
             if journals.check_claim(incarnation).is_err_and(|e| e.kind() == Kind::NotFound) {
                 self.repair_claim(incarnation)?;
             }
-            for n in 1..=last_entry(self.store, incarnation)? {
-                match journals.read(Position { incarnation, n }) {
-                    Ok(Some(entries)) => entries
-                        .iter()
-                        .try_for_each(|entry| recorded.push(&id_bytes(entry.container)))?,
-                    Ok(None) => lost += 1,
-                    Err(error) if error.kind() == Kind::Damaged => lost += 1,
-                    Err(error) => return Err(error),
+            walk(self.store, incarnation, 0, &mut |_, read| match read {
+                Ok(entries) => {
+                    entries.iter().try_for_each(|entry| recorded.push(&id_bytes(entry.container)))
                 }
-            }
+                Err(_) => {
+                    lost += 1;
+                    Ok(())
+                }
+            })?;
         }
         if lost > 0 { self.record_again(lost, recorded) } else { Ok(()) }
     }

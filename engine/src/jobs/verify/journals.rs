@@ -4,7 +4,7 @@ use super::containers::ContainerKey;
 use super::{Event, Verifier};
 use crate::error::{Error, Kind, Result};
 use crate::ids::Incarnation;
-use crate::jobs::rebuild::last_entry;
+use crate::jobs::journals::last_entry;
 use crate::store::journal::Position;
 use crate::store::names;
 

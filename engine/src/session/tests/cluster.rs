@@ -9,6 +9,7 @@ use super::*;
 use crate::cluster::map::{MapEpoch, Member, PartitionMap};
 use crate::cluster::outbox::FrameNumber;
 use crate::cluster::{Caller, Cluster, Here, Instance, SILENCE};
+use crate::detect::Partition;
 use crate::ids::{HostId, Slice};
 use crate::moving::{self, Pace};
 use crate::session::registry::Registry;
@@ -506,4 +507,34 @@ fn what_one_host_found_damaged_no_other_one_deduplicates_against() {
     assert!(!second.context.damage.map().has(victim));
     assert_eq!(third.counts.new, 0);
     hosts.must_be_whole(&[(before, &content), (again, &content), (third, &content)]);
+}
+
+#[test]
+fn a_host_rebuilds_its_share_of_a_partition_and_names_the_others() {
+    // The third one was drained.
+    let members = map(1, &[0, 1, 2]).without("hv2").unwrap();
+    let hosts = Hosts::with(&vec![members; 3]);
+    let image = image(61, 3000, 2000);
+    let done = hosts.engines[0].backup(1, &image);
+    hosts.must_be_exact(&[&image]);
+    let rebuild = |host: usize| {
+        let mut said = String::new();
+        let context = &hosts.engines[host].context;
+        let here = context.owners.here();
+        let held = here.entries_after(Partition(7), None).unwrap();
+        let built = upkeep::rebuild_index(context, Some(Partition(7)), &mut |line| {
+            said += &line;
+            Ok(())
+        })?;
+        assert_eq!(here.entries_after(Partition(7), None).unwrap(), held);
+        assert_eq!(built, held.len() as u64);
+        Ok::<_, crate::error::Error>(said)
+    };
+    assert!(rebuild(0).unwrap().contains("hv1: the rest of partition 7"));
+    assert!(rebuild(1).unwrap().contains("hv0: the rest of partition 7"));
+    let refused = rebuild(2).unwrap_err();
+    assert_eq!(refused.kind(), Kind::Usage);
+    assert!(refused.to_string().contains("is of hv0, hv1"), "{refused}");
+    hosts.must_be_exact(&[&image]);
+    hosts.must_be_whole(&[(done, &image)]);
 }

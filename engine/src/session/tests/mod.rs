@@ -346,7 +346,7 @@ fn a_full_backup_and_increments_restore_exactly() {
     host.must_be_exact(&[&first, &second]);
 
     // A rebuilt index has every block once, too.
-    let entries = upkeep::rebuild_index(&host.context, &mut |_| Ok(())).unwrap();
+    let entries = upkeep::rebuild_index(&host.context, None, &mut |_| Ok(())).unwrap();
     assert_eq!(entries as usize, distinct(&[&first, &second]));
     let unique = &host.context.owners.figures().unique_blocks;
     assert_eq!(unique.load(std::sync::atomic::Ordering::Relaxed), entries);

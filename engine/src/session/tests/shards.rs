@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use super::*;
 use crate::config::Config;
+use crate::detect::{JournalPosition, Partition};
+use crate::ids::Fingerprint;
 use crate::start::{Started, start};
 
 /// An engine that is stopped and started.
@@ -158,4 +160,47 @@ fn whatever_becomes_of_the_index_nothing_is_stored_twice_and_no_byte_is_wrong() 
         assert_eq!(unique as usize, known, "{what} ({n})");
         assert_eq!(stored_slots_in(engine.context()), known, "{what} ({n})");
     }
+}
+
+fn rebuild(engine: &Engine, partition: u16) -> Result<u64> {
+    upkeep::rebuild_index(engine.context(), Some(Partition(partition)), &mut |_| Ok(()))
+}
+
+#[test]
+fn wrong_entries_are_named_with_their_partition_and_gone_once_it_is_rebuilt() {
+    let engine = Engine::new();
+    let image = image(93, 1500, 900);
+    engine.backup(1, &image);
+    let owner = engine.context().owners.here();
+    let held = |partition| owner.entries_after(Partition(partition), None).unwrap();
+    let before: Vec<_> = (0..owner.partitions()).map(held).collect();
+    // As a fault of the index would leave them: right fingerprints elsewhere, and some of no block.
+    let elsewhere = before[0][0].1;
+    let mut wrong: Vec<_> = before[3].iter().take(5).map(|entry| (entry.0, elsewhere)).collect();
+    wrong.extend([0x30, 0x50].map(|first| (Fingerprint([first; Fingerprint::LEN]), elsewhere)));
+    let known = JournalPosition { incarnation: elsewhere.container.incarnation, n: 1 };
+    owner.learn(wrong, known).unwrap();
+
+    let (clean, said) = verify_in(engine.context());
+    assert!(!clean && said.contains("--partition 3 ") && said.contains("--partition 5 "), "{said}");
+    assert_eq!(rebuild(&engine, 3).unwrap(), before[3].len() as u64);
+    assert_eq!(held(3), before[3]);
+    let (clean, said) = verify_in(engine.context());
+    assert!(
+        !clean && !said.contains("--partition 3 ") && said.contains("--partition 5 "),
+        "{said}"
+    );
+    assert_eq!(rebuild(&engine, 5).unwrap(), before[5].len() as u64);
+    let (clean, said) = verify_in(engine.context());
+    assert!(clean, "{said}");
+    let figures = engine.context().owners.figures();
+    let read =
+        |figure: &std::sync::atomic::AtomicU64| figure.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(read(&figures.unique_blocks) as usize, distinct(&[&image]));
+    assert_eq!(read(&figures.double_blocks), 0);
+    let refused = rebuild(&engine, owner.partitions()).unwrap_err();
+    assert_eq!(refused.kind(), Kind::Usage);
+    assert!(refused.to_string().contains("0 to 15"), "{refused}");
+    // Nothing of it is stored again.
+    assert_eq!(engine.backup(2, &image).counts.new, 0);
 }
