@@ -98,6 +98,22 @@ impl Error {
     pub fn kind(&self) -> Kind {
         self.kind
     }
+
+    /// What caused it, if something of that type did.
+    #[must_use]
+    pub fn cause<E: std::error::Error + 'static>(&self) -> Option<&E> {
+        let mut source = self.source.as_deref().map(|s| s as &(dyn std::error::Error + 'static));
+        while let Some(cause) = source {
+            if cause.is::<E>() {
+                return cause.downcast_ref();
+            }
+            source = match cause.downcast_ref::<Error>() {
+                Some(ours) => ours.source.as_deref().map(|s| s as _),
+                None => cause.source(),
+            };
+        }
+        None
+    }
 }
 
 impl fmt::Display for Error {
@@ -131,5 +147,23 @@ where
             let kind = any.downcast_ref::<Error>().map_or(Kind::Failed, Error::kind);
             Error::caused(kind, describe(), error)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn a_cause_is_found_beneath_what_was_added_on_its_way() {
+        let failed: io::Result<()> = Err(io::Error::other("a bad sector"));
+        let read = failed.context(|| "reading".to_owned()).context(|| "a backup".to_owned());
+        let error = read.unwrap_err();
+        assert_eq!(error.to_string(), "a backup: reading: a bad sector");
+        assert!(error.cause::<io::Error>().is_some());
+        assert!(error.cause::<fmt::Error>().is_none());
+        assert!(Error::new(Kind::NoEngine, "gone").cause::<io::Error>().is_none());
     }
 }

@@ -5,6 +5,8 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -218,6 +220,12 @@ impl Cluster {
         &self.hosts[host].config
     }
 
+    /// A host's state directory; it need not be there yet, nor the host.
+    #[must_use]
+    pub fn state(&self, host: usize) -> PathBuf {
+        self.fixture.path(&format!("state-hv{host}"))
+    }
+
     /// Starts a host's engine and waits until it answers.
     ///
     /// # Errors
@@ -226,7 +234,7 @@ impl Cluster {
         let here = &self.hosts[host];
         let mut command = tools::fleece("fleece-engine")?;
         command.arg("--config").arg(&here.config).arg("--socket").arg(&here.socket);
-        command.arg("--state-dir").arg(self.fixture.path(&format!("state-{}", here.name)));
+        command.arg("--state-dir").arg(self.state(host));
         let mut command = match &self.network {
             Some(network) => network.on(host, &command),
             None => command,
@@ -351,27 +359,70 @@ impl Cluster {
         })
     }
 
+    /// A host can begin nothing with another one's engine from here on, or can again; the other one with it can.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn cut(&self, from: usize, to: usize, cut: bool) -> Result {
+        self.network.as_ref().context("no network")?.cut(from, (to, PORT), cut)
+    }
+
+    /// A host restores a snapshot, bit for bit.
+    ///
+    /// # Errors
+    /// When it differs.
+    pub fn restores(&self, host: usize, snapshot: &str, truth: &Path) -> Result {
+        let to = self.fixture.text(&format!("restored-{host}.raw"));
+        let arguments = ["restore", snapshot, "--to", &to, "-O", "raw", "--force"];
+        self.begin(host, "fleece", &arguments)?.finish(LONG)?.code(0)?;
+        image::same(truth, Path::new(&to))
+    }
+
+    /// Every snapshot is restored by one of the running hosts.
+    ///
+    /// # Errors
+    /// When one differs.
+    pub fn must_restore(&self, snapshots: &[(String, &Path)]) -> Result {
+        let next = AtomicUsize::new(0);
+        self.side_by_side(|host| {
+            while let Some((snapshot, truth)) = snapshots.get(next.fetch_add(1, Ordering::Relaxed))
+            {
+                self.restores(host, snapshot, truth)?;
+            }
+            Ok(())
+        })
+    }
+
     /// Every running host restores every snapshot, bit for bit, and finds nothing wrong.
     ///
     /// # Errors
     /// What is wrong.
     pub fn must_be_whole(&self, snapshots: &[(String, &Path)]) -> Result {
-        for host in self.running() {
-            for (snapshot, path) in snapshots {
-                let to = self.fixture.text("restored.raw");
-                let arguments = ["restore", snapshot, "--to", &to, "-O", "raw", "--force"];
-                self.begin(host, "fleece", &arguments)?.finish(LONG)?.code(0)?;
-                image::same(path, Path::new(&to))?;
-            }
+        self.side_by_side(|host| {
+            let mut all = snapshots.iter();
+            all.try_for_each(|(snapshot, truth)| self.restores(host, snapshot, truth))?;
             self.begin(host, "fleecectl", &["verify"])?.finish(LONG)?.code(0)?;
-        }
-        Ok(())
+            Ok(())
+        })
+    }
+
+    /// The same work on all running hosts at once.
+    fn side_by_side(&self, work: impl Fn(usize) -> Result + Sync) -> Result {
+        let work = &work;
+        thread::scope(|scope| {
+            let hosts = self.running().into_iter();
+            let all: Vec<_> = hosts.map(|host| scope.spawn(move || work(host))).collect();
+            all.into_iter().try_for_each(|one| match one.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            })
+        })
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if thread::panicking() {
             for host in &self.hosts {
                 let printed = host.engine.as_ref().map(Running::printed).unwrap_or_default();
                 eprintln!("--- {} printed:\n{printed}", host.name);

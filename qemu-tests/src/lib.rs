@@ -11,6 +11,7 @@ pub mod fixture;
 pub mod guest;
 pub mod held;
 pub mod image;
+pub mod live;
 pub mod memory;
 pub mod mount;
 pub mod network;

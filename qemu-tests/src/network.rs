@@ -109,6 +109,18 @@ impl Network {
         ip(&format!("link set {} {}", self.cable(host), if plugged { "up" } else { "down" }))
     }
 
+    /// What a host sends to a port of another one gets nowhere from here on, or goes again. What the other
+    /// one begins goes on, both ways.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn cut(&self, from: usize, (to, port): (usize, u16), cut: bool) -> Result {
+        let verb = if cut { "add" } else { "del" };
+        let (namespace, address) = (self.namespace(from), self.address(to));
+        let rule = format!("to {address} ipproto tcp dport {port} blackhole");
+        ip(&format!("-n {namespace} rule {verb} {rule}"))
+    }
+
     /// What a host sends goes at this rate (`20mbit`) from here on; what does not fit into a short queue
     /// is lost. (A delay would need netem, which not every kernel has.)
     ///

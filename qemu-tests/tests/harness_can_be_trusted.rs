@@ -4,7 +4,9 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 
+use qemu_tests::cluster::Cluster;
 use qemu_tests::content::{BLOCK, record, record_number};
+use qemu_tests::wait::{SOON, wait_until};
 use qemu_tests::{MIB, Machine, Result, image};
 
 #[test]
@@ -67,10 +69,26 @@ fn an_agent_answers() -> Result {
     let folder = tempfile::tempdir()?;
     let machine = Machine::new(folder.path(), "agent")?.with_disk("qcow2", 16 * MIB)?.with_agent();
     let mut guest = machine.start()?;
-    qemu_tests::wait_until(qemu_tests::wait::SOON, "the agent opening its port", || {
+    wait_until(SOON, "the agent opening its port", || {
         let chardevs = guest.qmp.execute("query-chardev", &serde_json::json!({}))?;
         let agent =
             chardevs.as_array().into_iter().flatten().find(|one| one["label"] == "qga0").cloned();
         Ok(agent.is_some_and(|one| one["frontend-open"] == true))
     })
+}
+
+#[test]
+fn a_link_is_cut_one_way() -> Result {
+    let cluster = Cluster::of_a_list_on_hosts(2)?;
+    // Each lists itself first.
+    let reaches = |host: usize| -> Result<bool> {
+        let hosts = cluster.ask(host, &["hosts"])?;
+        Ok(hosts.get(1).is_some_and(|other| other["state"] != "silent"))
+    };
+    wait_until(SOON, "both reaching each other", || Ok(reaches(0)? && reaches(1)?))?;
+    cluster.cut(0, 1, true)?;
+    wait_until(SOON, "the first reaching the second no more", || Ok(!reaches(0)?))?;
+    assert!(reaches(1)?, "it was to be cut one way only");
+    cluster.cut(0, 1, false)?;
+    wait_until(SOON, "both reaching each other again", || Ok(reaches(0)? && reaches(1)?))
 }

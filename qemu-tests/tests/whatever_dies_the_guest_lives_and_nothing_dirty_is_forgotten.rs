@@ -74,6 +74,7 @@ fn the_engine_is_killed_in_mid_backup() -> Result {
     fixture.kill_engine()?;
     let finished = reading.running.finish(LONG)?;
     assert!([1, 13].contains(&finished.code), "{} {}", finished.code, finished.printed());
+    assert!(finished.err.contains("engine"), "{}", finished.printed());
     guest.keeps_writing()?;
     guest.is_left_alone(&machine, 1)?;
     fixture.start_engine()?;

@@ -260,9 +260,11 @@ impl Cluster {
                 Ok(())
             }
             Message::GiveUp { to, writer, claims } => {
-                // A session that is gone or overloaded says nothing: the other one asks again.
-                if let Some(writer) = self.registry.events_of(writer) {
-                    let _ = writer.try_send(Event::GiveUp { to, claims });
+                match self.registry.events_of(writer) {
+                    // One that is overloaded says nothing: the other one asks again.
+                    Some(writer) => drop(writer.try_send(Event::GiveUp { to, claims })),
+                    // One that is gone has nothing any more: its owners are told, or know.
+                    None => drop(self.gave_up(writer, to)),
                 }
                 Ok(())
             }

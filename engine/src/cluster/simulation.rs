@@ -14,13 +14,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use self::host::{Host, Local};
+use super::frame::{FrameReader, Message};
 use super::map::{MapEpoch, Member, PartitionMap};
 use super::outbox::FrameNumber;
-use super::{Caller, Move, SILENCE};
+use super::{Caller, Cluster, Move, SILENCE};
 use crate::detect::{JournalPosition, Verdict, Watermark};
 use crate::ids::{Address, ContainerId, Fingerprint, HostId, Sequence, SessionId, Slot};
 use crate::part::{Entry, Part, Wake};
 use crate::session::answers::Answers;
+use crate::session::event::Claim;
 
 /// Hosts that there can be.
 const HOSTS: usize = 4;
@@ -583,4 +585,31 @@ fn a_map_that_comes_while_an_index_is_filled_is_filled_for_next() {
     assert_eq!(next(), Some(MapEpoch(5)));
     host.cluster.filled(MapEpoch(5)).unwrap();
     assert_eq!(host.cluster.settled().map(|map| map.epoch()), Some(MapEpoch(5)));
+}
+
+#[test]
+fn a_session_that_is_gone_has_given_everything_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let two = map(1, &BTreeSet::from([0, 1]));
+    let host = |n: u16| {
+        let how = (u32::from(n) + 1, true);
+        Host::start(dir.path(), HostId(n), &two, how, Instant::now).cluster
+    };
+    let (a, b) = (host(0), host(1));
+    let next = |from: &Cluster, to: &Cluster| {
+        let caller = Caller { host: from.us(), instance: from.instance(to.us()) };
+        let received = to.greeted(caller).received;
+        let ours = (to.us(), caller.instance);
+        let next = from.connected(ours, to.instance(from.us()), received).unwrap();
+        let (number, frame) = from.next(ours, next).unwrap().unwrap();
+        (caller, number, frame)
+    };
+    // Of a process that ended, say.
+    let (waiter, writer) = (SessionId::on(HostId(0), 1), SessionId::on(HostId(1), 1));
+    assert!(a.give_up(waiter, writer, vec![Claim { fingerprint: block(1), theirs: Sequence(1) }]));
+    let (caller, number, frame) = next(&a, &b);
+    b.take(caller, number, &frame).unwrap();
+    let (.., answer) = next(&b, &a);
+    let said = FrameReader::new(&answer).read_next().unwrap();
+    assert_eq!(said, Some(Message::GaveUp { from: writer, to: waiter }));
 }

@@ -13,7 +13,7 @@ use super::{
 use crate::engine::{self, BackupPlan, DiskRequest, Engine, Session, Snapshot, SnapshotId};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::extents::PlanInput;
-use crate::nbd::{ConnectOptions, NbdTarget};
+use crate::nbd::{ConnectOptions, NbdError, NbdTarget};
 use crate::progress::Report;
 use crate::qmp::bitmap::{self, Action, DiskPlan, Fate, Known, KnownDisk};
 use crate::qmp::disk::{self, Disk};
@@ -370,8 +370,11 @@ async fn held(
     tokio::select! {
         result = read => match result {
             Ok(()) => {}
-            // The view knows better why a read failed than the read itself.
-            Err(error) => return Err(view.explain(qemu).await.unwrap_or(error).into()),
+            // The view knows better why a read failed than the read itself; of the engine it knows nothing.
+            Err(error) if error.cause::<NbdError>().is_some() => {
+                return Err(view.explain(qemu).await.unwrap_or(error).into());
+            }
+            Err(error) => return Err(error.into()),
         },
         error = view.broken(qemu) => return Err(error.into()),
         error = time_is_over => return Err(error.into()),
