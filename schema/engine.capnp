@@ -46,6 +46,12 @@ interface Engine {
   rebalance @13 (without :Text) -> (report :Text);
   # What would move if the partition map were computed now, `without` ("" for none) one host: JSON
   # (engine/src/hosts.rs). Changes nothing.
+
+  resumeBackup @14 (request :BackupRequest, snapshot :Text)
+      -> (committed :Snapshot, plan :BackupPlan, session :BackupSession);
+  # Goes on with a session whose engine is gone, for the same snapshot, from the first block; the request
+  # is that of `openBackup`, with the parents that were granted. `committed`, and nothing else, if that
+  # engine had committed it. Fails where the session was ended, or a newer snapshot is there.
 }
 
 enum Fate { committed @0; ended @1; }
