@@ -23,6 +23,8 @@ pub enum Kind {
     NotPermitted,
     /// No engine answers.
     NoEngine,
+    /// It answered, and its connection ended.
+    EngineGone,
     /// The restore target exists, is too small, or contradicts the options.
     Target,
     /// Ctrl-C or SIGTERM; everything was undone.
@@ -42,7 +44,7 @@ impl Kind {
             Kind::NotFound => "not-found",
             Kind::Damaged => "damaged",
             Kind::NotPermitted => "not-permitted",
-            Kind::NoEngine => "no-engine",
+            Kind::NoEngine | Kind::EngineGone => "no-engine",
             Kind::Target => "target",
             Kind::Interrupted => "interrupted",
         }
@@ -60,7 +62,7 @@ impl Kind {
             Kind::NotFound => 14,
             Kind::Damaged => 16,
             Kind::NotPermitted => 17,
-            Kind::NoEngine => 13,
+            Kind::NoEngine | Kind::EngineGone => 13,
             Kind::Target => 15,
             Kind::Interrupted => 130,
         }
@@ -98,6 +100,13 @@ impl Error {
     pub fn kind(&self) -> Kind {
         self.kind
     }
+
+    /// Whether an error of that type is beneath it.
+    #[must_use]
+    pub fn has_cause<E: std::error::Error + 'static>(&self) -> bool {
+        let cause = std::error::Error::source(self);
+        std::iter::successors(cause, |cause| cause.source()).any(|cause| cause.is::<E>())
+    }
 }
 
 impl fmt::Display for Error {
@@ -113,7 +122,11 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}
 
 /// Adds what was being done to an error on its way up.
 pub trait Context<T> {
