@@ -56,6 +56,11 @@ interface Engine {
   useKey @15 () -> (key :UInt32);
   # Has all engines seal what is new under the newest encryption key of this host's key file; refused while
   # a host lacks it.
+  resumeBackup @16 (request :BackupRequest, snapshot :Text)
+      -> (committed :Snapshot, plan :BackupPlan, session :BackupSession);
+  # Goes on with a session whose engine is gone, for the same snapshot, from the first block; the request
+  # is that of `openBackup`, with the parents that were granted. `committed`, and nothing else, if that
+  # engine had committed it. Fails where the session was ended, or a newer snapshot is there.
 }
 
 enum Fate { committed @0; ended @1; }

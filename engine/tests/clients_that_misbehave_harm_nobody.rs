@@ -136,6 +136,14 @@ fn requests_that_make_no_sense_are_refused() {
         settle.get().set_vm(&[1; 16]);
         settle.get().init_snapshots(5000);
         refusal(settle.send().promise.await, "usage");
+        for (name, kind) in [("no id", "usage"), ("", "usage"), ("abc234", "not-found")] {
+            let mut resume = client.engine.resume_backup_request();
+            resume.get().set_snapshot(name);
+            let mut params = resume.get().init_request();
+            params.set_vm(&[1; 16]);
+            params.set_vm_name("vm");
+            refusal(resume.send().promise.await, kind);
+        }
         let (_, _session) = client.open(3, 10).await.unwrap();
         let other = Client::connect(&engine).await;
         refusal(other.open(3, 10).await, "busy");

@@ -23,6 +23,8 @@ pub enum Kind {
     NotPermitted,
     /// No engine answers.
     NoEngine,
+    /// It answered, and its connection ended.
+    EngineGone,
     /// The restore target exists, is too small, or contradicts the options.
     Target,
     /// Ctrl-C or SIGTERM; everything was undone.
@@ -42,7 +44,7 @@ impl Kind {
             Kind::NotFound => "not-found",
             Kind::Damaged => "damaged",
             Kind::NotPermitted => "not-permitted",
-            Kind::NoEngine => "no-engine",
+            Kind::NoEngine | Kind::EngineGone => "no-engine",
             Kind::Target => "target",
             Kind::Interrupted => "interrupted",
         }
@@ -60,7 +62,7 @@ impl Kind {
             Kind::NotFound => 14,
             Kind::Damaged => 16,
             Kind::NotPermitted => 17,
-            Kind::NoEngine => 13,
+            Kind::NoEngine | Kind::EngineGone => 13,
             Kind::Target => 15,
             Kind::Interrupted => 130,
         }
@@ -99,20 +101,11 @@ impl Error {
         self.kind
     }
 
-    /// What caused it, if something of that type did.
+    /// Whether an error of that type is beneath it.
     #[must_use]
-    pub fn cause<E: std::error::Error + 'static>(&self) -> Option<&E> {
-        let mut source = self.source.as_deref().map(|s| s as &(dyn std::error::Error + 'static));
-        while let Some(cause) = source {
-            if cause.is::<E>() {
-                return cause.downcast_ref();
-            }
-            source = match cause.downcast_ref::<Error>() {
-                Some(ours) => ours.source.as_deref().map(|s| s as _),
-                None => cause.source(),
-            };
-        }
-        None
+    pub fn has_cause<E: std::error::Error + 'static>(&self) -> bool {
+        let cause = std::error::Error::source(self);
+        std::iter::successors(cause, |cause| cause.source()).any(|cause| cause.is::<E>())
     }
 }
 
@@ -129,7 +122,11 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}
 
 /// Adds what was being done to an error on its way up.
 pub trait Context<T> {
@@ -162,8 +159,8 @@ mod tests {
         let read = failed.context(|| "reading".to_owned()).context(|| "a backup".to_owned());
         let error = read.unwrap_err();
         assert_eq!(error.to_string(), "a backup: reading: a bad sector");
-        assert!(error.cause::<io::Error>().is_some());
-        assert!(error.cause::<fmt::Error>().is_none());
-        assert!(Error::new(Kind::NoEngine, "gone").cause::<io::Error>().is_none());
+        assert!(error.has_cause::<io::Error>());
+        assert!(!error.has_cause::<fmt::Error>());
+        assert!(!Error::new(Kind::NoEngine, "gone").has_cause::<io::Error>());
     }
 }

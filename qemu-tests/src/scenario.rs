@@ -77,12 +77,12 @@ pub fn begin_at_rest(
     machine: &Machine,
     guest: &mut Guest,
     writer: &str,
-    round: &str,
+    (round, more): (&str, &[&str]),
 ) -> Result<Reading> {
     guest.obey("stop")?;
     guest.obey("sync")?;
     let truths = truths(fixture, machine, round)?;
-    let mut running = fixture.backup(machine, &[])?;
+    let mut running = fixture.backup(machine, more)?;
     running.wait_printed(SOON, POINT_IN_TIME)?;
     guest.obey(writer)?;
     Ok(Reading { running, truths, vm: machine.name.clone() })

@@ -1,6 +1,7 @@
 //! The engine, killed in every stage of a backup, before each of its durable steps, and at random
-//! moments. The plugin ends with a clear message, an engine started anew needs no help, the next backup
-//! is exact and reads no more than the disk holds, and what was committed comes back bit for bit.
+//! moments. The plugin goes on in the next engine, or ends with a clear message where it was told not to
+//! wait; an engine started anew needs no help, the next backup is exact and reads no more than the disk
+//! holds, and what was committed comes back bit for bit.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,8 +9,9 @@ use std::time::Duration;
 use qemu_tests::content::mix;
 use qemu_tests::fixture::{Places, snapshot_id};
 use qemu_tests::held::{Brake, killed_at};
-use qemu_tests::process::Running;
-use qemu_tests::wait::{LONG, stays};
+use qemu_tests::process::{Finished, Running};
+use qemu_tests::scenario::POINT_IN_TIME;
+use qemu_tests::wait::{LONG, stays, wait_until};
 use qemu_tests::{Fixture, MIB, Result, image, tools};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -53,9 +55,15 @@ impl Vm {
         Running::start(name, &mut fixture.fleece_command(&arguments)?)
     }
 
-    /// The next backup: exact, with no help, and no dearer than a full read.
+    /// The next backup, with no help.
     fn backs_up(&mut self, fixture: &Fixture, name: &str) -> Result {
-        let printed = self.start(fixture, name, &[])?.finish(LONG)?.code(0)?.printed();
+        let finished = self.start(fixture, name, &[])?.finish(LONG)?;
+        self.took(fixture, name, finished)
+    }
+
+    /// A backup that committed is exact, and no dearer than a full read.
+    fn took(&mut self, fixture: &Fixture, name: &str, finished: Finished) -> Result {
+        let printed = finished.code(0)?.printed();
         assert!(fixture.bytes_read(name)? <= SIZE, "more than a full read: {printed}");
         let truth = fixture.path(&format!("{name}-{}.raw", self.taken.len()));
         image::convert(&self.path, "qcow2", &truth, "raw")?;
@@ -78,6 +86,9 @@ fn restores(fixture: &Fixture, (snapshot, truth): &(String, PathBuf)) -> Result 
     Ok(std::fs::remove_file(restored)?)
 }
 
+/// A plugin that is not to wait for its engine.
+const AT_ONCE: [&str; 2] = ["--engine-wait", "0s"];
+
 /// A plugin whose engine died says so, and never that it committed.
 fn told(running: Running) -> Result {
     let finished = running.finish(LONG)?;
@@ -95,7 +106,8 @@ fn in_every_stage() -> Result {
     for (round, stage) in
         ["scan", "detect", "write", "settle", "publish"].into_iter().cycle().take(10).enumerate()
     {
-        println!("killed in {stage}");
+        let waits = round >= 5;
+        println!("killed in {stage}, waits: {waits}");
         vm.change(&fixture, 10 + round as u64)?;
         let pid = fixture.engine()?.pid();
         let mut brake = None;
@@ -105,7 +117,7 @@ fn in_every_stage() -> Result {
             "publish" => {
                 brake = Some(Brake::calls(pid, "linkat", Duration::from_millis(300))?);
             }
-            "settle" => silent = Some(silent_writer(&fixture, &vm.path, &other)?),
+            "settle" => silent = Some(silent_writer(&fixture, (&vm.path, &other), waits)?),
             _ => {}
         }
         let limit: &[&str] = match stage {
@@ -113,7 +125,8 @@ fn in_every_stage() -> Result {
             "write" => &["--read-limit", "6M"],
             _ => &[],
         };
-        let mut running = vm.start(&fixture, "vm", limit)?;
+        let wait: &[&str] = if waits { &[] } else { &AT_ONCE };
+        let mut running = vm.start(&fixture, "vm", &[limit, wait].concat())?;
         match stage {
             "scan" => fixture.wait_stage(("vm", &mut running), stage, some("read"))?,
             "write" => fixture.wait_stage(("vm", &mut running), stage, some("new"))?,
@@ -123,22 +136,33 @@ fn in_every_stage() -> Result {
         fixture.engine()?.signal(Signal::KILL)?;
         drop(brake);
         fixture.kill_engine()?;
-        told(running)?;
+        if waits {
+            fixture.start_engine()?;
+            vm.took(&fixture, "vm", running.finish(LONG)?)?;
+        } else {
+            told(running)?;
+        }
         if let Some(silent) = silent {
             silent.signal(Signal::CONT)?;
-            told(silent)?;
+            match waits {
+                true => drop(silent.finish(LONG)?.code(0)?),
+                false => told(silent)?,
+            }
         }
-        fixture.start_engine()?;
+        if !waits {
+            fixture.start_engine()?;
+        }
         vm.backs_up(&fixture, "vm")?;
     }
     vm.all_restore(&fixture)
 }
 
 /// A backup of the same blocks that was granted all of them, and says nothing from there on.
-fn silent_writer(fixture: &Fixture, path: &Path, other: &Path) -> Result<Running> {
+fn silent_writer(fixture: &Fixture, (path, other): (&Path, &Path), waits: bool) -> Result<Running> {
     image::convert(path, "qcow2", other, "qcow2")?;
     let image = format!("--image=vda={}", other.display());
-    let arguments = ["backup", "other", &image, "--full", "--read-limit", "8M"];
+    let mut arguments = vec!["backup", "other", &image, "--full", "--read-limit", "8M"];
+    arguments.extend(AT_ONCE.iter().filter(|_| !waits));
     let mut running = Running::start("other", &mut fixture.fleece_command(&arguments)?)?;
     let writes = |session: &Value| session["new"].as_u64().is_some_and(|new| new > 0);
     fixture.wait_stage(("other", &mut running), "write", writes)?;
@@ -164,20 +188,30 @@ fn before_every_durable_step() -> Result {
         let survived = match fixture.start_engine() {
             Err(_) => {
                 at_start += 1;
+                fixture.start_engine_by(Vec::new());
+                fixture.start_engine()?;
                 false
             }
             Ok(()) => {
-                let finished = vm.start(&fixture, "vm", &[])?.finish(LONG)?;
-                // A commit whose answer was lost is found by the next backup.
-                let died = fixture.engine()?.ended()?.is_some();
-                assert!(finished.code == 0 || died, "{} {}", finished.code, finished.printed());
+                let mut running = vm.start(&fixture, "vm", &[])?;
+                let engine = fixture.engine()?;
+                wait_until(LONG, "the end of either", || {
+                    Ok(running.ended()?.is_some() || engine.ended()?.is_some())
+                })?;
+                let died = engine.ended()?.is_some();
                 in_backup += u32::from(died);
                 fixture.kill_engine()?;
+                fixture.start_engine_by(Vec::new());
+                fixture.start_engine()?;
+                let finished = running.finish(LONG)?;
+                // Before it has a point in time there is nothing to wait with.
+                match died && finished.code != 0 && !finished.printed().contains(POINT_IN_TIME) {
+                    true => assert!(finished.printed().contains("engine"), "{finished:?}"),
+                    false => vm.took(&fixture, "vm", finished)?,
+                }
                 !died
             }
         };
-        fixture.start_engine_by(Vec::new());
-        fixture.start_engine()?;
         vm.backs_up(&fixture, "vm")?;
         if survived {
             println!("killed {at_start} times while it started, {in_backup} times in a backup");
@@ -206,13 +240,21 @@ fn at_random_moments() -> Result {
         if engine {
             fixture.kill_engine()?;
         }
-        if plugin && running.ended()?.is_none() {
+        let ended = running.ended()?.is_some();
+        if plugin && !ended {
             running.kill()?;
+            if engine {
+                fixture.start_engine()?;
+            }
         } else {
-            running.finish(LONG)?;
-        }
-        if engine {
-            fixture.start_engine()?;
+            if engine {
+                fixture.start_engine()?;
+            }
+            let finished = running.finish(LONG)?;
+            match finished.code != 0 && !finished.printed().contains(POINT_IN_TIME) {
+                true => assert!([1, 13].contains(&finished.code), "{finished:?}"),
+                false => vm.took(&fixture, "vm", finished)?,
+            }
         }
         vm.backs_up(&fixture, "vm")?;
     }

@@ -14,7 +14,7 @@ fn rounds(fixture: &Fixture, machine: &Machine, guest: &mut Guest, disks: &str) 
     let writer = format!("start 5 {MIB} {} 1 {disks}", 12 * MIB);
     guest.obey(&writer)?;
     for round in 0..ROUNDS {
-        let reading = begin_at_rest(fixture, machine, guest, &writer, &round.to_string())?;
+        let reading = begin_at_rest(fixture, machine, guest, &writer, (&round.to_string(), &[]))?;
         let taken = reading.commit()?;
         taken.mentions(if round == 0 { "FULL READ" } else { "incremental since" })?;
         taken.restores_exactly(fixture)?;

@@ -128,7 +128,7 @@ fn nothing_of_guests_or_keys_is_left_anywhere() -> Result {
     // What runs, and what it leaves when it crashes: plugin and engine, each in mid-backup.
     let mut said = String::new();
     for (round, signal) in [Signal::SEGV, Signal::ABORT].into_iter().enumerate() {
-        let more = ["--full", "--read-limit", "12M"];
+        let more = ["--full", "--read-limit", "12M", "--engine-wait", "0s"];
         let mut reading = begin(&fixture, &machine, &mut guest, &format!("crash{round}"), &more)?;
         let some = |s: &serde_json::Value| s["read"].as_u64().is_some_and(|n| n > MIB);
         fixture.wait_stage(("secretive", &mut reading.running), "scan", some)?;

@@ -114,7 +114,8 @@ fn run(options: Options) -> Result<()> {
         .context(|| "cannot start the runtime".into())?;
     let local = tokio::task::LocalSet::new();
     let outcome = local.block_on(&runtime, listen(&config, &started));
-    // Sessions end themselves: tombstones, so that bitmaps can be merged back.
+    // Their plugins live, and go on with them in the next engine: no tombstones.
+    started.context.registry.close();
     drop(local);
     started.wait_for_sessions(FAREWELL);
     runtime.shutdown_timeout(FAREWELL);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fleece_schema::engine_capnp::{self as wire, engine};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::backup::BackupServer;
 use super::blocking::blocking;
@@ -20,7 +21,7 @@ use crate::hosts::{self, HostReport};
 use crate::ids::{SnapshotId, VmId};
 use crate::jobs::usage::usage;
 use crate::session::Context;
-use crate::session::begin::begin;
+use crate::session::begin::{Begun, Resumed, begin, resume};
 use crate::store::manifest::Manifest;
 use crate::{upgrade, upkeep};
 
@@ -69,7 +70,45 @@ impl EngineServer {
     }
 }
 
+/// A reader's place, and whether all the others are free.
+struct Place {
+    permit: OwnedSemaphorePermit,
+    alone: bool,
+}
+
 impl EngineServer {
+    /// Waits for a reader's place.
+    async fn place(&self) -> std::result::Result<Place, capnp::Error> {
+        let readers = Arc::clone(&self.services.readers);
+        let permit = readers
+            .acquire_owned()
+            .await
+            .map_err(|_| to_wire(&Error::new(Kind::Failed, "the engine is ending")))?;
+        // By the places, not by the sessions: several that begin at once are not alone.
+        let sessions = self.services.context.budget.sessions;
+        let alone = self.services.readers.available_permits() + 1 >= sessions;
+        Ok(Place { permit, alone })
+    }
+
+    /// Tells a client how its session is planned, and gives it the session.
+    fn admit(
+        &self,
+        begun: Begun,
+        place: Place,
+        mut plan: wire::backup_plan::Builder<'_>,
+    ) -> wire::backup_session::Client {
+        plan.set_snapshot(begun.snapshot.as_str());
+        plan.set_in_flight(if place.alone { READS_IN_FLIGHT } else { SHARED_READS });
+        plan.set_cache(if place.alone { READ_CACHE } else { SHARED_CACHE });
+        let mut disks = plan.init_disks(begun.disks.len() as u32);
+        for (i, disk) in begun.disks.iter().enumerate() {
+            convert::set_disk_plan(disks.reborrow().get(i as u32), disk);
+        }
+        let messages = Arc::clone(&self.services.messages);
+        let server = BackupServer::new(begun.client, begun.progress, messages, place.permit);
+        capnp_rpc::new_client(server)
+    }
+
     /// How it is with all hosts.
     async fn reports(
         &self,
@@ -174,28 +213,42 @@ impl engine::Server for EngineServer {
         let context = self.context()?;
         let request = of_params(convert::request(params.get()?.get_request()?))?;
         of_params(must_become_idle(&context, request.vm).await)?;
-        let readers = Arc::clone(&self.services.readers);
-        let place = readers
-            .acquire_owned()
-            .await
-            .map_err(|_| to_wire(&Error::new(Kind::Failed, "the engine is ending")))?;
-        // By the places, not by the sessions: several that begin at once are not alone.
-        let alone = self.services.readers.available_permits() + 1 >= context.budget.sessions;
+        let place = self.place().await?;
         // Both end with the call if its client dies now.
         let (begun, place) =
             blocking(move || Ok((begin(&context, request, now_ms())?, place))).await?;
         let mut results = results.get();
-        let mut plan = results.reborrow().init_plan();
-        plan.set_snapshot(begun.snapshot.as_str());
-        plan.set_in_flight(if alone { READS_IN_FLIGHT } else { SHARED_READS });
-        plan.set_cache(if alone { READ_CACHE } else { SHARED_CACHE });
-        let mut disks = plan.init_disks(begun.disks.len() as u32);
-        for (i, disk) in begun.disks.iter().enumerate() {
-            convert::set_disk_plan(disks.reborrow().get(i as u32), disk);
+        let session = self.admit(begun, place, results.reborrow().init_plan());
+        results.set_session(session);
+        Ok(())
+    }
+
+    async fn resume_backup(
+        self: Rc<Self>,
+        params: engine::ResumeBackupParams,
+        mut results: engine::ResumeBackupResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let params = params.get()?;
+        let request = of_params(convert::request(params.get_request()?))?;
+        let name = of_params(convert::text(params.get_snapshot(), "the snapshot"))?;
+        let snapshot = name.parse().map_err(|()| {
+            to_wire(&Error::new(Kind::Usage, format!("{name:?} is no id of a snapshot")))
+        })?;
+        of_params(must_become_idle(&context, request.vm).await)?;
+        let place = self.place().await?;
+        let (resumed, place) =
+            blocking(move || Ok((resume(&context, request, snapshot)?, place))).await?;
+        let mut results = results.get();
+        match resumed {
+            Resumed::Committed(manifest) => {
+                convert::set_snapshot(results.init_committed(), &manifest, false);
+            }
+            Resumed::Begun(begun) => {
+                let session = self.admit(begun, place, results.reborrow().init_plan());
+                results.set_session(session);
+            }
         }
-        let messages = Arc::clone(&self.services.messages);
-        let server = BackupServer::new(begun.client, begun.progress, messages, place);
-        results.set_session(capnp_rpc::new_client(server));
         Ok(())
     }
 

@@ -1,4 +1,5 @@
-//! The beginning of a session: what the plugin asks for, checked against the store.
+//! The beginning of a session, or its going on in another engine: what the plugin asks for,
+//! checked against the store.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,8 +17,9 @@ use super::stages::{Calls, Session};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::ids::{DiskId, SessionId, SnapshotId, VmId};
 use crate::pool::after_the_guests;
+use crate::store::commit::{Fate, SnapshotKey};
 use crate::store::container::{ContainerKind, Packer};
-use crate::store::manifest::{Counts, MAX_CONFIG, MAX_DISK_SIZE, MAX_DISKS, Manifest};
+use crate::store::manifest::{Counts, MAX_CONFIG, MAX_DISK_SIZE, MAX_DISKS, Manifest, Record};
 use crate::store::recipe::{RecipeReader, Shape};
 use crate::store::sessions::SessionRecord;
 
@@ -74,6 +76,14 @@ pub struct Begun {
     pub progress: Arc<Progress>,
 }
 
+/// What became of a session whose engine is gone.
+pub enum Resumed {
+    /// It had been committed.
+    Committed(Box<Manifest>),
+    /// It goes on, from its first block.
+    Begun(Begun),
+}
+
 /// The client's end of a session: the session ends with it, wherever it is dropped.
 pub struct ClientEnd {
     /// Where the session's events go.
@@ -109,12 +119,70 @@ const FORCED_RANGES: usize = 4096;
 /// [`Kind::Usage`] for a wrong request, [`Kind::NotPermitted`] for a name that another VM
 /// has, [`Kind::Busy`] while the VM has a session.
 pub fn begin(context: &Context, request: Request, now_ms: i64) -> Result<Begun> {
+    let snapshot = new_snapshot_id()?;
+    enter(context, request, snapshot, |request, latest| {
+        let seq = context.manifests.next_seq(request.vm)?;
+        register(context, request, latest, seq, snapshot, now_ms)?;
+        Ok(seq)
+    })
+}
+
+/// Goes on with a session that began in an engine that is gone: the same snapshot at the same
+/// commit key, so that whichever of the two commits it, it is that point in time. What was sealed
+/// before is in the index, and found like any other block.
+///
+/// # Errors
+/// As [`begin`]; [`Kind::Failed`] where the session was ended, or the VM has a newer snapshot;
+/// [`Kind::NotFound`] where it never began in this store.
+pub fn resume(context: &Context, request: Request, snapshot: SnapshotId) -> Result<Resumed> {
+    let (vm, manifests) = (request.vm, &context.manifests);
+    let label = format!("{}@{snapshot}", request.vm_name);
+    let fate = manifests.fate(vm, snapshot)?;
+    let seq = match fate {
+        Fate::Committed(seq) | Fate::Open(seq) => seq,
+        Fate::Tombstoned(_) | Fate::Unreadable(_) => {
+            let what = format!("{label} was ended while its engine was away");
+            return Err(Error::new(Kind::Failed, what));
+        }
+        Fate::Unknown => {
+            let what = format!("{label} never began in this store");
+            return Err(Error::new(Kind::NotFound, what));
+        }
+    };
+    let key = SnapshotKey { vm, seq, snapshot };
+    if fate == Fate::Committed(seq)
+        && let Record::Manifest(manifest) = manifests.read(&key)?
+    {
+        return Ok(Resumed::Committed(manifest));
+    }
+    let parent = manifests.session(&key)?.parent;
+    let begun = enter(context, request, snapshot, |_, latest| {
+        let latest = latest.map(|m| m.snapshot);
+        if latest == parent {
+            return Ok(seq);
+        }
+        let newest = latest.map_or("none".into(), |id| id.to_string());
+        let what =
+            format!("{label} cannot go on: the newest snapshot is another one now ({newest})");
+        Err(Error::new(Kind::Failed, what))
+    })?;
+    Ok(Resumed::Begun(begun))
+}
+
+/// Enters a session and starts its thread; `number` gives its sequence, once what it is planned
+/// with is known.
+fn enter(
+    context: &Context,
+    request: Request,
+    snapshot: SnapshotId,
+    number: impl FnOnce(&Request, Option<&Manifest>) -> Result<u64>,
+) -> Result<Begun> {
     check(&request)?;
     let (events, queue) = bounded(QUEUE);
     let live = Live {
         vm: request.vm,
         vm_name: request.vm_name.clone(),
-        snapshot: new_snapshot_id()?,
+        snapshot,
         since: Instant::now(),
         progress: Arc::default(),
         events,
@@ -124,7 +192,7 @@ pub fn begin(context: &Context, request: Request, now_ms: i64) -> Result<Begun> 
     // Entered first: from here on nobody else commits for this VM, so that what is planned
     // with the newest snapshot stays true.
     let id = context.registry.enter(live.clone())?;
-    let begun = begin_alone(context, request, id, &live, queue, now_ms);
+    let begun = begin_alone(context, request, id, &live, queue, number);
     let begun = begun.map_err(|error| context.explain(error));
     if begun.is_err() {
         context.owners.withdraw(id);
@@ -139,7 +207,7 @@ fn begin_alone(
     id: SessionId,
     live: &Live,
     queue: Receiver<Event>,
-    now_ms: i64,
+    number: impl FnOnce(&Request, Option<&Manifest>) -> Result<u64>,
 ) -> Result<Begun> {
     let manifests = &context.manifests;
     if !request.adopt {
@@ -161,8 +229,7 @@ fn begin_alone(
         states.push(state);
         plans.push(plan);
     }
-    let seq = manifests.next_seq(request.vm)?;
-    register(context, &request, latest.as_ref(), seq, live.snapshot, now_ms)?;
+    let seq = number(&request, latest.as_ref())?;
     let begun = Begun {
         snapshot: live.snapshot,
         disks: plans,

@@ -161,6 +161,8 @@ pub struct Registry {
     next: AtomicU32,
     /// VMs whose newest recipes could not be read: their next backup builds new ones.
     mistrusted: Mutex<HashSet<VmId>>,
+    /// The engine ends.
+    closed: AtomicBool,
 }
 
 impl Registry {
@@ -203,6 +205,18 @@ impl Registry {
     /// This VM has new recipes.
     pub fn trust(&self, vm: VmId) {
         self.mistrusted.lock().unwrap_or_else(PoisonError::into_inner).remove(&vm);
+    }
+
+    /// The engine ends: sessions lose their clients by it, not the other way round, and stay open in
+    /// the store.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// Whether the engine ends.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// Removes a session at its end.

@@ -92,7 +92,10 @@ impl Session {
             }
         }
         self.record_met();
-        self.end_in_store();
+        // Its client lives, and goes on with it in the next engine.
+        if self.failure.is_some() || !self.context.registry.is_closed() {
+            self.end_in_store();
+        }
     }
 
     /// Takes an event in; `true` when the session is over.

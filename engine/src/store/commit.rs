@@ -111,11 +111,16 @@ impl Manifests {
         let body = manifest.encode()?;
         let ours = Record::Manifest(Box::new(manifest.clone()));
         match self.decide(&key, &body, &ours)? {
-            Record::Manifest(_) => {
+            (Record::Manifest(_), Created::Ours) => {
                 let warning = self.copy(&key, &body).err();
                 Ok(Commit::Committed { warning })
             }
-            Record::Tombstone(_) => Ok(Commit::Tombstoned),
+            // The engine that the session was in before had committed it after all.
+            (Record::Manifest(_), Created::Exists) => {
+                let warning = self.heal_copy(&key).err();
+                Ok(Commit::Committed { warning })
+            }
+            (Record::Tombstone(_), _) => Ok(Commit::Tombstoned),
         }
     }
 
@@ -128,8 +133,8 @@ impl Manifests {
             SnapshotKey { vm: tombstone.vm, seq: tombstone.seq, snapshot: tombstone.snapshot };
         let body = tombstone.encode()?;
         match self.decide(&key, &body, &Record::Tombstone(tombstone.clone()))? {
-            Record::Manifest(_) => Ok(Ending::AlreadyCommitted),
-            Record::Tombstone(_) => {
+            (Record::Manifest(_), _) => Ok(Ending::AlreadyCommitted),
+            (Record::Tombstone(_), _) => {
                 // A tombstone without its copy is still one.
                 let _ = self.copy(&key, &body);
                 Ok(Ending::Tombstoned)
@@ -138,12 +143,12 @@ impl Manifests {
     }
 
     /// Creates the commit key or reads what stands there.
-    fn decide(&self, key: &SnapshotKey, body: &[u8], ours: &Record) -> Result<Record> {
+    fn decide(&self, key: &SnapshotKey, body: &[u8], ours: &Record) -> Result<(Record, Created)> {
         let name = key.manifest();
         let sealed = self.sealer.seal(ObjectKind::Manifest, &name, body)?;
         match self.objects.create(&name, Bytes::from(sealed))? {
-            Created::Ours => Ok(ours.clone()),
-            Created::Exists => self.read(key),
+            Created::Ours => Ok((ours.clone(), Created::Ours)),
+            Created::Exists => Ok((self.read(key)?, Created::Exists)),
         }
     }
 

@@ -1,16 +1,19 @@
 //! A running VM: through QEMU, at one point in time of all its disks.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use super::messages::{Committed, DiskLine, Plan, PointInTime};
+use super::resume::{Held, until_committed};
 use super::{
-    Failure, Identity, Options, Stop, alive, choose, commit, full_for_all, parent, transfer, within,
+    Admitted, Context, Failure, Identity, Options, Stop, alive, choose, commit, forced,
+    forced_again, full_for_all, parent, transfer, within,
 };
-use crate::engine::{self, BackupPlan, DiskRequest, Engine, Session, Snapshot, SnapshotId};
+use crate::engine::{self, BackupPlan, BackupRequest, DiskRequest, Engine, Snapshot, SnapshotId};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::extents::PlanInput;
 use crate::nbd::{ConnectOptions, NbdError, NbdTarget};
@@ -23,11 +26,10 @@ use crate::qmp::running::Lock;
 use crate::qmp::session::Session as Qemu;
 use crate::qmp::view::{self, Outcome, View, Way};
 use crate::scan::ScanDisk;
-use crate::source::{NbdDisk, READ_SIZE};
-use crate::units::human_duration;
+use crate::source::{DiskSource, NbdDisk, READ_SIZE};
 use crate::vms::Vm;
 
-/// Between two looks at a view that is broken.
+/// Between two looks at a view that nobody reads, or that is broken.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Bytes of reads in flight from a running VM: its QEMU answers them in the thread that serves the
@@ -69,16 +71,18 @@ pub async fn live(
     }
     let config = stop.unless(qemu.configuration()).await?;
     let hypervisor = format!("QEMU {}", qemu.version());
-    let request = found.identity.request(found.disk_requests(), config, hypervisor);
+    let mut request = found.identity.request(found.disk_requests(), config, hypervisor);
     let (mut plan, session) = stop.unless(engine.open_backup(&request)).await?;
-    plan.in_flight = plan.in_flight.min(LIVE_IN_FLIGHT);
-    found.heed(&plan, &qemu);
+    found.heed(&mut plan, &qemu);
+    // What is asked for again after a restart of the engine.
+    request.disks = found.disk_requests();
     report.send(&found.message(engine, &qemu, options));
 
     let context = Context { report, engine, options, stop };
+    let mut admitted = Admitted { plan, session };
     // Not before the engine took the VM: one that it refuses must lose nothing.
     let result = match bitmap::carry_out(&qemu, &found.recovery).await {
-        Ok(()) => backup(&context, (&qemu, vm), &found, (&plan, &session)).await,
+        Ok(()) => backup(&context, (&qemu, vm), &found, &request, &mut admitted).await,
         Err(error) => Err(error.into()),
     };
     match result {
@@ -91,7 +95,7 @@ pub async fn live(
         Err(failure) => {
             // The guard may need the monitor now, and the next try must not find it at work.
             drop(qemu);
-            failure.give_up(session).await;
+            failure.give_up(&admitted.session).await;
             // The failure is what is to be told, not what came after it.
             let _ = recover::wait_for_guard(&options.run_dir, vm).await;
             Err(failure.error)
@@ -99,12 +103,8 @@ pub async fn live(
     }
 }
 
-/// What every step of a backup works with.
-struct Context<'a> {
-    report: &'a Report,
-    engine: &'a Engine,
-    options: &'a Options,
-    stop: &'a Stop,
+fn spare_the_guest(plan: &mut BackupPlan) {
+    plan.in_flight = plan.in_flight.min(LIVE_IN_FLIGHT);
 }
 
 /// The VM's disks and what is to be read of them.
@@ -214,15 +214,14 @@ impl Found {
     }
 
     /// Takes over what the engine decided.
-    fn heed(&mut self, plan: &BackupPlan, qemu: &Qemu) {
+    fn heed(&mut self, plan: &mut BackupPlan, qemu: &Qemu) {
+        spare_the_guest(plan);
         let ways = view::ways_for(qemu, &self.disks);
         for (i, decided) in plan.disks.iter().enumerate() {
             if !decided.incremental && !self.plans[i].parent().is_empty() {
                 self.plans[i].make_full(decided.reason.as_str());
             }
-            let forced = decided.forced.iter();
-            self.forced[i] =
-                forced.map(|range| range.offset..range.offset + range.length).collect();
+            self.forced[i] = forced(decided);
             // The image of a push holds what is dirty, and zeros in place of all else.
             let pushed = ways.get(i) == Some(&Way::Push);
             if pushed && !self.forced[i].is_empty() && !self.plans[i].parent().is_empty() {
@@ -286,7 +285,8 @@ async fn backup(
     context: &Context<'_>,
     (qemu, vm): (&Qemu, &Vm),
     found: &Found,
-    (plan, session): (&BackupPlan, &Session),
+    request: &BackupRequest,
+    admitted: &mut Admitted,
 ) -> std::result::Result<(Snapshot, (u64, u64)), Failure> {
     let Context { report, engine, options, stop } = *context;
     let program = std::env::current_exe().context(|| "cannot find our own program".to_owned())?;
@@ -294,9 +294,10 @@ async fn backup(
     let guard_options = guard::Options { program, log, run_dir: options.run_dir.clone() };
     let mut guard = Guard::spawn(&guard_options, vm)?;
     stop.check()?;
-    let request = view::Request {
+    let snapshot = admitted.plan.snapshot.0.clone();
+    let wanted = view::Request {
         store: engine.info().store.to_string(),
-        snapshot: plan.snapshot.0.clone(),
+        snapshot: snapshot.clone(),
         disks: found.disks.iter().cloned().zip(found.plans.iter().cloned()).collect(),
         scratch_dir: options.scratch_dir.clone(),
         scratch_max: options.scratch_max,
@@ -304,22 +305,24 @@ async fn backup(
         freeze: options.freeze,
         way: None,
     };
-    let begun = Instant::now();
+    let since = Instant::now();
     // A push copies before it returns; interrupted, the guard sets the VM right.
-    let opening = Box::pin(View::open(qemu, &mut guard, request));
-    let opening = within(options.max_hold, opening);
-    let mut view = stop.unless(alive(session, opening)).await?;
+    let opening = Box::pin(View::open(qemu, &mut guard, wanted));
+    let opening = within(options, since, opening);
+    let mut view = stop.unless(alive(&admitted.session, opening)).await?;
     report.send(&PointInTime {
         vm: found.identity.name.clone(),
-        snapshot: plan.snapshot.0.clone(),
+        snapshot,
         time_ms: view.point_in_time_ms(),
         frozen_seconds: view.frozen().map(|time| time.as_secs_f64()),
         stopped_seconds: Some(view.stopped().as_secs_f64()),
     });
     view.warnings().iter().for_each(|warning| report.warn(warning));
 
-    let left = options.max_hold.saturating_sub(begun.elapsed());
-    let result = held(context, (qemu, left), (&mut view, &mut guard), found, (plan, session)).await;
+    let forced = found.forced.clone();
+    let mut held =
+        HeldView { context, qemu, found, view: &mut view, guard: &mut guard, forced, since };
+    let result = until_committed(context, request, &mut held, admitted).await;
     let scratch = (view.scratch_peak(), view.scratch_cap());
     let outcome = match &result {
         Ok(_) => Outcome::Committed,
@@ -342,90 +345,148 @@ async fn backup(
     result.map(|snapshot| (snapshot, scratch))
 }
 
-/// Reads the view and commits, unless the view breaks, the time is over, or we are to end.
-async fn held(
-    context: &Context<'_>,
-    (qemu, left): (&Qemu, Duration),
-    (view, guard): (&mut View, &mut Guard),
-    found: &Found,
-    (plan, session): (&BackupPlan, &Session),
-) -> std::result::Result<Snapshot, Failure> {
-    let Context { report, engine, options, stop } = *context;
-    let read = async {
-        let disks = connect(engine, view, found, plan).await?;
-        let total = (0..found.disks.len()).map(|i| match found.plans[i].parent().is_empty() {
-            true => found.disks[i].size,
-            false => found.bytes(i),
-        });
-        transfer(report, engine, (plan, session), disks, (total.sum(), options.read_limit)).await
-    };
-    let time_is_over = async {
-        tokio::time::sleep(left).await;
-        let held = human_duration(options.max_hold);
-        Error::new(
-            Kind::Failed,
-            format!("the view was held for {held}; give it more with --max-hold"),
-        )
-    };
-    tokio::select! {
-        result = read => match result {
-            Ok(()) => {}
-            // The view knows better why a read failed than the read itself; of the engine it knows nothing.
-            Err(error) if error.cause::<NbdError>().is_some() => {
-                return Err(view.explain(qemu).await.unwrap_or(error).into());
-            }
-            Err(error) => return Err(error.into()),
-        },
-        error = view.broken(qemu) => return Err(error.into()),
-        error = time_is_over => return Err(error.into()),
-        error = stop.requested() => return Err(error.into()),
+/// A view of a running VM, until it is ended.
+struct HeldView<'a> {
+    context: &'a Context<'a>,
+    qemu: &'a Qemu,
+    found: &'a Found,
+    view: &'a mut View,
+    guard: &'a mut Guard,
+    forced: Vec<Vec<std::ops::Range<u64>>>,
+    since: Instant,
+}
+
+impl Held for HeldView<'_> {
+    async fn attempt(&mut self, admitted: &Admitted) -> std::result::Result<Snapshot, Failure> {
+        self.keep(self.read(admitted)).await?;
+        self.view.still_valid(self.qemu).await?;
+        let Context { stop, .. } = *self.context;
+        stop.check()?;
+        // From here on the outcome is the engine's word alone.
+        self.guard.committing()?;
+        let (time_ms, bitmaps) = (self.view.point_in_time_ms(), self.view.bitmaps());
+        tokio::select! {
+            result = commit(&admitted.session, (time_ms, &bitmaps), stop) => result,
+            never = keep_guest_going(self.qemu, self.view) => match never {},
+        }
     }
-    view.still_valid(qemu).await?;
-    stop.check()?;
-    // From here on the outcome is the engine's word alone.
-    guard.committing()?;
-    let (time_ms, bitmaps) = (view.point_in_time_ms(), view.bitmaps());
-    tokio::select! {
-        result = commit(session, (time_ms, &bitmaps), stop) => result,
-        never = keep_guest_going(qemu, view) => match never {},
+
+    async fn keep<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let Context { options, stop, .. } = *self.context;
+        tokio::select! {
+            result = within(options, self.since, work) => result,
+            error = self.view.broken(self.qemu) => Err(error),
+            error = stop.requested() => Err(error),
+        }
+    }
+
+    async fn keep_unread<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let unless_unreadable = async {
+            tokio::select! {
+                result = work => result,
+                error = self.unreadable() => Err(error),
+            }
+        };
+        self.keep(unless_unreadable).await
+    }
+
+    fn begin_again(&mut self, plan: &mut BackupPlan) -> Result<()> {
+        self.guard.not_committed()?;
+        spare_the_guest(plan);
+        self.forced = forced_again(&self.found.plans, plan)?;
+        let targets = self.view.targets().iter().zip(&self.forced);
+        // The image of a push holds what is dirty, and zeros in place of all else.
+        let mut missing = targets.filter(|(target, forced)| {
+            target.way == Way::Push && target.dirty_context.is_some() && !forced.is_empty()
+        });
+        match missing.next() {
+            None => Ok(()),
+            Some((target, _)) => {
+                let what = format!(
+                    "disk {}: parts of its last snapshot are damaged, and the copy in scratch lacks them",
+                    target.export
+                );
+                Err(Error::new(Kind::Failed, what))
+            }
+        }
+    }
+}
+
+impl HeldView<'_> {
+    /// Returns when the view cannot be read any more. A filter's snapshot breaks without a word: only
+    /// reads tell.
+    async fn unreadable(&self) -> Error {
+        let Err(error) = self.read_first_blocks().await;
+        self.view.explain(self.qemu).await.unwrap_or_else(|| error.into())
+    }
+
+    async fn read_first_blocks(&self) -> std::result::Result<Infallible, NbdError> {
+        let mut disks = Vec::new();
+        for target in self.view.targets() {
+            let place = NbdTarget::unix(&target.socket, target.export.as_str());
+            let options = ConnectOptions { connections: 1, ..ConnectOptions::default() };
+            disks.push(NbdDisk::connect(&place, options, None, false).await?);
+        }
+        let block_size = u64::from(self.context.engine.info().block_size);
+        loop {
+            for disk in &disks {
+                disk.read(0, disk.size().min(block_size) as u32).await?;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    async fn read(&self, admitted: &Admitted) -> Result<()> {
+        let found = self.found;
+        let read = async {
+            let disks = self.connect(&admitted.plan).await?;
+            let total = (0..found.disks.len()).map(|i| match found.plans[i].parent().is_empty() {
+                true => found.disks[i].size,
+                false => found.bytes(i),
+            });
+            transfer(self.context, admitted, disks, total.sum()).await
+        };
+        match read.await {
+            // The view knows better why a read failed than the read itself.
+            Err(error) if error.has_cause::<NbdError>() => {
+                Err(self.view.explain(self.qemu).await.unwrap_or(error))
+            }
+            outcome => outcome,
+        }
+    }
+
+    async fn connect(&self, plan: &BackupPlan) -> Result<Vec<ScanDisk<NbdDisk>>> {
+        let found = self.found;
+        let share = plan.in_flight / u32::try_from(found.disks.len()).unwrap_or(u32::MAX).max(1);
+        let mut disks = Vec::new();
+        for (i, target) in self.view.targets().iter().enumerate() {
+            let place = NbdTarget::unix(&target.socket, target.export.as_str());
+            let context = target.dirty_context.as_deref();
+            let bitmap = context.map(|name| name.strip_prefix(DIRTY_CONTEXT).unwrap_or(name));
+            let options = ConnectOptions {
+                in_flight: share.max(super::LEAST_IN_FLIGHT),
+                ..ConnectOptions::default()
+            };
+            let source = NbdDisk::connect(&place, options, bitmap, true)
+                .await
+                .context(|| format!("cannot read {}", found.disks[i].label))?;
+            let size = found.disks[i].size;
+            let input = PlanInput {
+                size,
+                block_size: self.context.engine.info().block_size,
+                dirty_until: bitmap.map(|_| size),
+                forced: self.forced[i].clone(),
+            };
+            disks.push(ScanDisk { source: Rc::new(source), input });
+        }
+        Ok(disks)
     }
 }
 
 /// What breaks the view is no news any more, but a guest that its full scratch paused must go on.
-async fn keep_guest_going(qemu: &Qemu, view: &View) -> std::convert::Infallible {
+async fn keep_guest_going(qemu: &Qemu, view: &View) -> Infallible {
     loop {
         view.broken(qemu).await;
         tokio::time::sleep(LOOK_AGAIN).await;
     }
-}
-
-async fn connect(
-    engine: &Engine,
-    view: &View,
-    found: &Found,
-    plan: &BackupPlan,
-) -> Result<Vec<ScanDisk<NbdDisk>>> {
-    let share = plan.in_flight / u32::try_from(found.disks.len()).unwrap_or(u32::MAX).max(1);
-    let mut disks = Vec::new();
-    for (i, target) in view.targets().iter().enumerate() {
-        let place = NbdTarget::unix(&target.socket, target.export.as_str());
-        let context = target.dirty_context.as_deref();
-        let bitmap = context.map(|name| name.strip_prefix(DIRTY_CONTEXT).unwrap_or(name));
-        let options = ConnectOptions {
-            in_flight: share.max(super::LEAST_IN_FLIGHT),
-            ..ConnectOptions::default()
-        };
-        let source = NbdDisk::connect(&place, options, bitmap, true)
-            .await
-            .context(|| format!("cannot read {}", found.disks[i].label))?;
-        let size = found.disks[i].size;
-        let input = PlanInput {
-            size,
-            block_size: engine.info().block_size,
-            dirty_until: bitmap.map(|_| size),
-            forced: found.forced[i].clone(),
-        };
-        disks.push(ScanDisk { source: Rc::new(source), input });
-    }
-    Ok(disks)
 }

@@ -109,6 +109,51 @@ impl Message for PointInTime {
     }
 }
 
+/// The engine went away; the point in time is held for it.
+#[derive(Serialize)]
+pub(super) struct EngineGone {
+    pub(super) vm: String,
+    pub(super) snapshot: String,
+    pub(super) host: String,
+    pub(super) wait_seconds: f64,
+}
+
+impl Message for EngineGone {
+    const TYPE: &'static str = "engine_gone";
+
+    fn human(&self) -> String {
+        let wait = human_duration(Duration::from_secs_f64(self.wait_seconds));
+        format!(
+            "the engine of {} is gone: the point in time is kept, waiting up to {wait} for it",
+            self.host
+        )
+    }
+}
+
+/// An engine answers again, and has the session.
+#[derive(Serialize)]
+pub(super) struct EngineBack {
+    pub(super) vm: String,
+    pub(super) snapshot: String,
+    /// How long it was away.
+    pub(super) seconds: f64,
+    /// It had committed the snapshot before it went.
+    pub(super) committed: bool,
+}
+
+impl Message for EngineBack {
+    const TYPE: &'static str = "engine_back";
+
+    fn human(&self) -> String {
+        let away = human_duration(Duration::from_secs_f64(self.seconds));
+        let then = match self.committed {
+            true => "the snapshot was there before it went",
+            false => "the backup goes on from its point in time",
+        };
+        format!("the engine answers again after {away}: {then}")
+    }
+}
+
 /// The backup can be restored.
 #[derive(Serialize)]
 pub(super) struct Committed {

@@ -3,24 +3,26 @@
 mod live;
 mod messages;
 mod offline;
+mod resume;
 mod stop;
 
 use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use crate::cache::Cache;
 use crate::engine::BLOCKS_PER_WINDOW;
 use crate::engine::{
-    BackupPlan, BackupRequest, DiskRequest, Engine, Session, Snapshot, SnapshotId,
+    self, BackupPlan, BackupRequest, DiskRequest, Engine, Session, Snapshot, SnapshotId,
 };
 use crate::error::{Error, Kind, Result};
 use crate::fingerprint::Fingerprinter;
 use crate::hash_pool::HashPool;
 use crate::progress::Report;
+use crate::qmp::bitmap::DiskPlan;
 use crate::qmp::view::Freeze;
 use crate::read_limit::ReadLimit;
 use crate::scan::{ScanDisk, Shared, depth_of, scan};
@@ -69,6 +71,8 @@ pub struct Options {
     pub full: bool,
     /// Longest time to hold the view.
     pub max_hold: Duration,
+    /// Longest time to hold it for an engine that went away.
+    pub engine_wait: Duration,
     /// Age of the last full read at which the next is due.
     pub max_age_full: Duration,
     /// Change nothing.
@@ -79,6 +83,20 @@ pub struct Options {
     pub adopt: Option<Uuid>,
     /// Where locks, sockets and the guard's log are.
     pub run_dir: PathBuf,
+}
+
+/// What every step of a backup works with.
+struct Context<'a> {
+    report: &'a Report,
+    engine: &'a Engine,
+    options: &'a Options,
+    stop: &'a Stop,
+}
+
+/// A session, and what the engine admitted it to.
+struct Admitted {
+    plan: BackupPlan,
+    session: Session,
 }
 
 /// Who is backed up, as the store knows it.
@@ -180,12 +198,12 @@ fn last_full(snapshots: &[Snapshot], latest: &Snapshot) -> i64 {
 
 /// Scan and write, one window overlapping the next, until everything is settled.
 async fn transfer<S: DiskSource + 'static>(
-    report: &Report,
-    engine: &Engine,
-    (plan, session): (&BackupPlan, &Session),
+    context: &Context<'_>,
+    Admitted { plan, session }: &Admitted,
     disks: Vec<ScanDisk<S>>,
-    (total, limit): (u64, Option<u64>),
+    total: u64,
 ) -> Result<()> {
+    let Context { report, engine, options, .. } = *context;
     let info = engine.info();
     let fingerprinter = Fingerprinter::from_state(info.fingerprint_state, info.block_size);
     let shared = Rc::new(Shared {
@@ -194,7 +212,7 @@ async fn transfer<S: DiskSource + 'static>(
         window: BLOCKS_PER_WINDOW,
         pool: HashPool::start(&fingerprinter, info.block_size)?,
         cache: RefCell::new(Cache::new(plan.cache as usize, info.block_size)),
-        limit: ReadLimit::new(limit),
+        limit: ReadLimit::new(options.read_limit),
         scanned: Cell::new(0),
         read: Cell::new(0),
     });
@@ -217,9 +235,14 @@ async fn transfer<S: DiskSource + 'static>(
     }
 }
 
-/// Work that holds a view or the images, for as long as the operator allows.
-async fn within<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Result<T> {
-    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+/// Work that holds a view or the images, until they were held for as long as the operator allows.
+async fn within<T>(
+    options: &Options,
+    held_since: Instant,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let limit = options.max_hold;
+    tokio::time::timeout_at((held_since + limit).into(), work).await.unwrap_or_else(|_| {
         let held = crate::units::human_duration(limit);
         let what = format!("the view was held for {held}; give it more with --max-hold");
         Err(Error::new(Kind::Failed, what))
@@ -256,8 +279,22 @@ impl From<Error> for Failure {
 }
 
 impl Failure {
+    /// The engine that went away, and may have committed before, is not asked any more for this reason.
+    fn followed_by(&self, error: Error) -> Failure {
+        if !self.ambiguous {
+            return error.into();
+        }
+        let error = match error.kind() {
+            Kind::Interrupted => {
+                Error::new(Kind::Interrupted, "interrupted while the engine was away")
+            }
+            _ => error,
+        };
+        Failure { error: uncertain(error), ambiguous: true }
+    }
+
     /// Ends a session that will have no snapshot; best effort.
-    async fn give_up(&self, session: Session) {
+    async fn give_up(&self, session: &Session) {
         if !self.ambiguous {
             let reason = self.error.to_string();
             let _ = tokio::time::timeout(GOODBYE, session.abort(&reason)).await;
@@ -286,12 +323,38 @@ async fn commit(
         }
     };
     result.map_err(|error| match error.kind() {
-        Kind::NoEngine | Kind::Interrupted => {
-            let what = "the snapshot may be committed; the next backup finds out";
-            Failure { error: Error::caused(error.kind(), what, error), ambiguous: true }
+        Kind::NoEngine | Kind::EngineGone | Kind::Interrupted => {
+            Failure { error: uncertain(error), ambiguous: true }
         }
         _ => error.into(),
     })
+}
+
+fn uncertain(error: Error) -> Error {
+    Error::caused(error.kind(), "the snapshot may be committed; the next backup finds out", error)
+}
+
+/// What is to be read of a disk whatever its bitmap says.
+fn forced(decided: &engine::DiskPlan) -> Vec<std::ops::Range<u64>> {
+    decided.forced.iter().map(|range| range.offset..range.offset + range.length).collect()
+}
+
+/// The same after a restart of the engine, which must plan as it did: the point in time cannot be
+/// taken otherwise any more.
+fn forced_again(plans: &[DiskPlan], again: &BackupPlan) -> Result<Vec<Vec<std::ops::Range<u64>>>> {
+    let disks = plans.iter().zip(&again.disks);
+    disks
+        .map(|(plan, decided)| match decided.incremental != plan.parent().is_empty() {
+            true => Ok(forced(decided)),
+            false => {
+                let what = format!(
+                    "the engine that came back would read a disk otherwise ({})",
+                    decided.reason
+                );
+                Err(Error::new(Kind::Failed, what))
+            }
+        })
+        .collect()
 }
 
 fn parent(id: &str) -> Option<SnapshotId> {

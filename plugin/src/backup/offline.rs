@@ -12,11 +12,13 @@ use uuid::Uuid;
 
 use super::live::{fates, known_disks};
 use super::messages::{Committed, DiskLine, Plan, PointInTime};
+use super::resume::{Held, until_committed};
 use super::{
-    Failure, Identity, Options, Stop, choose, commit, full_for_all, parent, transfer, within,
+    Admitted, Context, Failure, Identity, Options, Stop, choose, commit, forced, forced_again,
+    full_for_all, parent, transfer, within,
 };
-use crate::engine::{BackupPlan, DiskRequest, Engine, Session, Snapshot};
-use crate::error::{Context, Error, Kind, Result};
+use crate::engine::{BackupPlan, BackupRequest, DiskRequest, Engine, Snapshot};
+use crate::error::{Context as _, Error, Kind, Result};
 use crate::extents::{Flags, PlanInput};
 use crate::image::{BitmapChange, ImageInfo, OpenImage, OpenOptions};
 use crate::nbd::{ConnectOptions, Export, wire};
@@ -54,12 +56,17 @@ pub async fn offline(
         report.send(&found.message(engine, &opened, true).await?);
         return close(opened).await;
     }
-    let request = found.identity.request(found.disk_requests(), Vec::new(), "shut off".to_owned());
+    let identity = &found.identity;
+    let mut request = identity.request(found.disk_requests(), Vec::new(), "shut off".to_owned());
     let (plan, session) = stop.unless(engine.open_backup(&request)).await?;
     found.heed(&plan);
+    // What is asked for again after a restart of the engine.
+    request.disks = found.disk_requests();
+    let context = Context { report, engine, options, stop };
+    let mut admitted = Admitted { plan, session };
     // Not before the engine took the VM: one that it refuses must lose nothing.
     let result = match recover(&found).await {
-        Ok(()) => backup(report, engine, &found, (&plan, &session), options, stop).await,
+        Ok(()) => backup(&context, &found, &request, &mut admitted).await,
         Err(error) => Err(error.into()),
     };
     match result {
@@ -68,7 +75,7 @@ pub async fn offline(
             Ok(())
         }
         Err(failure) => {
-            failure.give_up(session).await;
+            failure.give_up(&admitted.session).await;
             Err(failure.error)
         }
     }
@@ -185,9 +192,7 @@ impl Found {
             if !decided.incremental && !self.plans[i].parent().is_empty() {
                 self.plans[i].make_full(decided.reason.as_str());
             }
-            let forced = decided.forced.iter();
-            self.forced[i] =
-                forced.map(|range| range.offset..range.offset + range.length).collect();
+            self.forced[i] = forced(decided);
         }
     }
 
@@ -324,18 +329,16 @@ impl<'a> Swap<'a> {
 
 /// From the first change of a bitmap to the last.
 async fn backup(
-    report: &Report,
-    engine: &Engine,
+    context: &Context<'_>,
     found: &Found,
-    (plan, session): (&BackupPlan, &Session),
-    options: &Options,
-    stop: &Stop,
+    request: &BackupRequest,
+    admitted: &mut Admitted,
 ) -> std::result::Result<Snapshot, Failure> {
     let mut swaps = Vec::new();
-    let result = match swap_all(report, engine, found, plan, &mut swaps).await {
+    let result = match swap_all(context, found, &admitted.plan, &mut swaps).await {
         Ok(()) => {
             let bitmaps = swaps.iter().map(|swap| swap.new.clone()).collect();
-            held(report, engine, found, (plan, session), bitmaps, options, stop).await
+            read_and_commit(context, found, request, admitted, bitmaps).await
         }
         Err(error) => Err(error.into()),
     };
@@ -347,27 +350,27 @@ async fn backup(
         };
         // The next backup asks the engine what became of this one, and settles it then.
         if let Err(error) = settled {
-            report.warn(&format!("the dirty bitmap {} is left as it is: {error}", swap.new));
+            let name = &swap.new;
+            context.report.warn(&format!("the dirty bitmap {name} is left as it is: {error}"));
         }
     }
     result
 }
 
 async fn swap_all<'a>(
-    report: &Report,
-    engine: &Engine,
+    context: &Context<'_>,
     found: &'a Found,
     plan: &BackupPlan,
     swaps: &mut Vec<Swap<'a>>,
 ) -> Result<()> {
     for (image, decided) in found.images.iter().zip(&found.plans) {
         if image.can_keep_bitmaps() && !image.is_writable() {
-            report.note(&format!(
+            context.report.note(&format!(
                 "{} cannot be written to: no new dirty bitmap begins in it",
                 image.file.display()
             ));
         } else if image.can_keep_bitmaps() {
-            let store = engine.info().store.to_string();
+            let store = context.engine.info().store.to_string();
             let snapshot = plan.snapshot.0.clone();
             let new = BitmapName { store, snapshot, disk: decided.uuid }.to_string();
             swaps.push(Swap::make(image, new, decided.bitmap.as_deref()).await?);
@@ -377,62 +380,86 @@ async fn swap_all<'a>(
 }
 
 /// Reads the images while nobody can change them, and commits.
-async fn held(
-    report: &Report,
-    engine: &Engine,
+async fn read_and_commit(
+    context: &Context<'_>,
     found: &Found,
-    (plan, session): (&BackupPlan, &Session),
+    request: &BackupRequest,
+    admitted: &mut Admitted,
     bitmaps: Vec<String>,
-    options: &Options,
-    stop: &Stop,
 ) -> std::result::Result<Snapshot, Failure> {
+    let Context { report, engine, stop, .. } = *context;
     stop.check()?;
-    let share = plan.in_flight / u32::try_from(found.disks.len()).unwrap_or(u32::MAX).max(1);
-    let in_flight = share.max(super::LEAST_IN_FLIGHT);
+    let disks = u32::try_from(found.disks.len()).unwrap_or(u32::MAX).max(1);
+    let in_flight = (admitted.plan.in_flight / disks).max(super::LEAST_IN_FLIGHT);
     let opened = found.open(ConnectOptions { in_flight, ..ConnectOptions::default() }).await?;
-    let time_ms = now_ms();
+    let (since, time_ms) = (Instant::now(), now_ms());
     report.send(&found.message(engine, &opened, false).await?);
     report.send(&PointInTime {
         vm: found.identity.name.clone(),
-        snapshot: plan.snapshot.0.clone(),
+        snapshot: admitted.plan.snapshot.0.clone(),
         time_ms,
         frozen_seconds: None,
         stopped_seconds: None,
     });
-    let work = read(report, engine, found, (plan, session), &opened, options, stop);
-    let result = within(options.max_hold, work).await;
-    // An image that could not be closed was read to its end all the same.
-    let closed = close(opened).await;
-    result?;
-    closed?;
-    commit(session, (time_ms, &bitmaps), stop).await
+    let forced = found.forced.clone();
+    let mut held = HeldImages { context, found, opened, forced, bitmaps, since, time_ms };
+    let result = until_committed(context, request, &mut held, admitted).await;
+    if let Err(error) = close(held.opened).await
+        && result.is_ok()
+    {
+        report.warn(&format!("committed, but an image was not closed as it should be: {error}"));
+    }
+    result
 }
 
-async fn read(
-    report: &Report,
-    engine: &Engine,
-    found: &Found,
-    (plan, session): (&BackupPlan, &Session),
-    opened: &[OpenImage],
-    options: &Options,
-    stop: &Stop,
-) -> Result<()> {
-    let mut disks = Vec::new();
-    let mut total = 0;
-    for (i, image) in opened.iter().enumerate() {
-        let size = found.disks[i].size;
-        let dirty_until = found.dirty(i).map(|_| size);
-        total += match dirty_until {
-            Some(_) => found.bytes(i, image.export()).await?,
-            None => size,
-        };
-        let block_size = engine.info().block_size;
-        let forced = found.forced[i].clone();
-        let input = PlanInput { size, block_size, dirty_until, forced };
-        disks.push(ScanDisk { source: Rc::new(image.disk().clone()), input });
+/// Images that are open: no VM can start on them.
+struct HeldImages<'a> {
+    context: &'a Context<'a>,
+    found: &'a Found,
+    opened: Vec<OpenImage>,
+    forced: Vec<Vec<std::ops::Range<u64>>>,
+    bitmaps: Vec<String>,
+    since: Instant,
+    time_ms: i64,
+}
+
+impl Held for HeldImages<'_> {
+    async fn attempt(&mut self, admitted: &Admitted) -> std::result::Result<Snapshot, Failure> {
+        self.keep(self.read(admitted)).await?;
+        self.opened.iter_mut().try_for_each(OpenImage::still_held)?;
+        commit(&admitted.session, (self.time_ms, &self.bitmaps), self.context.stop).await
     }
-    let work = transfer(report, engine, (plan, session), disks, (total, options.read_limit));
-    stop.unless(work).await
+
+    async fn keep<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let Context { options, stop, .. } = *self.context;
+        within(options, self.since, stop.unless(work)).await
+    }
+
+    fn begin_again(&mut self, plan: &mut BackupPlan) -> Result<()> {
+        self.forced = forced_again(&self.found.plans, plan)?;
+        Ok(())
+    }
+}
+
+impl HeldImages<'_> {
+    async fn read(&self, admitted: &Admitted) -> Result<()> {
+        let found = self.found;
+        let mut disks = Vec::new();
+        let mut total = 0;
+        for (i, image) in self.opened.iter().enumerate() {
+            let size = found.disks[i].size;
+            let dirty_until = found.dirty(i).map(|_| size);
+            total += match dirty_until {
+                Some(_) => found.bytes(i, image.export()).await?,
+                None => size,
+            };
+            let block_size = self.context.engine.info().block_size;
+            let forced = self.forced[i].clone();
+            let input = PlanInput { size, block_size, dirty_until, forced };
+            disks.push(ScanDisk { source: Rc::new(image.disk().clone()), input });
+        }
+        transfer(self.context, admitted, disks, total).await
+    }
 }
 
 async fn close(opened: Vec<OpenImage>) -> Result<()> {

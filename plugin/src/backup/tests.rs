@@ -5,7 +5,7 @@
 use super::*;
 use crate::engine::Counts;
 
-fn options(disks: &[&str], exclude: &[&str]) -> Options {
+pub(super) fn options(disks: &[&str], exclude: &[&str]) -> Options {
     let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
     Options {
         disks: words(disks),
@@ -16,6 +16,7 @@ fn options(disks: &[&str], exclude: &[&str]) -> Options {
         read_limit: None,
         full: false,
         max_hold: Duration::from_secs(1),
+        engine_wait: Duration::ZERO,
         max_age_full: Duration::from_secs(1),
         dry_run: false,
         rename: None,

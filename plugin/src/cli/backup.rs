@@ -14,6 +14,10 @@ use crate::qmp::scratch::{self, DEFAULT_DIR};
 use crate::qmp::view;
 use crate::units::{parse_duration, parse_size};
 
+/// An upgrade, or a crash and the start after it, takes an engine away for seconds, one that has to
+/// make its index anew for minutes; meanwhile the guest's writes fill the scratch.
+const ENGINE_WAIT: &str = "10m";
+
 /// Back up VMs: live ones through QEMU, shut-off ones from their images.
 ///
 /// Several VMs are backed up one after the other; the worst exit code counts.
@@ -65,6 +69,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "TIME", default_value = "2h", value_parser = parse_duration)]
     max_hold: Duration,
 
+    /// How long to keep the point in time for an engine that goes away in the middle of the backup;
+    /// with 0s the backup ends then.
+    #[arg(long, value_name = "TIME", default_value = ENGINE_WAIT, value_parser = parse_wait)]
+    engine_wait: Duration,
+
     /// Age of the last full read at which the next one is due, bitmap or not.
     #[arg(long, value_name = "TIME", default_value = "90d", value_parser = parse_duration)]
     max_age_full: Duration,
@@ -80,6 +89,14 @@ pub(super) struct Args {
     /// Continue the snapshots of the VM with this UUID.
     #[arg(long, value_name = "UUID")]
     adopt: Option<Uuid>,
+}
+
+/// A duration that may be none.
+fn parse_wait(text: &str) -> std::result::Result<Duration, String> {
+    match text {
+        "0s" => Ok(Duration::ZERO),
+        _ => parse_duration(text),
+    }
 }
 
 /// `DISK=FILE`.
@@ -159,6 +176,7 @@ impl Args {
             read_limit: self.read_limit,
             full: self.full,
             max_hold: self.max_hold,
+            engine_wait: self.engine_wait,
             max_age_full: self.max_age_full,
             dry_run: self.dry_run,
             rename: self.rename.clone(),

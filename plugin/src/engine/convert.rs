@@ -4,8 +4,8 @@ use fleece_schema::engine_capnp as wire;
 use uuid::Uuid;
 
 use super::types::{
-    Counts, Disk, DiskPlan, EngineInfo, ImageExtent, Range, SessionStatus, Snapshot, SnapshotId,
-    Status,
+    BackupPlan, Counts, Disk, DiskPlan, EngineInfo, ImageExtent, Range, SessionStatus, Snapshot,
+    SnapshotId, Status,
 };
 use crate::error::{Error, Kind};
 
@@ -22,8 +22,9 @@ pub(super) fn engine_error(error: &capnp::Error, doing: &str) -> Error {
         return Error::new(kind, format!("{doing}: {message}"));
     }
     match error.kind {
-        capnp::ErrorKind::Disconnected => Error::new(
-            Kind::NoEngine,
+        // The second: in the middle of a message.
+        capnp::ErrorKind::Disconnected | capnp::ErrorKind::PrematureEndOfFile => Error::new(
+            Kind::EngineGone,
             format!("{doing}: the engine has gone away; look at its log, then try again"),
         ),
         _ => Error::new(Kind::Failed, format!("{doing}: the engine says: {error}")),
@@ -97,6 +98,20 @@ pub(super) fn snapshot(snapshot: wire::snapshot::Reader<'_>) -> Wire<Snapshot> {
         duration_ms: snapshot.get_duration_ms(),
         damaged: snapshot.get_damaged(),
     })
+}
+
+/// For `disks` disks.
+pub(super) fn backup_plan(plan: wire::backup_plan::Reader<'_>, disks: usize) -> Wire<BackupPlan> {
+    let plan = BackupPlan {
+        snapshot: SnapshotId(text(plan.get_snapshot())?),
+        disks: plan.get_disks()?.iter().map(disk_plan).collect::<Wire<_>>()?,
+        in_flight: plan.get_in_flight(),
+        cache: plan.get_cache(),
+    };
+    if plan.disks.len() != disks {
+        return Err(capnp::Error::failed("the plan has another number of disks".into()));
+    }
+    Ok(plan)
 }
 
 pub(super) fn disk(disk: wire::disk::Reader<'_>) -> Wire<Disk> {
@@ -190,7 +205,12 @@ mod tests {
     fn strange_reasons_stay_readable() {
         let error = engine_error(&capnp::Error::failed("fleece:nonsense: x".into()), "hello");
         assert_eq!(error.kind(), Kind::Failed);
-        let error = engine_error(&capnp::Error::disconnected("eof".into()), "hello");
-        assert_eq!(error.kind(), Kind::NoEngine);
+        for gone in [capnp::ErrorKind::Disconnected, capnp::ErrorKind::PrematureEndOfFile] {
+            let error = engine_error(&capnp::Error { kind: gone, extra: "eof".into() }, "hello");
+            assert_eq!(error.kind(), Kind::EngineGone);
+        }
+        // Whatever an engine answers is its word.
+        let answered = capnp::Error::disconnected("fleece:no-engine: not here".into());
+        assert_eq!(engine_error(&answered, "hello").kind(), Kind::NoEngine);
     }
 }

@@ -10,7 +10,8 @@ mod image;
 mod session;
 mod types;
 
-use std::path::Path;
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use capnp::message::ReaderOptions;
@@ -54,8 +55,17 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A connection to the engine that said hello.
 pub struct Engine {
-    client: wire::engine::Client,
+    socket: PathBuf,
+    client: RefCell<wire::engine::Client>,
     info: EngineInfo,
+}
+
+/// What became of a session whose engine went away.
+pub enum Resumed {
+    /// It had been committed.
+    Committed(Box<Snapshot>),
+    /// It goes on, from its first block.
+    Session(BackupPlan, Session),
 }
 
 /// A stored disk and the way to read it.
@@ -74,32 +84,28 @@ impl Engine {
     /// # Errors
     /// [`Kind::NoEngine`] where nobody listens, [`Kind::Failed`] where another version does.
     pub async fn connect(socket: &Path) -> Result<Engine> {
-        let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| {
-            let kind = match error.kind() {
-                std::io::ErrorKind::PermissionDenied => Kind::NotPermitted,
-                _ => Kind::NoEngine,
-            };
-            let hint = match kind {
-                Kind::NotPermitted => "run fleece as root or as a member of the socket's group",
-                _ => "start fleece-engine, or name its socket with --engine or FLEECE_ENGINE",
-            };
-            Error::caused(kind, format!("no engine at {} ({hint})", socket.display()), error)
-        })?;
-        let (reader, writer) = stream.into_split();
-        let reader = BufReader::with_capacity(SOCKET_BUFFER, reader.compat());
-        let writer = BufWriter::with_capacity(SOCKET_BUFFER, writer.compat_write());
-        let mut options = ReaderOptions::new();
-        options.traversal_limit_in_words(Some(MESSAGE_WORDS));
-        let mut network = VatNetwork::new(reader, writer, Side::Client, options);
-        network.set_window_size(STREAM_WINDOW);
-        let mut rpc = RpcSystem::new(Box::new(network), None);
-        let client: wire::engine::Client = rpc.bootstrap(Side::Server);
-        tokio::task::spawn_local(rpc);
-        let info = tokio::time::timeout(HELLO_TIMEOUT, hello(&client)).await.map_err(|_| {
-            let socket = socket.display();
-            Error::new(Kind::NoEngine, format!("{socket} accepts but says nothing: not an engine?"))
-        })??;
-        Ok(Engine { client, info })
+        let (client, info) = dial(socket).await?;
+        Ok(Engine { socket: socket.to_owned(), client: RefCell::new(client), info })
+    }
+
+    /// Connects again after it was gone. Sessions do not come with it.
+    ///
+    /// # Errors
+    /// As [`Engine::connect`]; [`Kind::NoStore`] where the engine has another store now.
+    pub async fn reconnect(&self) -> Result<()> {
+        let (client, info) = dial(&self.socket).await?;
+        let same = |info: &EngineInfo| (info.store, info.block_size, info.fingerprint_state);
+        if same(&info) != same(&self.info) {
+            let what = format!(
+                "the engine at {} has another store now ({}); the backup began in {}",
+                self.socket.display(),
+                info.store,
+                self.info.store
+            );
+            return Err(Error::new(Kind::NoStore, what));
+        }
+        self.client.replace(client);
+        Ok(())
     }
 
     /// What it said about itself.
@@ -120,7 +126,7 @@ impl Engine {
         snapshots: &[SnapshotId],
     ) -> Result<(Vec<Fate>, Option<Snapshot>)> {
         let doing = "cannot settle earlier backups";
-        let mut request = self.client.settle_request();
+        let mut request = self.client.borrow().settle_request();
         request.get().set_vm(vm.as_bytes());
         let mut list = request.get().init_snapshots(count(snapshots.len()));
         for (i, id) in snapshots.iter().enumerate() {
@@ -155,25 +161,46 @@ impl Engine {
     /// [`Kind::Busy`] while another backup of this VM runs; [`Kind::Usage`] where the name
     /// belongs to another VM.
     pub async fn open_backup(&self, wanted: &BackupRequest) -> Result<(BackupPlan, Session)> {
-        let mut request = self.client.open_backup_request();
+        let mut request = self.client.borrow().open_backup_request();
         session::fill(request.get().init_request(), wanted);
         let decode = async {
             let response = request.send().promise.await?;
             let response = response.get()?;
-            let plan = response.get_plan()?;
-            let plan = BackupPlan {
-                snapshot: SnapshotId(plan.get_snapshot()?.to_str()?.to_owned()),
-                disks: plan.get_disks()?.iter().map(convert::disk_plan).collect::<Wire<_>>()?,
-                in_flight: plan.get_in_flight(),
-                cache: plan.get_cache(),
-            };
-            if plan.disks.len() != wanted.disks.len() {
-                return Err(capnp::Error::failed("the plan has another number of disks".into()));
-            }
+            let plan = convert::backup_plan(response.get_plan()?, wanted.disks.len())?;
             Ok((plan, Session::new(response.get_session()?)))
         };
         decode.await.map_err(|error| {
             engine_error(&error, &format!("cannot begin a backup of {}", wanted.vm_name))
+        })
+    }
+
+    /// Goes on with a session whose engine went away, for the same snapshot.
+    ///
+    /// # Errors
+    /// [`Kind::Failed`] where it was ended, or a newer snapshot is there.
+    pub async fn resume_backup(
+        &self,
+        wanted: &BackupRequest,
+        snapshot: &SnapshotId,
+    ) -> Result<Resumed> {
+        let mut request = self.client.borrow().resume_backup_request();
+        request.get().set_snapshot(snapshot.0.as_str());
+        session::fill(request.get().init_request(), wanted);
+        let decode = async {
+            let response = request.send().promise.await?;
+            let response = response.get()?;
+            if response.has_committed() {
+                let committed = convert::snapshot(response.get_committed()?)?;
+                return Ok(Resumed::Committed(Box::new(committed)));
+            }
+            let plan = convert::backup_plan(response.get_plan()?, wanted.disks.len())?;
+            if plan.snapshot != *snapshot {
+                return Err(capnp::Error::failed("the plan is another snapshot's".into()));
+            }
+            Ok(Resumed::Session(plan, Session::new(response.get_session()?)))
+        };
+        decode.await.map_err(|error| {
+            engine_error(&error, &format!("cannot go on with the backup of {}", wanted.vm_name))
         })
     }
 
@@ -182,7 +209,7 @@ impl Engine {
     /// # Errors
     /// [`Kind::NotFound`] where there is no such VM.
     pub async fn snapshots(&self, vm: &str) -> Result<Vec<Snapshot>> {
-        let mut request = self.client.snapshots_request();
+        let mut request = self.client.borrow().snapshots_request();
         request.get().set_vm(vm);
         let decode = async {
             let response = request.send().promise.await?;
@@ -197,7 +224,7 @@ impl Engine {
     /// # Errors
     /// [`Kind::NotFound`] where there is none, [`Kind::Usage`] where there are several.
     pub async fn open_disk(&self, vm: &str, snapshot: &str, disk: &str) -> Result<OpenDisk> {
-        let mut request = self.client.open_disk_request();
+        let mut request = self.client.borrow().open_disk_request();
         let mut wanted = request.get();
         wanted.set_vm(vm);
         wanted.set_snapshot(snapshot);
@@ -219,7 +246,7 @@ impl Engine {
     /// # Errors
     /// [`Kind::NotFound`] where there is no such snapshot.
     pub async fn vm_config(&self, vm: &str, snapshot: &str) -> Result<Vec<u8>> {
-        let mut request = self.client.vm_config_request();
+        let mut request = self.client.borrow().vm_config_request();
         request.get().set_vm(vm);
         request.get().set_snapshot(snapshot);
         let decode = async {
@@ -236,13 +263,42 @@ impl Engine {
     /// # Errors
     /// Where the engine cannot tell.
     pub async fn status(&self) -> Result<Status> {
-        let request = self.client.status_request();
+        let request = self.client.borrow().status_request();
         let decode = async {
             let response = request.send().promise.await?;
             convert::status(response.get()?.get_status()?)
         };
         decode.await.map_err(|error| engine_error(&error, "cannot read the status"))
     }
+}
+
+async fn dial(socket: &Path) -> Result<(wire::engine::Client, EngineInfo)> {
+    let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| {
+        let kind = match error.kind() {
+            std::io::ErrorKind::PermissionDenied => Kind::NotPermitted,
+            _ => Kind::NoEngine,
+        };
+        let hint = match kind {
+            Kind::NotPermitted => "run fleece as root or as a member of the socket's group",
+            _ => "start fleece-engine, or name its socket with --engine or FLEECE_ENGINE",
+        };
+        Error::caused(kind, format!("no engine at {} ({hint})", socket.display()), error)
+    })?;
+    let (reader, writer) = stream.into_split();
+    let reader = BufReader::with_capacity(SOCKET_BUFFER, reader.compat());
+    let writer = BufWriter::with_capacity(SOCKET_BUFFER, writer.compat_write());
+    let mut options = ReaderOptions::new();
+    options.traversal_limit_in_words(Some(MESSAGE_WORDS));
+    let mut network = VatNetwork::new(reader, writer, Side::Client, options);
+    network.set_window_size(STREAM_WINDOW);
+    let mut rpc = RpcSystem::new(Box::new(network), None);
+    let client: wire::engine::Client = rpc.bootstrap(Side::Server);
+    tokio::task::spawn_local(rpc);
+    let info = tokio::time::timeout(HELLO_TIMEOUT, hello(&client)).await.map_err(|_| {
+        let socket = socket.display();
+        Error::new(Kind::NoEngine, format!("{socket} accepts but says nothing: not an engine?"))
+    })??;
+    Ok((client, info))
 }
 
 async fn hello(client: &wire::engine::Client) -> Result<EngineInfo> {

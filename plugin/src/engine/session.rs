@@ -178,8 +178,11 @@ pub(super) fn fill(mut request: wire::backup_request::Builder<'_>, wanted: &Back
 
 #[cfg(test)]
 mod refusing {
+    use std::cell::RefCell;
+    use std::path::Path;
     use std::rc::Rc;
 
+    use super::super::{Engine, EngineInfo};
     use super::{Session, wire};
 
     /// An engine that answers a commit with these words, or goes away.
@@ -195,6 +198,28 @@ mod refusing {
                 Some(words) => capnp::Error::failed(words.into()),
                 None => capnp::Error::disconnected("gone".into()),
             })
+        }
+    }
+
+    /// An engine that answers nothing.
+    struct Silent;
+
+    impl wire::engine::Server for Silent {}
+
+    impl Engine {
+        /// An engine whose connection has ended.
+        pub(crate) fn that_is_gone(socket: &Path) -> Engine {
+            let info = EngineInfo {
+                version: String::new(),
+                store: uuid::Uuid::nil(),
+                block_size: 4096,
+                segment_size: 2 << 20,
+                fingerprint_state: [0; 5],
+                host: "hv3".into(),
+                encrypted: true,
+            };
+            let client = RefCell::new(capnp_rpc::new_client(Silent));
+            Engine { socket: socket.to_owned(), client, info }
         }
     }
 

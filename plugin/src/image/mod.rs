@@ -259,6 +259,17 @@ impl OpenImage {
         self.disk.export().export()
     }
 
+    /// Whether nobody could change it until now.
+    ///
+    /// # Errors
+    /// The `qemu-nbd` that holds QEMU's locks has ended.
+    pub fn still_held(&mut self) -> Result<()> {
+        match self.child.try_wait() {
+            Ok(None) => Ok(()),
+            _ => Err(Error::new(Kind::Failed, "the qemu-nbd of an image has ended")),
+        }
+    }
+
     /// Ends it and waits until the image is free again; what was written and flushed stays.
     /// Clones of its export must be gone by then: qemu-nbd ends with the last connection.
     pub async fn close(self) -> Result<()> {

@@ -113,6 +113,14 @@ impl Guard {
         self.tell(|state| state.committing = true)
     }
 
+    /// The engine says that nothing was committed: the bitmaps would be merged back again.
+    ///
+    /// # Errors
+    /// The guard died.
+    pub fn not_committed(&mut self) -> Result<()> {
+        self.tell(|state| state.committing = false)
+    }
+
     /// All is well: it may go. Waits for its end.
     pub fn done(self) {
         let state = self.files.state.clone();

@@ -19,6 +19,7 @@
 //! view.still_valid(&session).await?                               // after the last read
 //! guard.committing()?
 //! //  engine commit(view.point_in_time_ms(), view.bitmaps())
+//! //  the engine is gone: engine.resumeBackup, guard.not_committed()?, and again from the reading on
 //! view.teardown(&session, Outcome::Committed).await?              // Failed after any error or Ctrl-C
 //! guard.done()
 //! ```

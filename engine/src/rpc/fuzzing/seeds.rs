@@ -69,6 +69,7 @@ pub(crate) fn recordings() -> Vec<(&'static str, Vec<u8>)> {
         ("looking", record(&rig, looking)),
         ("backup", record(&rig, |engine| backup(engine, fingerprinter.clone(), true))),
         ("abort", record(&rig, |engine| backup(engine, fingerprinter.clone(), false))),
+        ("resume", record(&rig, resume)),
         ("restore", record(&rig, restore)),
         ("jobs", record(&rig, jobs)),
     ]
@@ -163,6 +164,21 @@ async fn backup(engine: engine::Client, of: Fingerprinter, commit: bool) -> Done
     commit.get().set_point_in_time_ms(1);
     commit.get().init_bitmaps(1).set(0, "fleece:x");
     commit.send().promise.await.map(drop)
+}
+
+async fn resume(engine: engine::Client) -> Done {
+    let mut resume = engine.resume_backup_request();
+    resume.get().set_snapshot("abc234");
+    let mut request = resume.get().init_request();
+    request.set_vm(&[5; 16]);
+    request.set_vm_name("web1");
+    let mut disk = request.init_disks(1).get(0);
+    disk.set_name("vda");
+    disk.set_size(BLOCK as u64);
+    // No such session began.
+    let refused = resume.send().promise.await.is_err();
+    assert!(refused);
+    Ok(())
 }
 
 async fn write_all(session: &backup_session::Client, blocks: &[Vec<u8>]) -> Done {

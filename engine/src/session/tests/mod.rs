@@ -6,6 +6,7 @@ mod checkpoints;
 mod cluster;
 mod damage;
 mod power_cut;
+mod resume;
 mod shards;
 
 use std::collections::{BTreeMap, HashSet};
