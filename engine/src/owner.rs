@@ -8,9 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
-use crate::detect::{
-    Anew, Detector, JournalPosition, Partition, Rebuild, Rebuilt, Watermark,
-};
+use crate::detect::{Anew, Detector, JournalPosition, Partition, Rebuild, Rebuilt, Watermark};
 use crate::error::{Error, Kind, Result};
 use crate::hosts::PartitionReport;
 use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slices};

@@ -10,7 +10,7 @@ use super::{Cluster, Instance};
 use crate::detect::Verdict;
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Fingerprint, HostId, Sequence, SessionId};
-use crate::session::event::Event;
+use crate::session::event::{Claim, Event};
 
 /// A process that greeted us, by one of its links.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -260,12 +260,7 @@ impl Cluster {
                 Ok(())
             }
             Message::GiveUp { to, writer, claims } => {
-                match self.registry.events_of(writer) {
-                    // One that is overloaded says nothing: the other one asks again.
-                    Some(writer) => drop(writer.try_send(Event::GiveUp { to, claims })),
-                    // One that is gone has nothing any more: its owners are told, or know.
-                    None => drop(self.gave_up(writer, to)),
-                }
+                self.asked_to_give_up(writer, to, claims);
                 Ok(())
             }
             Message::GaveUp { from, to } => {
@@ -281,6 +276,16 @@ impl Cluster {
                 self.cut(peer.host);
                 self.owner.refill()
             }
+        }
+    }
+
+    /// A session of another host wants blocks of one of ours.
+    fn asked_to_give_up(&self, writer: SessionId, to: SessionId, claims: Vec<Claim>) {
+        match self.registry.events_of(writer) {
+            // One that is overloaded says nothing: the other one asks again.
+            Some(writer) => drop(writer.try_send(Event::GiveUp { to, claims })),
+            // One that is gone has nothing any more: its owners are told, or know.
+            None => drop(self.gave_up(writer, to)),
         }
     }
 

@@ -168,7 +168,7 @@ impl World {
         let fails = plain && self.model.kept.is_none() && self.rng.random_bool(0.2);
         let mut fails = fails.then(|| self.rng.random_range(0..10));
         let said = self.model.logs.get(&partition.0).cloned().unwrap_or_default();
-        let expected = self.model.pass((partition, &self.options), &self.live);
+        let mut expected = self.model.pass((partition, &self.options), &self.live);
         let mut answers = Vec::new();
         loop {
             let before = answers.len();
@@ -206,19 +206,11 @@ impl World {
         }
         let mut found: Vec<Answer> =
             answers.into_iter().map(|(s, q, f, v)| (s, q, f, format!("{v:?}"))).collect();
-        let handed = |session, handed| {
-            let (what, all) = match handed {
-                Handed::Grants(all) => ("granted", all),
-                Handed::Questions(all) => ("asked", all),
-            };
-            found.extend(all.into_iter().map(|(fp, seq)| (session, seq, fp, what.to_owned())));
-        };
-        self.detector.hand_over(handed).unwrap();
+        found.extend(self.handed());
         // Grants of blocks that are stored are nobody's: whether a pass sees that depends on how it looks.
         let matters =
             |(_, _, fp, what): &Answer| what != "granted" || !self.model.index.contains_key(fp);
         found.retain(matters);
-        let mut expected = expected;
         expected.retain(matters);
         found.sort();
         expected.sort();
@@ -229,6 +221,20 @@ impl World {
                 assert_eq!(self.granted.get(fp), Some(holder));
             }
         }
+    }
+
+    /// What the last pass hands over.
+    fn handed(&mut self) -> Vec<Answer> {
+        let mut found = Vec::new();
+        let each = |session, handed| {
+            let (what, all) = match handed {
+                Handed::Grants(all) => ("granted", all),
+                Handed::Questions(all) => ("asked", all),
+            };
+            found.extend(all.into_iter().map(|(fp, seq)| (session, seq, fp, what.to_owned())));
+        };
+        self.detector.hand_over(each).unwrap();
+        found
     }
 
     /// A session sealed a container of some of its grants, and maybe some block besides.
