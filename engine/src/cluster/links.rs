@@ -311,8 +311,8 @@ impl Cluster {
         (session, epoch, asked): (SessionId, MapEpoch, Vec<(Fingerprint, Sequence)>),
     ) -> Result<()> {
         let asking = self.sessions().get(&session).cloned();
-        let (Some(asking), Some((_, first))) = (asking, asked.first()) else { return Ok(()) };
-        asking.answers.expect_less(peer.host, *first, asked.len() as u64);
+        let Some(asking) = asking else { return Ok(()) };
+        asking.answers.expect_less(peer.host, &asked);
         if let Err(error) = self.ask_again(session, epoch, asked) {
             asking.answers.fail(&error);
             (asking.wake)();

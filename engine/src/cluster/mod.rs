@@ -287,8 +287,8 @@ impl Cluster {
         asked: Vec<(Fingerprint, Sequence)>,
     ) {
         let asking = self.sessions().get(&session).cloned();
-        let (Some(asking), Some((_, first))) = (asking, asked.first()) else { return };
-        if asking.answers.expect(host, *first, asked.len() as u64) {
+        let Some(asking) = asking.filter(|_| !asked.is_empty()) else { return };
+        if asking.answers.expect(host, &asked) {
             if self.peer(host).is_some() {
                 self.put(host, &Message::Ask(session, epoch, asked));
                 return self.withdraw_if_gone(session, host);

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::detect::Verdict;
 use crate::error::{Error, Kind, Result};
-use crate::ids::{Address, HostId, Sequence, SessionId};
+use crate::ids::{Address, Fingerprint, HostId, Sequence, SessionId};
 use crate::sort::{Sorted, Sorter};
 
 /// sequence (big endian), tag, and what it needs: an address, a session and a sequence
@@ -56,9 +56,39 @@ struct Elsewhere {
     answered: u64,
 }
 
+impl Sheet {
+    /// How it is with another host.
+    fn of(&mut self, host: HostId) -> &mut Elsewhere {
+        let at = self.elsewhere.iter().position(|one| one.host == host).unwrap_or_else(|| {
+            self.elsewhere.push(Elsewhere { host, asked: 0, answered: 0 });
+            self.elsewhere.len() - 1
+        });
+        &mut self.elsewhere[at]
+    }
+}
+
 impl Sheets {
     fn at(&mut self, sequence: Sequence) -> Option<&mut Sheet> {
         self.open.iter_mut().rev().find(|sheet| sheet.first <= sequence.0)
+    }
+
+    /// Changes what a host is asked by how many of these each sheet has: what waited for a map or an index
+    /// comes back in batches of several windows.
+    fn book(
+        &mut self,
+        host: HostId,
+        asked: &[(Fingerprint, Sequence)],
+        change: impl Fn(&mut Elsewhere, u64),
+    ) {
+        let mut end = u64::MAX;
+        for sheet in self.open.iter_mut().rev() {
+            let of_it = |one: &&(Fingerprint, Sequence)| (sheet.first..end).contains(&one.1.0);
+            let count = asked.iter().filter(of_it).count() as u64;
+            end = sheet.first;
+            if count > 0 {
+                change(sheet.of(host), count);
+            }
+        }
     }
 }
 
@@ -102,18 +132,11 @@ impl Answers {
         self.sheets().open.pop_front();
     }
 
-    /// Another host is asked about `count` blocks from `first` on; false if it is cut off: then
-    /// nobody answers.
-    pub fn expect(&self, host: HostId, first: Sequence, count: u64) -> bool {
+    /// Another host is asked about these blocks; false if it is cut off: then nobody answers.
+    pub fn expect(&self, host: HostId, asked: &[(Fingerprint, Sequence)]) -> bool {
         let mut sheets = self.sheets();
-        let cut = sheets.cut.contains(&host);
-        if let Some(sheet) = sheets.at(first) {
-            match sheet.elsewhere.iter_mut().find(|one| one.host == host) {
-                Some(one) => one.asked += count,
-                None => sheet.elsewhere.push(Elsewhere { host, asked: count, answered: 0 }),
-            }
-        }
-        !cut
+        sheets.book(host, asked, |one, count| one.asked += count);
+        !sheets.cut.contains(&host)
     }
 
     /// Whether a host owes answers.
@@ -124,14 +147,10 @@ impl Answers {
         !sheets.cut.contains(&host) && sheets.open.iter().any(|s| s.elsewhere.iter().any(owes))
     }
 
-    /// A host does not answer for `count` blocks from `first` on that it was asked about.
-    pub fn expect_less(&self, host: HostId, first: Sequence, count: u64) {
-        let mut sheets = self.sheets();
-        let sheet = sheets.at(first);
-        let one = sheet.and_then(|sheet| sheet.elsewhere.iter_mut().find(|one| one.host == host));
-        if let Some(one) = one {
-            one.asked = one.asked.saturating_sub(count);
-        }
+    /// A host does not answer for these blocks that it was asked about.
+    pub fn expect_less(&self, host: HostId, asked: &[(Fingerprint, Sequence)]) {
+        let less = |one: &mut Elsewhere, count| one.asked = one.asked.saturating_sub(count);
+        self.sheets().book(host, asked, less);
     }
 
     /// Nobody will answer this.
@@ -381,6 +400,29 @@ mod tests {
         assert_eq!((answers.count(0), answers.count(500)), (0, 0));
     }
 
+    fn asked<const N: usize>(sequences: [u64; N]) -> [(Fingerprint, Sequence); N] {
+        sequences.map(|n| (Fingerprint([7; Fingerprint::LEN]), Sequence(n)))
+    }
+
+    #[test]
+    fn what_comes_back_together_is_booked_on_the_window_of_each() {
+        let dir = tempfile::tempdir().unwrap();
+        let answers = Answers::new(dir.path(), 1000);
+        answers.open(0);
+        answers.open(100);
+        let (first, second) = (HostId(5), HostId(6));
+        assert!(answers.expect(first, &asked([110, 90, 120, 95, 130])));
+        answers.expect_less(first, &asked([95, 120]));
+        assert!(answers.expect(second, &asked([95, 120])));
+        answers.put(first, Sequence(110), &Verdict::Grant).unwrap();
+        assert_eq!((answers.count(0), answers.count(100)), (0, 1));
+        answers.cut(first);
+        assert_eq!((answers.count(0), answers.count(100)), (1, 2));
+        answers.cut(second);
+        assert_eq!((answers.count(0), answers.count(100)), (2, 3));
+        assert!(!answers.expect(first, &asked([99])), "nobody answers");
+    }
+
     #[test]
     fn a_request_that_is_like_an_earlier_one_gets_its_answer() {
         let dir = tempfile::tempdir().unwrap();
@@ -389,7 +431,7 @@ mod tests {
         let container = ContainerId { incarnation: Incarnation(1), counter: 2 };
         let stored = Verdict::Stored(Address { container, slot: Slot(3) });
         answers.open(0);
-        answers.expect(HostId(5), Sequence(3), 1);
+        answers.expect(HostId(5), &asked([3]));
         for (first, told) in [(0, false), (1, false), (2, false), (3, false), (0, true)] {
             let at = if told { 14 } else { 10 + first };
             assert!(answers.put_like(Sequence(at), (us, Sequence(first)), told).unwrap());
