@@ -12,7 +12,7 @@ use crate::cluster::map::{MAX_HOSTS, PartitionMap};
 use crate::cluster::{Cluster, Here, Instance};
 use crate::config::Config;
 use crate::damage::Damage;
-use crate::detect::{DetectOptions, Detector};
+use crate::detect::{DetectOptions, Detector, Watermark};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::ids::{Fingerprint, HostId};
 use crate::membership::Membership;
@@ -97,7 +97,7 @@ pub fn start(config: &Config) -> Result<Started> {
     // With others about nobody waits for what an index lacks: it is filled later.
     let filled = place.is_none() || !report.watermark.is_empty();
     if filled {
-        upkeep::refill(&store, &mut detector, &report.watermark, &owns)?;
+        refill(&store, &mut detector, &report.watermark, &owns)?;
     }
     let refilled = store.clone();
     let refill = move |detector: &mut Detector| {
@@ -171,6 +171,21 @@ fn place(
     let lost = || Error::new(Kind::Failed, "the last partition map has no such host");
     let us = map.host(&settings.name).ok_or_else(lost)?;
     Ok(Some((map, us)))
+}
+
+/// Brings the index up to the journals. One that turns out to be damaged was set aside, and is begun anew.
+fn refill(
+    store: &Store,
+    detector: &mut Detector,
+    after: &Watermark,
+    owns: &dyn Fn(&Fingerprint) -> bool,
+) -> Result<()> {
+    match upkeep::refill(store, detector, after, owns) {
+        Err(error) if error.kind() == Kind::Damaged && detector.watermark().is_empty() => {
+            upkeep::refill(store, detector, &Watermark::default(), owns)
+        }
+        refilled => refilled,
+    }
 }
 
 /// Tells what this host answers for: by the first map until there is a cluster to ask.

@@ -57,7 +57,7 @@ pub fn use_newest_key(store: &Store, hosts: &[HostReport], now_ms: i64) -> Resul
         None => Some("lacks it: copy the key file there".to_owned()),
     };
     all(hosts, &format!("the encryption key {} cannot be used yet", newest.0), lacking)?;
-    Ok(store.use_newest_key(now_ms)?.key)
+    Ok(store.use_newest_of(&key, now_ms)?.key)
 }
 
 /// Makes sure that a store may have further encryption keys.
@@ -157,6 +157,11 @@ mod tests {
         assert!(!refused.contains("hv0"), "{refused}");
         assert_eq!(test.reader().agreed().key, KeyId(1));
 
+        // One that was never used is taken back by another file; who keeps it ends before it reads anything.
+        let odd = test.reader();
+        for key in [&other, &next, &other] {
+            look(&odd, &file(&test, key)).1.unwrap();
+        }
         let hosts = [having("hv0", &next), having("hv1", &next)];
         assert_eq!(use_newest_key(ours, &hosts, 7).unwrap(), KeyId(2));
         let after = ours.sealer().seal(ObjectKind::Session, "x", b"after").unwrap();
@@ -164,6 +169,9 @@ mod tests {
         for (bytes, text) in [(&before, &b"before"[..]), (&after, b"after")] {
             assert_eq!(ours.sealer().open(ObjectKind::Session, "x", bytes).unwrap(), text);
         }
+
+        let error = odd.follow().unwrap_err();
+        assert!(error.kind() == Kind::Key && error.to_string().contains("another one"), "{error}");
 
         // Who has the old file ends by name, until the new one is there.
         let (followed, taken) = look(&running, &file(&test, &old));

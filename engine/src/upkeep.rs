@@ -115,8 +115,16 @@ pub fn rebuild_index(
     let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
     let rebuild =
         context.owners.here().begin_rebuild(partition.map_or(Anew::Index, Anew::Partition))?;
+    let epoch = context.owners.cluster().map(|cluster| cluster.map().epoch());
     let owns = context.owners.ownership();
-    build(context, (rebuild, &[]), &owns, &|| Ok(()), &mut |problem| {
+    // Another part is filled for soon, and by another map this one would be taken for it.
+    let wanted = || match (context.owners.cluster(), epoch) {
+        (Some(cluster), Some(epoch)) if !cluster.is_still_ours(epoch) => {
+            Err(Error::new(Kind::Busy, "this host answers for another part now: try again"))
+        }
+        _ => Ok(()),
+    };
+    build(context, (rebuild, &[]), &owns, &wanted, &mut |problem| {
         let line = serde_json::json!({ "message_type": "problem", "message": problem });
         emit(line.to_string())
     })

@@ -284,8 +284,13 @@ impl Cluster {
         match self.registry.events_of(writer) {
             // One that is overloaded says nothing: the other one asks again.
             Some(writer) => drop(writer.try_send(Event::GiveUp { to, claims })),
-            // One that is gone has nothing any more: its owners are told, or know.
-            None => drop(self.gave_up(writer, to)),
+            None => {
+                // One that is gone has nothing any more. If it was of a process before this one, owners
+                // that this one has not spoken to yet still keep its grants.
+                let message = Message::Withdraw(writer);
+                self.others().iter().for_each(|host| self.put(*host, &message));
+                self.gave_up(writer, to);
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use super::lookup::Lookup;
 use super::merge::Merge;
 use super::options::MAX_PARTITION_BITS;
 use super::pass::{Failure, Join, Leaving, Living, PassReport};
-use super::pending::{Pending, PendingRun};
+use super::pending::{Pending, PendingReader, PendingRun};
 use super::rebuild::{Rebuild, Rebuilt};
 use super::request_log::{Request, RequestKind, RequestLogs, SORTED};
 use super::verdict::{SpooledVerdicts, VerdictSpool};
@@ -122,7 +122,12 @@ impl Detector {
     /// asked about them, and the open grants, over.
     pub fn keep(&mut self, slices: Slices) {
         self.kept = Some(slices);
-        self.leaving = self.partitions().filter(|partition| self.has_pending(*partition)).collect();
+        self.leaving = self.partitions().filter(|partition| self.is_in_use(*partition)).collect();
+    }
+
+    /// Whether it has open grants, or something waits in its log.
+    fn is_in_use(&self, partition: Partition) -> bool {
+        self.has_pending(partition) || self.logs.waiting(partition) > 0
     }
 
     fn has_pending(&self, partition: Partition) -> bool {
@@ -150,10 +155,8 @@ impl Detector {
 
     /// A session's end, whatever the end: its grants die, its logged requests are skipped.
     pub fn withdraw(&mut self, session: SessionId) {
-        let traces: BTreeSet<Partition> = self
-            .partitions()
-            .filter(|partition| self.has_pending(*partition) || self.logs.waiting(*partition) > 0)
-            .collect();
+        let traces: BTreeSet<Partition> =
+            self.partitions().filter(|partition| self.is_in_use(*partition)).collect();
         if !traces.is_empty() {
             self.withdrawn.insert(session, traces);
         }
@@ -212,7 +215,11 @@ impl Detector {
             Ok(done) => done,
             Err(failure) => return Err(self.repair(partition, failure)),
         };
-        verdicts.send(answers)?;
+        if let Err(error) = verdicts.send(answers) {
+            // What was asked is asked again with the next pass; who holds grants is only told now.
+            self.handed[1].forget();
+            return Err(error);
+        }
         verdicts.remove();
         self.logs.remove_closed(partition)?;
         self.leaving.remove(&partition);
@@ -272,12 +279,16 @@ impl Detector {
         };
         join.run()?;
         let Join { next_pending, leaving, verdicts, report, .. } = join;
+        // All or nothing: a pass that fails is made again.
         let verdicts = verdicts.finish().map_err(Failure::Other)?;
+        let next_pending = next_pending.finish().map_err(Failure::Other)?;
         if let Some(leaving) = leaving {
-            grants.replace(leaving.grants).map_err(Failure::Other)?;
-            questions.replace(leaving.questions).map_err(Failure::Other)?;
+            let handed = leaving.grants.finish().and_then(|g| Ok((g, leaving.questions.finish()?)));
+            let (next_grants, next_questions) = handed.map_err(Failure::Other)?;
+            grants.replace(next_grants);
+            questions.replace(next_questions);
         }
-        pending.replace(next_pending).map_err(Failure::Other)?;
+        pending.replace(next_pending);
         Ok((verdicts, report))
     }
 
@@ -462,9 +473,17 @@ impl Detector {
 /// Reads a run and forgets it; what of a session comes near together goes together.
 fn drain(
     run: &mut PendingRun,
+    each: impl FnMut(SessionId, Vec<(Fingerprint, Sequence)>),
+) -> Result<()> {
+    let read = run.read().and_then(|reader| hand_out(reader, each));
+    run.forget();
+    read
+}
+
+fn hand_out(
+    mut reader: PendingReader,
     mut each: impl FnMut(SessionId, Vec<(Fingerprint, Sequence)>),
 ) -> Result<()> {
-    let mut reader = run.read()?;
     let mut batches = BTreeMap::<SessionId, Vec<_>>::new();
     let mut batched = 0;
     while let Some(Pending { fingerprint, session, sequence }) = reader.next()? {
@@ -476,6 +495,5 @@ fn drain(
         }
     }
     batches.into_iter().for_each(|(of, batch)| each(of, batch));
-    run.forget();
     Ok(())
 }

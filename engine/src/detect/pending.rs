@@ -73,9 +73,8 @@ impl PendingRun {
         Ok(PendingWriter(RecordWriter::create(path, BUFFER)?))
     }
 
-    /// From here on the new version is the pending run.
-    pub(super) fn replace(&mut self, writer: PendingWriter) -> Result<()> {
-        let run = writer.0.finish()?;
+    /// From here on the new version is the run.
+    pub(super) fn replace(&mut self, run: RecordFile) {
         let old = if run.records() == 0 {
             run.remove();
             self.run.take()
@@ -85,7 +84,6 @@ impl PendingRun {
         if let Some(old) = old {
             old.remove();
         }
-        Ok(())
     }
 
     /// Gives a run up. If its grants are in no other one, their blocks may be granted twice.
@@ -107,5 +105,10 @@ impl PendingReader {
 impl PendingWriter {
     pub(super) fn push(&mut self, pending: Pending) -> Result<()> {
         self.0.push(&pending.to_bytes())
+    }
+
+    /// The new version, for [`PendingRun::replace`].
+    pub(super) fn finish(self) -> Result<RecordFile> {
+        self.0.finish()
     }
 }

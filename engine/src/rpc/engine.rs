@@ -495,7 +495,8 @@ impl engine::Server for EngineServer {
         let params = params.get()?;
         let number = params.get_partition();
         // One that is no number of any partition is refused as one that there is not.
-        let partition = (number >= 0).then(|| Partition(u16::try_from(number).unwrap_or(u16::MAX)));
+        let partition =
+            (number != -1).then(|| Partition(u16::try_from(number).unwrap_or(u16::MAX)));
         let entries = super::image::with_events(params.get_events()?, move |emit| {
             upkeep::rebuild_index(&context, partition, emit)
         })

@@ -24,7 +24,7 @@ use crate::cluster::{Instance, Welcome};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::ids::HostId;
 
-/// Frames on their way to one host: enough to hide a round trip.
+/// Frames on their way to one host: enough to hide a round trip, where there are few hosts.
 const IN_FLIGHT: usize = 4;
 /// The same to all hosts, but for one on each link: on both sides they are in memory besides the outboxes.
 const ALL_IN_FLIGHT: usize = 8;

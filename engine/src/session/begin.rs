@@ -442,6 +442,7 @@ fn session(
         calls: Calls::default(),
         patience: Patience::new(Instant::now()),
         failure: None,
+        failed_by_itself: false,
         met: super::met::Met::default(),
     })
 }

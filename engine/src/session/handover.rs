@@ -17,6 +17,9 @@ use crate::ids::SessionId;
 /// How long a writer may be silent when asked to give something up: longer than it takes to go
 /// through a window's verdicts or to write its recipe, when it does not listen.
 const SILENCE: Duration = Duration::from_secs(30);
+/// How long a writer may go on giving up, and its blocks be said to be its own all the same: longer than
+/// the owner needs to hear of it, and to give its host up if it does not.
+const VAIN: Duration = Duration::from_secs(60);
 /// Claims in one message: 64 KiB.
 const CLAIMS: usize = 4096;
 /// A longer list is shared: the writer keeps its first half.
@@ -41,7 +44,9 @@ pub(super) struct Patience {
     pub(super) handover: Option<Handover>,
     /// Since when a writer cannot be told anything.
     pub(super) unheard: Option<(SessionId, Instant)>,
-    /// Writers that do not answer: their blocks are written by us.
+    /// What a writer had of ours when it was asked to give it up, if it does not become less, and since when.
+    pub(super) vain: Option<(SessionId, u64, Instant)>,
+    /// Writers that do not answer, or in vain: their blocks are written by us.
     pub(super) silent: Option<SessionId>,
 }
 
@@ -55,6 +60,7 @@ impl Patience {
             backoff: FIRST_BACKOFF,
             handover: None,
             unheard: None,
+            vain: None,
             silent: None,
         }
     }
@@ -64,7 +70,9 @@ impl Patience {
 pub(super) struct Handover {
     writer: SessionId,
     list: WaitingList,
-    /// Of its questions, those that are left to the writer.
+    /// Questions that wait for it.
+    theirs: u64,
+    /// Of them, those that are left to the writer.
     leave: u64,
     asked: Instant,
 }
@@ -94,7 +102,7 @@ impl Handover {
         }
         let leave = if theirs > SHARE_FROM { theirs / 2 } else { 0 };
         list.rewind();
-        Ok(Some(Handover { writer, list, leave, asked: now }))
+        Ok(Some(Handover { writer, list, theirs, leave, asked: now }))
     }
 
     /// Who writes.
@@ -217,6 +225,14 @@ impl Session {
             }
         }
         let writer = handover.writer();
+        let since = match self.patience.vain {
+            Some((same, left, since)) if same == writer && handover.theirs >= left => since,
+            _ => self.patience.vain.insert((writer, handover.theirs, now)).2,
+        };
+        if now.duration_since(since) > VAIN {
+            self.patience.silent = Some(writer);
+            return self.ask_again();
+        }
         if handover.ask(&self.context, self.id, now)? == Step::Asked {
             self.patience.unheard = None;
             self.patience.handover = Some(handover);

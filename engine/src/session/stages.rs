@@ -60,6 +60,8 @@ pub(super) struct Session {
     pub(super) calls: Calls,
     pub(super) patience: Patience,
     pub(super) failure: Option<(Kind, String)>,
+    /// That was not because the engine ends.
+    pub(super) failed_by_itself: bool,
     /// Damage that was met and is not recorded yet.
     pub(super) met: Met,
 }
@@ -93,7 +95,7 @@ impl Session {
         }
         self.record_met();
         // Its client lives, and goes on with it in the next engine.
-        if self.failure.is_some() || !self.context.registry.is_closed() {
+        if self.failed_by_itself || !self.context.registry.is_closed() {
             self.end_in_store();
         }
     }
@@ -179,6 +181,7 @@ impl Session {
             let _ = reply.send(Err(Error::new(error.kind(), message.clone())));
         }
         self.failure = Some((error.kind(), message));
+        self.failed_by_itself = !self.context.registry.is_closed();
         // What is durable is found by others, although this session will not use it.
         let leftovers = [self.blocks.take_leftovers(), self.nodes.take_leftovers()];
         for container in leftovers.iter().flatten() {

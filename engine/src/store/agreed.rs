@@ -64,7 +64,8 @@ impl Agreed {
     /// is unmounted looks like a store in which nothing was ever changed.
     ///
     /// # Errors
-    /// [`Kind::NoStore`] for a level that this program does not know, [`Kind::Damaged`].
+    /// [`Kind::NoStore`] for a level that this program does not know, [`Kind::Key`] where a key of ours is
+    /// another one than that in use, [`Kind::Damaged`].
     pub(super) fn read(
         objects: &Objects,
         sealer: &Sealer,
@@ -92,7 +93,8 @@ impl Agreed {
             return Ok(read);
         }
         if read.key > known.key {
-            check(objects, sealer, ObjectKind::KeyInUse, &names::key_in_use(read.key.0))?;
+            check(objects, sealer, ObjectKind::KeyInUse, &names::key_in_use(read.key.0))
+                .map_err(|error| is_another_key(read.key, error))?;
         }
         if read.level > known.level {
             check(objects, sealer, ObjectKind::Level, &names::level(read.level.0))?;
@@ -123,6 +125,16 @@ pub(crate) fn check(
         return Err(damaged(name, "it is sealed under another key than it names"));
     }
     Ok(())
+}
+
+/// With another key of the number in use all that is good would be taken for damaged.
+fn is_another_key(id: KeyId, error: Error) -> Error {
+    if error.kind() != Kind::Damaged {
+        return error;
+    }
+    let what = format!("this host's encryption key {} is another one than the store's", id.0);
+    let hint = "take the key file of a host that works; if none does, that object is damaged";
+    Error::caused(Kind::Key, format!("{what} ({hint})"), error)
 }
 
 /// What an object says that changes what engines go by; its name says the rest.

@@ -370,9 +370,15 @@ impl Sealer {
         self.keys.write().unwrap_or_else(PoisonError::into_inner).current = id;
     }
 
-    /// Takes the store's key with further encryption keys.
-    pub(super) fn take(&self, key: StoreKey) {
-        self.keys.write().unwrap_or_else(PoisonError::into_inner).key = Arc::new(key);
+    /// Takes the store's key with other encryption keys after the current one; false if it lacks any up to
+    /// that.
+    pub(super) fn take(&self, key: StoreKey) -> bool {
+        let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        let extends = key.extends(&keys.key, keys.current);
+        if extends {
+            keys.key = Arc::new(key);
+        }
+        extends
     }
 
     /// A fresh header for an object of `kind`, and its cipher.

@@ -92,10 +92,10 @@ impl StoreKey {
         Ok(rotated)
     }
 
-    /// Whether it has all that `other` has.
+    /// Whether it has all that `other` has up to an encryption key; those after it were never used.
     #[must_use]
-    pub fn extends(&self, other: &Self) -> bool {
-        let has = |(id, secret): &(KeyId, Secret)| self.secret(*id) == Some(secret);
+    pub fn extends(&self, other: &Self, used: KeyId) -> bool {
+        let has = |(id, secret): &(KeyId, Secret)| *id > used || self.secret(*id) == Some(secret);
         (self.store, &self.domain, &self.fingerprint)
             == (other.store, &other.domain, &other.fingerprint)
             && other.encryption.iter().all(has)

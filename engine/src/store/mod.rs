@@ -139,15 +139,25 @@ impl Store {
     /// Puts a copy of the store's key under a passphrase into the store, for [`recover_key`](Self::recover_key).
     ///
     /// # Errors
-    /// [`Kind::Usage`] when there is one of this key; the store's.
+    /// [`Kind::Usage`] when there is another one of that number; the store's.
     pub fn keep_key(location: &Location, key: &StoreKey, passphrase: &str) -> Result<()> {
         let objects = objects_at(location, &std::env::temp_dir())?;
         let newest = key.newest().0;
         match objects.create(&names::wrapped_key(newest), key.wrap(passphrase)?)? {
             Created::Ours => Ok(()),
             Created::Exists => {
-                let what = format!("the store has a copy of the key up to {newest} already");
-                Err(Error::new(Kind::Usage, format!("{what}: under the passphrase given then")))
+                let name = names::wrapped_key(newest);
+                let there = objects.read_all(&name, SEALED_MAX)?;
+                let same = StoreKey::unwrap(&there, passphrase).is_ok_and(|there| there == *key);
+                if same {
+                    return Ok(());
+                }
+                let what = format!(
+                    "the store's copy {name} is under another passphrase, or of another key {newest}"
+                );
+                let hint =
+                    "look with fleecectl key export --passphrase-file, delete it if it is no good";
+                Err(Error::new(Kind::Usage, format!("{what}: {hint}")))
             }
         }
     }
@@ -279,18 +289,14 @@ impl Store {
     /// Takes a key file that has further encryption keys, so that they are known before they are used.
     ///
     /// # Errors
-    /// [`Kind::Key`] when it lacks something that the present one has.
+    /// [`Kind::Key`] when it lacks something of the present one that is in use.
     pub fn take_key(&self, key: StoreKey) -> Result<()> {
         let sealer = &self.inner.sealer;
-        if *sealer.key() == key {
+        if *sealer.key() == key || sealer.take(key) {
             return Ok(());
         }
-        if !key.extends(&sealer.key()) {
-            let what = "the key file was changed, and lacks what it had: put the newest one there";
-            return Err(Error::new(Kind::Key, what));
-        }
-        sealer.take(key);
-        Ok(())
+        let what = "the key file was changed, and lacks what is in use: put the newest one there";
+        Err(Error::new(Kind::Key, what))
     }
 
     /// Makes sure that what changed the engines' agreement was made by one of them.
@@ -312,14 +318,13 @@ impl Store {
         self.follow()
     }
 
-    /// Has all its engines, each of which has it, seal what is new under the newest encryption key.
+    /// Has all its engines, each of which has it, seal what is new under the newest encryption key of `key`.
     ///
     /// # Errors
     /// As [`Objects::create`], and as [`follow`](Self::follow).
-    pub fn use_newest_key(&self, now_ms: i64) -> Result<Agreed> {
-        let Inner { objects, sealer, info, .. } = &*self.inner;
-        let key = sealer.key();
-        agreed::use_key(objects, (&key, key.newest(), info.encrypted), now_ms)?;
+    pub fn use_newest_of(&self, key: &StoreKey, now_ms: i64) -> Result<Agreed> {
+        let Inner { objects, info, .. } = &*self.inner;
+        agreed::use_key(objects, (key, key.newest(), info.encrypted), now_ms)?;
         self.follow()
     }
 

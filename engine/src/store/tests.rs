@@ -201,7 +201,7 @@ fn the_newest_copy_under_a_passphrase_is_the_one_that_counts() {
     let location = test.store.location();
     let next = Arc::new(key_of(&test).rotated().unwrap());
     test.store.take_key(StoreKey::decode(&next.encode()).unwrap()).unwrap();
-    test.store.use_newest_key(7).unwrap();
+    test.store.use_newest_of(&next, 7).unwrap();
     // The one that there is opens what is older.
     let old = Store::recover_key(location, "first").unwrap();
     assert_eq!(*old, key_of(&test));
@@ -210,6 +210,7 @@ fn the_newest_copy_under_a_passphrase_is_the_one_that_counts() {
     assert_eq!(Store::recover_key(location, "second").unwrap(), next);
     assert_eq!(Store::recover_key(location, "first").unwrap_err().kind(), Kind::Key);
     assert_eq!(Store::check_key(location, Arc::clone(&next)).unwrap().key, next.newest());
+    Store::keep_key(location, &next, "second").unwrap();
     let again = Store::keep_key(location, &next, "third").unwrap_err();
     assert_eq!(again.kind(), Kind::Usage, "{again}");
 }

@@ -150,6 +150,12 @@ pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
     for vm in &found {
         // Between two VMs nothing is undone that an error would have to tell.
         stop.check()?;
+        // The one before may have lost it. Whoever still has it gets the same one again.
+        let reached = engine.reconnect().await;
+        if let Err(error) = reached.context(|| vm.name.clone()) {
+            session.fail(&error);
+            continue;
+        }
         let result = live(&session.report, &engine, vm, &options, &stop).await;
         if let Err(error) = result.context(|| vm.name.clone()) {
             session.fail(&error);

@@ -49,12 +49,12 @@ fn a_map_that_comes_while_an_index_is_filled_is_filled_for_next() {
 #[test]
 fn a_session_that_is_gone_has_given_everything_up() {
     let dir = tempfile::tempdir().unwrap();
-    let two = map(1, &BTreeSet::from([0, 1]));
+    let three = map(1, &BTreeSet::from([0, 1, 2]));
     let host = |n: u16| {
         let how = (u32::from(n) + 1, true);
-        Host::start(dir.path(), HostId(n), &two, how, Instant::now).cluster
+        Host::start(dir.path(), HostId(n), &three, how, Instant::now).cluster
     };
-    let (a, b) = (host(0), host(1));
+    let (a, b, owner) = (host(0), host(1), host(2));
     let next = |from: &Cluster, to: &Cluster| {
         let caller = Caller { host: from.us(), instance: from.instance(to.us()) };
         let received = to.greeted(caller).received;
@@ -68,7 +68,12 @@ fn a_session_that_is_gone_has_given_everything_up() {
     assert!(a.give_up(waiter, writer, vec![Claim { fingerprint: block(1), theirs: Sequence(1) }]));
     let (caller, number, frame) = next(&a, &b);
     b.take(caller, number, &frame).unwrap();
-    let (.., answer) = next(&b, &a);
-    let said = FrameReader::new(&answer).read_next().unwrap();
-    assert_eq!(said, Some(Message::GaveUp { from: writer, to: waiter }));
+    let said = |to: &Cluster| {
+        let (.., frame) = next(&b, to);
+        let mut reader = FrameReader::new(&frame);
+        std::iter::from_fn(move || reader.read_next().unwrap()).collect::<Vec<_>>()
+    };
+    assert!(said(&a).contains(&Message::GaveUp { from: writer, to: waiter }));
+    // Whoever has not heard of the end of that process hears of it now.
+    assert_eq!(said(&owner), [Message::Withdraw(writer)]);
 }

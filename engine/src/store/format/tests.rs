@@ -232,7 +232,7 @@ fn a_store_with_two_encryption_keys_still_opens() {
         std::fs::write(root.join("key"), next.to_text().as_bytes()).unwrap();
         Store::keep_key(&location, &next, PASSPHRASE).unwrap();
         store.take_key(next).unwrap();
-        store.use_newest_key(now_ms).unwrap();
+        store.use_newest_of(&store.sealer().key(), now_ms).unwrap();
         store.create_sealed(ObjectKind::Session, after, b"under the second").unwrap();
     }
     let key = StoreKey::from_text(&std::fs::read_to_string(root.join("key")).unwrap()).unwrap();

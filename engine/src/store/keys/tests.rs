@@ -43,12 +43,14 @@ fn a_key_file_is_replaced_whole_by_one_that_has_more() {
     assert_eq!(StoreKey::load(&path).unwrap(), next);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left beside it");
     assert_eq!((key.newest(), next.newest(), next.first()), (KeyId(2), KeyId(3), KeyId(1)));
-    assert!(next.extends(&key) && next.extends(&next) && !key.extends(&next));
+    let (second, third) = (KeyId(2), KeyId(3));
+    assert!(next.extends(&key, second) && next.extends(&next, third) && !key.extends(&next, third));
     // Another one of the same number is another one.
     let other = key.rotated().unwrap();
-    assert!(!other.extends(&next) && other.checks()[&2] == next.checks()[&2]);
+    assert!(!other.extends(&next, third) && other.checks()[&2] == next.checks()[&2]);
+    assert!(other.extends(&next, second), "what was never used may be replaced");
     assert_ne!(other.checks()[&3], next.checks()[&3]);
-    assert!(!StoreKey::generate("default").unwrap().rotated().unwrap().extends(&key));
+    assert!(!StoreKey::generate("default").unwrap().rotated().unwrap().extends(&key, second));
     assert_eq!(key.replace(&dir.path().join("missing")).unwrap_err().kind(), Kind::Key);
 }
 
