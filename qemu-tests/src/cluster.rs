@@ -268,7 +268,12 @@ impl Cluster {
     /// # Errors
     /// When none runs.
     pub fn kill(&mut self, host: usize) -> Result {
-        self.hosts[host].engine.take().context("no engine runs")?.kill()
+        let mut engine = self.hosts[host].engine.take().context("no engine runs")?;
+        // One that is gone by itself, or lost a thread, must not pass for one that was killed.
+        let said = engine.printed();
+        ensure!(engine.ended()?.is_none(), "the engine of host {host} has ended:\n{said}");
+        ensure!(!said.contains("panicked"), "the engine of host {host}:\n{said}");
+        engine.kill()
     }
 
     /// The process of a host's engine.

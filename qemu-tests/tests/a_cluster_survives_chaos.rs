@@ -173,7 +173,15 @@ impl Chaos {
     fn kill_plugin(&mut self, n: usize) -> Result {
         match n.checked_sub(1) {
             None => self.live.kill(),
-            Some(n) => self.vms[n].running.take().map_or(Ok(()), Running::kill),
+            Some(n) => {
+                let Some(mut running) = self.vms[n].running.take() else { return Ok(()) };
+                if running.ended()?.is_none() {
+                    return running.kill();
+                }
+                // One that has ended meanwhile has an outcome.
+                self.vms[n].running = Some(running);
+                self.reap(n)
+            }
         }
     }
 
@@ -239,6 +247,10 @@ fn whatever_goes_wrong_in_whatever_order() -> Result {
         chaos.reap(n)?;
     }
     chaos.cluster.wait_members(HOSTS)?;
+    for host in 0..HOSTS {
+        let said = chaos.cluster.printed(host);
+        ensure!(!said.contains("panicked"), "the engine of host {host}:\n{said}");
+    }
     must_be_right(chaos)
 }
 

@@ -49,16 +49,41 @@ impl Random {
     }
 }
 
+/// A backup of two windows, the second of which begins in the middle.
 struct Session {
     id: SessionId,
     host: usize,
     blocks: Vec<Fingerprint>,
     places: Vec<Option<Address>>,
-    /// What this round asked about.
-    asked: Vec<usize>,
+    /// What this round asked about, in each of two windows.
+    asked: [Vec<usize>; 2],
     answers: Arc<Answers>,
     own: HashMap<Fingerprint, Address>,
     undetected: u64,
+}
+
+impl Session {
+    /// Where a window begins.
+    fn first(&self, window: usize) -> u64 {
+        if window == 0 { 0 } else { middle(self.blocks.len()) as u64 }
+    }
+
+    fn is_over(&self) -> bool {
+        self.asked.iter().all(Vec::is_empty)
+    }
+
+    /// A window all of whose questions are answered.
+    fn answered(&self) -> Option<usize> {
+        let answered = |window: &usize| {
+            let asked = self.asked[*window].len() as u64;
+            asked > 0 && self.answers.count(self.first(*window)) >= asked
+        };
+        (0..2).find(answered)
+    }
+}
+
+fn middle(blocks: usize) -> usize {
+    (blocks / 2).max(1)
 }
 
 /// A link, as long as it lasts.
@@ -94,6 +119,10 @@ fn member(n: u16) -> Member {
 fn map(epoch: u64, hosts: &BTreeSet<u16>) -> PartitionMap {
     let members = hosts.iter().map(|n| member(*n)).collect();
     PartitionMap::at(MapEpoch(epoch), members).unwrap()
+}
+
+fn questions_of(blocks: &[Fingerprint], asked: &[usize]) -> Vec<(Fingerprint, Sequence)> {
+    asked.iter().map(|n| (blocks[*n], Sequence(*n as u64))).collect()
 }
 
 fn block(n: u64) -> Fingerprint {
@@ -253,13 +282,17 @@ impl World {
         let id = SessionId::on(us, self.begun as u32);
         let answers = Arc::new(Answers::new(self.dir.path(), 64 << 10));
         answers.open(0);
+        answers.open(middle(blocks.len()) as u64);
         let local = Local { host: us, answers: Arc::clone(&answers) };
         here.owned.register(id, Arc::new(local)).unwrap();
         let wake: Wake = Arc::new(|| ());
         here.cluster.register(id, &answers, &wake);
-        let asked: Vec<usize> = (0..blocks.len()).collect();
-        let questions = asked.iter().map(|n| (blocks[*n], Sequence(*n as u64))).collect();
-        here.cluster.ask(id, questions).unwrap();
+        let middle = middle(blocks.len());
+        let asked: [Vec<usize>; 2] = [(0..middle).collect(), (middle..blocks.len()).collect()];
+        for window in &asked {
+            let questions = questions_of(&blocks, window);
+            here.cluster.ask(id, questions).unwrap();
+        }
         let places = vec![None; blocks.len()];
         let (own, undetected) = (HashMap::new(), 0);
         self.sessions.push(Session { id, host, blocks, places, asked, answers, own, undetected });
@@ -268,13 +301,11 @@ impl World {
     /// A session goes as far as its answers let it.
     fn go_on(&mut self, n: usize) {
         let Some(session) = self.sessions.get_mut(n) else { return };
-        if session.asked.is_empty() || session.answers.count(0) < session.asked.len() as u64 {
-            return;
-        }
+        let Some(window) = session.answered() else { return };
         let Some(host) = &mut self.hosts[session.host] else { return };
-        let mut stream = session.answers.take(0).unwrap();
+        let mut stream = session.answers.take(session.first(window)).unwrap();
         let (mut write, mut again) = (Vec::new(), Vec::new());
-        for at in std::mem::take(&mut session.asked) {
+        for at in std::mem::take(&mut session.asked[window]) {
             let fingerprint = session.blocks[at];
             match stream.answer(Sequence(at as u64)).unwrap() {
                 // The directory decides.
@@ -315,14 +346,13 @@ impl World {
             self.journal.push((position, entries.clone()));
             host.cluster.learn(entries, position).unwrap();
         }
-        let questions: Vec<_> =
-            again.iter().map(|at| (session.blocks[*at], Sequence(*at as u64))).collect();
-        session.asked = again;
-        if questions.is_empty() {
+        let questions = questions_of(&session.blocks, &again);
+        session.asked[window] = again;
+        if session.is_over() {
             host.cluster.withdraw(session.id);
             host.owned.withdraw(session.id);
             self.undetected += session.undetected;
-        } else {
+        } else if !questions.is_empty() {
             host.cluster.ask(session.id, questions).unwrap();
         }
     }
@@ -461,7 +491,7 @@ impl World {
         }
         (0..HOSTS).for_each(|host| self.adopt(host));
         for step in 0..END {
-            if self.begun >= SESSIONS && self.sessions.iter().all(|s| s.asked.is_empty()) {
+            if self.begun >= SESSIONS && self.sessions.iter().all(Session::is_over) {
                 return;
             }
             self.step();
@@ -487,8 +517,11 @@ impl World {
         let waiting: BTreeMap<_, _> = self
             .sessions
             .iter()
-            .filter(|s| !s.asked.is_empty())
-            .map(|s| (s.id.0, (s.asked.len(), s.answers.count(0))))
+            .filter(|s| !s.is_over())
+            .map(|s| {
+                let windows = [0, 1].map(|w| (s.asked[w].len(), s.answers.count(s.first(w))));
+                (s.id.0, windows)
+            })
             .collect();
         panic!("seed {seed}: sessions do not end (asked, answered): {waiting:?}");
     }
