@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::detect::{Handed, JournalPosition, Verdict};
+use crate::detect::{JournalPosition, LeftOver, Verdict};
 use crate::error::{Error, Result};
 use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slices};
 
@@ -14,7 +14,7 @@ pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
 /// Where an owner gives what a session asks and holds of blocks that it does not own any more; must not
 /// block. Gives grants back for what it owns all the same.
-pub type HandOver = Arc<dyn Fn(SessionId, Handed) -> Vec<(Fingerprint, Sequence)> + Send + Sync>;
+pub type HandOver = Arc<dyn Fn(SessionId, LeftOver) -> Vec<(Fingerprint, Sequence)> + Send + Sync>;
 
 /// A session that asks, here or on another host. The owner calls it from its thread: nothing here
 /// may wait.

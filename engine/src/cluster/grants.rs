@@ -14,7 +14,7 @@ use std::time::Instant;
 use super::frame::Message;
 use super::map::{MapEpoch, PartitionMap};
 use super::{Cluster, split};
-use crate::detect::Handed;
+use crate::detect::LeftOver;
 use crate::error::{Error, Result};
 use crate::ids::{Fingerprint, HostId, Sequence, SessionId};
 use crate::part::HandOver;
@@ -36,12 +36,12 @@ impl Cluster {
 
     /// From our owner, on its thread: what there is about what it does not own. Gives back the grants for
     /// what is ours by the map of now.
-    fn hand_over(&self, session: SessionId, what: Handed) -> Grants {
+    fn hand_over(&self, session: SessionId, what: LeftOver) -> Grants {
         let map = self.map();
         let ours = |one: &(Fingerprint, Sequence)| map.owner(&one.0) == self.us;
         let (here, epoch) = (session.host() == self.us, map.epoch());
         match what {
-            Handed::Grants(grants) => {
+            LeftOver::Grants(grants) => {
                 let (ours, moved): (Grants, Grants) = grants.into_iter().partition(ours);
                 if here {
                     self.claim_there(session, &map, moved);
@@ -50,7 +50,7 @@ impl Cluster {
                 }
                 ours
             }
-            Handed::Questions(asked) => {
+            LeftOver::Questions(asked) => {
                 let (ours, moved): (Grants, Grants) = asked.into_iter().partition(ours);
                 // It came back to us, so our index is not filled for it yet.
                 if let Err(error) = self.early().push(session, &ours) {

@@ -25,7 +25,7 @@ const HANDED: usize = 4096;
 
 /// Something of a session about slices that are not this host's.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Handed {
+pub enum LeftOver {
     /// Grants that it holds.
     Grants(Vec<(Fingerprint, Sequence)>),
     /// What it asks.
@@ -232,10 +232,10 @@ impl Detector {
 
     /// Hands out what the last pass found about slices that are not this host's: some of one session at a
     /// time, grants first. What is not taken before the next pass is forgotten.
-    pub fn hand_over(&mut self, mut each: impl FnMut(SessionId, Handed)) -> Result<()> {
+    pub fn hand_over(&mut self, mut each: impl FnMut(SessionId, LeftOver)) -> Result<()> {
         let [grants, questions] = &mut self.handed;
-        drain(grants, |session, grants| each(session, Handed::Grants(grants)))?;
-        drain(questions, |session, asked| each(session, Handed::Questions(asked)))
+        drain(grants, |session, grants| each(session, LeftOver::Grants(grants)))?;
+        drain(questions, |session, asked| each(session, LeftOver::Questions(asked)))
     }
 
     fn sort(&self, partition: Partition) -> Result<Sorted<SORTED>> {

@@ -30,7 +30,7 @@ mod sweep;
 mod verdict;
 mod watermark;
 
-pub use detector::{Detector, Handed, OpenReport};
+pub use detector::{Detector, LeftOver, OpenReport};
 pub use options::{DetectOptions, MAX_PARTITION_BITS, Partition};
 pub use pass::PassReport;
 pub use rebuild::{Anew, Rebuild, Rebuilt};

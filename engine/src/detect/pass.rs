@@ -146,16 +146,18 @@ impl<'r> Join<'r> {
         self.leaving.as_mut().filter(|leaving| !leaving.kept.contains(slice))
     }
 
-    /// Answers all requests for the fingerprint of `first`; returns the first one behind them.
+    /// Answers all requests for the fingerprint of `first`; returns the first one behind them. About a block
+    /// of another host nothing is decided, as this index need not know any more what is stored: that one is
+    /// told who holds the grant, and asked what was asked here.
     fn answer_all(
         &mut self,
         first: Request,
         holder: Option<Pending>,
     ) -> Result<Option<Request>, Failure> {
-        if self.leaving(&first.fingerprint).is_some() {
-            return self.send_on(first, holder);
-        }
-        let stored = self.lookup.get(&first.fingerprint).map_err(Failure::Index)?;
+        let stored = match self.leaving(&first.fingerprint) {
+            Some(_) => None,
+            None => self.lookup.get(&first.fingerprint).map_err(Failure::Index)?,
+        };
         let living = &mut self.living;
         let mut holder = holder.filter(|holder| stored.is_none() && living.is_live(holder.session));
         let mut request = Some(first);
@@ -167,42 +169,16 @@ impl<'r> Join<'r> {
                 _ if !self.living.is_live(asked.session) => self.report.skipped += 1,
                 RequestKind::Claim if stored.is_none() => _ = holder.get_or_insert(own),
                 RequestKind::Claim => {}
-                RequestKind::Ask => {
-                    let verdict = decide(stored, &mut holder, own);
-                    self.count(verdict);
-                    self.verdicts
-                        .push(asked.session, asked.sequence, verdict)
-                        .map_err(Failure::Other)?;
-                }
-            }
-            request = self.next_request()?;
-        }
-        if let Some(holder) = holder {
-            self.carry(holder)?;
-        }
-        Ok(request)
-    }
-
-    /// Decides nothing, as the index need not know any more what is stored: who answers for the block now
-    /// is told who holds its grant, and asked what was asked here.
-    fn send_on(
-        &mut self,
-        first: Request,
-        holder: Option<Pending>,
-    ) -> Result<Option<Request>, Failure> {
-        let mut holder = holder.filter(|holder| self.living.is_live(holder.session));
-        let mut request = Some(first);
-        while let Some(asked) = request.filter(|r| r.fingerprint == first.fingerprint) {
-            let own = asked.grant();
-            match asked.kind {
-                RequestKind::Release => holder = holder.filter(|held| *held != own),
-                _ if !self.living.is_live(asked.session) => self.report.skipped += 1,
-                RequestKind::Claim => _ = holder.get_or_insert(own),
-                RequestKind::Ask => {
-                    if let Some(leaving) = self.leaving(&own.fingerprint) {
-                        leaving.questions.push(own).map_err(Failure::Other)?;
+                RequestKind::Ask => match self.leaving(&own.fingerprint) {
+                    Some(leaving) => leaving.questions.push(own).map_err(Failure::Other)?,
+                    None => {
+                        let verdict = decide(stored, &mut holder, own);
+                        self.count(verdict);
+                        self.verdicts
+                            .push(own.session, own.sequence, verdict)
+                            .map_err(Failure::Other)?;
                     }
-                }
+                },
             }
             request = self.next_request()?;
         }

@@ -147,12 +147,13 @@ pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
         let images: Vec<ImageOf> = args.images.into_iter().map(|image| image.0).collect();
         return offline(&session.report, &engine, (name, &images), &options, &stop).await;
     }
-    for vm in &found {
+    for (nth, vm) in found.iter().enumerate() {
         // Between two VMs nothing is undone that an error would have to tell.
         stop.check()?;
-        // The one before may have lost it. Whoever still has it gets the same one again.
-        let reached = engine.reconnect().await;
-        if let Err(error) = reached.context(|| vm.name.clone()) {
+        // The one before may have lost it.
+        if nth > 0
+            && let Err(error) = engine.reconnect().await.context(|| vm.name.clone())
+        {
             session.fail(&error);
             continue;
         }

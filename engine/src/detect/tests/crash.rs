@@ -8,7 +8,9 @@ use std::path::Path;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::{Journal, address, export, fingerprint, open, position, refill, tempdir, tiny_options};
+use super::{
+    Journal, address, container, export, fingerprint, open, position, refill, tempdir, tiny_options,
+};
 use crate::detect::current::Level;
 use crate::detect::{DetectOptions, Detector, Partition, Rebuild, Rebuilt, Verdict, Watermark};
 use crate::error::{Error, Kind, Result};
@@ -101,12 +103,7 @@ impl Life {
 
     fn learn(&mut self) {
         let number = self.journal.len() as u64 + 1;
-        let count = self.rng.random_range(0..30);
-        let entries: Vec<_> = (0..count)
-            .map(|slot| (fingerprint(self.rng.random_range(0..400)), address(number, slot)))
-            .collect::<BTreeMap<_, _>>()
-            .into_iter()
-            .collect();
+        let entries = container(&mut self.rng, number);
         self.detector.learn(&mut entries.clone(), position(number)).unwrap();
         self.journal.push(entries);
     }

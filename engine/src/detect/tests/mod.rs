@@ -5,8 +5,11 @@ mod large;
 mod model;
 mod partition;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
+use rand::RngExt;
+use rand::rngs::StdRng;
 use uuid::Uuid;
 
 use super::{DetectOptions, Detector, JournalPosition, OpenReport};
@@ -62,6 +65,13 @@ pub(super) fn address(container: u64, slot: u64) -> Address {
     let incarnation = Incarnation(1 + (container >> 32) as u32);
     let container = ContainerId { incarnation, counter: container as u32 };
     Address { container, slot: Slot(slot as u16) }
+}
+
+/// What container `number` holds: up to 30 of 400 fingerprints, each once.
+pub(super) fn container(rng: &mut StdRng, number: u64) -> Vec<(Fingerprint, Address)> {
+    let count = rng.random_range(0..30);
+    let block = |slot| (fingerprint(rng.random_range(0..400)), address(number, slot));
+    (0..count).map(block).collect::<BTreeMap<_, _>>().into_iter().collect()
 }
 
 pub(super) fn position(n: u64) -> JournalPosition {

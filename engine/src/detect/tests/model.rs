@@ -8,7 +8,7 @@ use rand::{RngExt, SeedableRng};
 
 use super::{Journal, address, export, fingerprint, open, position, tempdir, tiny_options};
 use crate::detect::request_log::RequestKind;
-use crate::detect::{DetectOptions, Detector, Handed, Partition, Verdict};
+use crate::detect::{DetectOptions, Detector, LeftOver, Partition, Verdict};
 use crate::ids::{Address, Fingerprint, Sequence, SessionId, Slice, Slices};
 
 const FINGERPRINTS: u64 = 300;
@@ -228,8 +228,8 @@ impl World {
         let mut found = Vec::new();
         let each = |session, handed| {
             let (what, all) = match handed {
-                Handed::Grants(all) => ("granted", all),
-                Handed::Questions(all) => ("asked", all),
+                LeftOver::Grants(all) => ("granted", all),
+                LeftOver::Questions(all) => ("asked", all),
             };
             found.extend(all.into_iter().map(|(fp, seq)| (session, seq, fp, what.to_owned())));
         };

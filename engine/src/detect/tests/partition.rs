@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::{Journal, address, export, fingerprint, open, position, tempdir, tiny_options};
+use super::{
+    Journal, address, container, export, fingerprint, open, position, tempdir, tiny_options,
+};
 use crate::detect::{DetectOptions, Detector, Partition, Rebuild, Watermark};
 use crate::ids::{Address, Fingerprint, Incarnation};
 
@@ -35,12 +37,7 @@ impl World {
     /// such that are nowhere.
     fn learn(&mut self, wrong: bool) {
         let number = self.journal.len() as u64 + 1;
-        let count = self.rng.random_range(0..30);
-        let entries: Vec<_> = (0..count)
-            .map(|slot| (fingerprint(self.rng.random_range(0..400)), address(number, slot)))
-            .collect::<BTreeMap<_, _>>()
-            .into_iter()
-            .collect();
+        let entries = container(&mut self.rng, number);
         let mut told: Vec<_> = entries.clone();
         if wrong {
             told.retain(|_| self.rng.random_bool(0.8));
