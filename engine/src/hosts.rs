@@ -27,7 +27,7 @@ pub struct HostReport {
     pub slices: usize,
     /// Of them those that its index is being filled for.
     pub filling: usize,
-    /// `here`, `answers` or `silent`; what follows is only known of one that is not silent.
+    /// `here`, `answers`, `silent` or `revoked`; what follows is only known of one that [`answers`](Self::answers).
     pub state: String,
     /// Its engine's version.
     pub version: String,
@@ -64,6 +64,17 @@ pub struct HostReport {
     pub peak_anonymous: u64,
     /// The partitions of its index.
     pub partitions: Vec<PartitionReport>,
+}
+
+impl HostReport {
+    /// State of a host whose certificate is taken back.
+    pub const REVOKED: &str = "revoked";
+
+    /// Whether it said itself how it is.
+    #[must_use]
+    pub fn answers(&self) -> bool {
+        matches!(self.state.as_str(), "here" | "answers")
+    }
 }
 
 /// How it is with a partition of a host's index.
@@ -182,7 +193,7 @@ pub struct Share {
 /// the hosts that answer have in their slices: fingerprints fall evenly.
 #[must_use]
 pub fn rebalance(now: &PartitionMap, then: &PartitionMap, known: &[HostReport]) -> Rebalance {
-    let answering = known.iter().filter(|host| host.state != "silent");
+    let answering = known.iter().filter(|host| host.answers());
     let (blocks, slices) = answering.fold((0_u128, 0_u128), |(blocks, slices), host| {
         (blocks + u128::from(host.unique_blocks), slices + host.slices as u128)
     });

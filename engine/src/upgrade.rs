@@ -75,7 +75,7 @@ pub fn must_allow_keys(level: StoreLevel) -> Result<()> {
     Err(Error::new(Kind::Usage, format!("{what}: fleecectl upgrade --finalize first")))
 }
 
-/// That all hosts answer, and nothing stands against any of them.
+/// That all hosts but revoked ones answer, and nothing stands against any of them.
 fn all(
     hosts: &[HostReport],
     refusal: &str,
@@ -83,8 +83,10 @@ fn all(
 ) -> Result<()> {
     let obstacle = |host: &HostReport| {
         let why = match host.state.as_str() {
-            "silent" => Some("does not answer".to_owned()),
-            _ => against(host),
+            // Whoever took its certificate back waits for nothing that it does.
+            HostReport::REVOKED => None,
+            _ if host.answers() => against(host),
+            _ => Some("does not answer".to_owned()),
         };
         why.map(|why| format!("{} {why}", host.name))
     };
@@ -219,7 +221,9 @@ mod tests {
         assert!(!refused.contains("hv0") && !refused.contains("hv3"), "{refused}");
         assert_eq!(test.reader().agreed().level, StoreLevel::FIRST);
 
-        let hosts = [host("hv0", "here", newest), host("hv3", "answers", newest)];
+        // Nobody waits for one that is not to be a host any more.
+        let revoked = host("hv1", HostReport::REVOKED, StoreLevel::FIRST);
+        let hosts = [host("hv0", "here", newest), revoked, host("hv3", "answers", newest)];
         assert_eq!(finalize(&test.store, &hosts, 7).unwrap(), newest);
         assert_eq!(running.agreed().level, StoreLevel::FIRST);
         assert_eq!(running.follow().unwrap().level, newest);

@@ -81,6 +81,13 @@ const MOVED: u8 = 14;
 const BEHIND: u8 = 16;
 const HANDED: u8 = 17;
 const CLAIM: u8 = 18;
+/// Bytes that a frame grows by at least. Not twofold: where there are many hosts, most of what waits for them
+/// is in frames that are being filled.
+const GROWTH: usize = 1 << 10;
+/// Bytes of a message besides its things, and of a thing besides its fingerprint: mostly as few.
+const HEAD: usize = 32;
+const NUMBERS: usize = 4;
+
 /// No message: the epoch of all that follows.
 const EPOCH: u8 = 15;
 
@@ -194,7 +201,16 @@ impl FrameWriter {
         self
     }
 
+    /// Makes room for a message about so many fingerprints.
+    fn reserve(&mut self, things: usize) {
+        let needed = HEAD + things * (size_of::<Fingerprint>() + NUMBERS);
+        if self.bytes.capacity() - self.bytes.len() < needed {
+            self.bytes.reserve_exact(needed.max(GROWTH).max(self.bytes.len() / 4));
+        }
+    }
+
     fn questions(&mut self, kind: u8, session: SessionId, all: &[(Fingerprint, Sequence)]) {
+        self.reserve(all.len());
         self.begin(kind, session);
         self.number(all.len() as u64);
         all.iter().for_each(|(_, sequence)| self.sequence(*sequence));
@@ -202,6 +218,7 @@ impl FrameWriter {
     }
 
     fn learn(&mut self, position: JournalPosition, entries: &[(Fingerprint, Address)]) {
+        self.reserve(entries.len());
         self.bytes.push(LEARN);
         self.number(u64::from(position.incarnation.0));
         self.number(position.n);
@@ -211,6 +228,7 @@ impl FrameWriter {
     }
 
     fn verdict(&mut self, session: SessionId, sequence: Sequence, verdict: &Verdict) {
+        self.reserve(0);
         match verdict {
             Verdict::Stored(address) => {
                 self.begin(STORED, session);

@@ -331,11 +331,17 @@ impl Cluster {
         position: JournalPosition,
     ) -> Result<()> {
         let map = self.map();
-        let mut by_owner = split(&map, entries);
-        let ours = by_owner.remove(&self.us).unwrap_or_default();
-        for host in self.others() {
-            let theirs = by_owner.remove(&host).unwrap_or_default();
-            self.put(host, &Message::Learn(map.epoch(), position, theirs));
+        let (mut ours, mut others) = (Vec::new(), self.others());
+        for (host, entries) in split(&map, entries) {
+            if host == self.us {
+                ours = entries;
+            } else {
+                others.retain(|other| *other != host);
+                self.put(host, &Message::Learn(map.epoch(), position, entries));
+            }
+        }
+        for host in others {
+            self.put(host, &Message::Learn(map.epoch(), position, Vec::new()));
         }
         self.owner.learn(ours, position)
     }
@@ -466,16 +472,16 @@ impl Cluster {
     }
 }
 
-/// What is whose.
-fn split<T>(
+/// What is whose, host by host, each by `T`. Sorted where it is: lists for a hundred hosts at once would take
+/// the memory of all of it again, in pieces.
+fn split<T: Ord + Copy>(
     map: &PartitionMap,
-    all: Vec<(Fingerprint, T)>,
-) -> BTreeMap<HostId, Vec<(Fingerprint, T)>> {
-    let mut split = BTreeMap::<HostId, Vec<_>>::new();
-    let fair = all.len() / map.members().len().max(1) * 3 / 2 + 4;
-    for one in all {
-        let theirs = split.entry(map.owner(&one.0));
-        theirs.or_insert_with(|| Vec::with_capacity(fair)).push(one);
-    }
-    split
+    mut all: Vec<(Fingerprint, T)>,
+) -> impl Iterator<Item = (HostId, Vec<(Fingerprint, T)>)> {
+    all.sort_unstable_by_key(|(fingerprint, of)| (map.owner(fingerprint), *of));
+    std::iter::from_fn(move || {
+        let host = map.owner(&all.last()?.0);
+        let before = all.partition_point(|one| map.owner(&one.0) < host);
+        Some((host, if before == 0 { std::mem::take(&mut all) } else { all.split_off(before) }))
+    })
 }

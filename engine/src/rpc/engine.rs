@@ -327,7 +327,7 @@ impl engine::Server for EngineServer {
         let reports = self.reports(&context).await?;
         let sum = |of: fn(&HostReport) -> u64| reports.iter().map(of).sum::<u64>();
         let (unique, doubles) = (sum(|host| host.unique_blocks), sum(|host| host.double_blocks));
-        let silent = reports.iter().filter(|host| host.state == "silent").count();
+        let silent = reports.iter().filter(|host| !host.answers()).count();
         let mut status = results.get().init_status();
         status.set_logical_bytes(usage.logical_bytes);
         status.set_unique_blocks(unique);

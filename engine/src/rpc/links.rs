@@ -136,7 +136,7 @@ async fn link(peers: &Peers, host: HostId, bell: &Notify) -> Result<Ended> {
     .await
 }
 
-/// Connects to a host, and runs `work` with it.
+/// Connects to a host, and runs `work` with it. [`Kind::NotPermitted`] if its certificate is revoked.
 pub(super) async fn with_host<T>(
     peers: &Peers,
     (host, ours): (HostId, Instance),
@@ -156,10 +156,14 @@ pub(super) async fn with_host<T>(
         connector.connect(name, stream).await
     };
     let connected = timeout(PATIENCE, connect).await.map_err(|_| late())?;
-    if connected.as_ref().is_err_and(is_of_revoked) {
-        peers.cluster.refuse(host);
-    }
-    let stream = connected.context(what)?;
+    let stream = connected.map_err(|error| {
+        let revoked = is_of_revoked(&error);
+        if revoked {
+            peers.cluster.refuse(host);
+        }
+        let kind = if revoked { Kind::NotPermitted } else { Kind::Failed };
+        Error::caused(kind, what(), error)
+    })?;
     let (read, write) = tokio::io::split(stream);
     let network = network(read, write, rpc_twoparty_capnp::Side::Client);
     let mut system = RpcSystem::new(Box::new(network), None);

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use super::blocking::blocking;
 use super::links::with_host;
 use super::peers::{LINKS, Peers};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::hosts::{self, HostReport, SessionReport};
 use crate::ids::HostId;
 
@@ -17,7 +17,8 @@ use crate::ids::HostId;
 const REPORT: Duration = Duration::from_secs(5);
 
 impl Peers {
-    /// How it is with all hosts, this one first; one that does not answer in time is silent.
+    /// How it is with all hosts, this one first; one that does not answer in time is silent, if it is not a
+    /// revoked one.
     ///
     /// # Errors
     /// When the engine is ending.
@@ -30,8 +31,11 @@ impl Peers {
         });
         let others = asked.await.into_iter().map(|(known, report)| match report {
             // What it says of itself but what we know of the map.
-            Some(report) => HostReport { state: "answers".into(), ..report },
-            None => known,
+            Ok(report) => HostReport { state: "answers".into(), ..report },
+            Err(error) if error.kind() == Kind::NotPermitted => {
+                HostReport { state: HostReport::REVOKED.into(), ..known }
+            }
+            Err(_) => known,
         });
         Ok(std::iter::once(own).chain(others).collect())
     }
@@ -42,14 +46,15 @@ impl Peers {
             let answer = client.sessions_request().send().promise.await?;
             of_json(answer.get()?.get_sessions()?)
         });
-        asked.await.into_iter().map(|(known, running)| (known.name, running)).collect()
+        asked.await.into_iter().map(|(known, running)| (known.name, running.ok())).collect()
     }
 
-    /// Asks all other hosts, each with what is known of it; none: it does not answer in time.
+    /// Asks all other hosts, each with what is known of it.
+    /// [`Kind::NotPermitted`] of one that is revoked.
     async fn ask_others<T>(
         &self,
         ask: impl AsyncFn(peer::Client) -> capnp::Result<T>,
-    ) -> Vec<(HostReport, Option<T>)> {
+    ) -> Vec<(HostReport, Result<T>)> {
         // One after the other: each of them takes links of its own.
         let Ok(_one) = self.asking.acquire().await else { return Vec::new() };
         let asked = hosts::known(&self.context).into_iter().skip(1).map(|known| async {
@@ -58,8 +63,8 @@ impl Peers {
             let answer = with_host(self, link, async |client, _, _| {
                 ask(client).await.map_err(|error| super::from_wire(&error))
             });
-            let answer = timeout(REPORT, answer).await;
-            (known, answer.ok().and_then(Result::ok))
+            let late = |_| Err(Error::new(Kind::Failed, "no answer"));
+            (known, timeout(REPORT, answer).await.unwrap_or_else(late))
         });
         futures::stream::iter(asked).buffered(LINKS).collect().await
     }

@@ -22,7 +22,7 @@ pub(crate) fn hosts(socket: &Path, json: bool) -> Result<()> {
     for host in &hosts {
         let share = format!("{:.1} %", host.slices as f64 * 100.0 / 4096.0);
         let (name, state, capacity) = (&host.name, &host.state, host.capacity);
-        if state == "silent" {
+        if !host.answers() {
             println!("{name:16} {state:8} {capacity:>8} {share:>7}  at {}", host.address);
             continue;
         }

@@ -29,12 +29,13 @@ pub(crate) fn show(socket: &Path, json: bool) -> Result<()> {
     println!("{:16} {:8} {:10} {:>5}  knows up to", "host", "state", "version", "level");
     for host in &hosts {
         let (name, state) = (&host.name, &host.state);
-        match state.as_str() {
-            "silent" => println!("{name:16} {state:8} at {}", host.address),
-            _ => println!(
+        if host.answers() {
+            println!(
                 "{name:16} {state:8} {:10} {:>5}  {}",
                 host.version, host.level, host.newest_level
-            ),
+            );
+        } else {
+            println!("{name:16} {state:8} at {}", host.address);
         }
     }
     if own.level < own.newest_level {
@@ -65,7 +66,10 @@ pub(crate) async fn followed(
     let begun = Instant::now();
     loop {
         let (hosts, _) = engine.hosts().await?;
-        let behind = hosts.into_iter().filter(|host| !follows(host)).map(|host| host.name);
+        let behind = hosts
+            .into_iter()
+            .filter(|host| host.state != HostReport::REVOKED && !follows(host))
+            .map(|host| host.name);
         let behind: Vec<String> = behind.collect();
         if behind.is_empty() || begun.elapsed() > FOLLOWED {
             return Ok(behind);
