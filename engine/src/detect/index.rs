@@ -113,7 +113,7 @@ impl Index {
     pub(super) fn learn(&mut self, entries: &mut [Entry], position: JournalPosition) -> Result<()> {
         entries.sort_unstable_by_key(|(fingerprint, _)| *fingerprint);
         let capacity = self.options.memtable_entries.max(1);
-        for part in entries.chunks(capacity) {
+        for part in entries.chunks_mut(capacity) {
             if self.memtable.len() + part.len() > capacity {
                 self.freeze()?;
             }

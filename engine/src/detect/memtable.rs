@@ -43,43 +43,59 @@ pub(super) struct Memtable {
 /// Hears of fingerprints that got another address.
 pub(super) type Moved<'m> = dyn FnMut(&Fingerprint) + 'm;
 
-/// Merges sorted entries in; of equal fingerprints the new one wins.
-fn merge(sorted: &mut Vec<Entry>, entries: &[Entry], moved: &mut Moved<'_>) {
-    sorted.extend_from_slice(entries);
-    // Stable: what was there stays before what came; two sorted runs are merged in linear time.
-    sorted.sort_by_key(|(fingerprint, _)| *fingerprint);
-    sorted.dedup_by(|new, old| {
-        let equal = new.0 == old.0;
-        if equal {
-            replace(old, new, moved);
-        }
-        equal
-    });
+/// Sorts `new` in, ascending, none of which is in `sorted`. In place and with little to spare: nothing that
+/// an engine keeps is larger, and a copy of it would be what its memory peaks at.
+fn weave(sorted: &mut Vec<Entry>, new: &[Entry]) {
+    let mut from = sorted.len();
+    if sorted.capacity() - from < new.len() {
+        sorted.reserve_exact(new.len().max(from / 4));
+    }
+    sorted.extend_from_slice(new);
+    let mut to = sorted.len();
+    for entry in new.iter().rev() {
+        let at = place(&sorted[..from], &entry.0);
+        to -= from - at;
+        sorted.copy_within(at..from, to);
+        from = at;
+        to -= 1;
+        sorted[to] = *entry;
+    }
 }
 
-fn replace(old: &mut Entry, new: &Entry, moved: &mut Moved<'_>) {
+/// Where an entry is, or would be.
+fn place(sorted: &[Entry], fingerprint: &Fingerprint) -> usize {
+    sorted.partition_point(|(other, _)| other.is_before(fingerprint))
+}
+
+/// Replaces what is in `sorted` by the new one.
+fn replaced(sorted: &mut [Entry], new: &Entry, moved: &mut Moved<'_>) -> bool {
+    let at = place(sorted, &new.0);
+    let Some(old) = sorted.get_mut(at).filter(|old| old.0 == new.0) else { return false };
     if old.1 != new.1 {
         moved(&new.0);
     }
     *old = *new;
+    true
 }
 
 impl Memtable {
-    /// Adds sorted entries; of equal fingerprints the new one wins.
-    pub(super) fn insert(&mut self, entries: &[Entry], moved: &mut Moved<'_>) {
-        if entries.len() >= FRESH {
-            self.settle();
-            return merge(&mut self.sorted, entries, moved);
-        }
-        let mut new = Vec::with_capacity(entries.len());
-        for entry in entries {
-            let at = self.sorted.partition_point(|(fingerprint, _)| fingerprint < &entry.0);
-            match self.sorted.get_mut(at).filter(|old| old.0 == entry.0) {
-                Some(old) => replace(old, entry, moved),
-                None => new.push(*entry),
+    /// Adds sorted entries; of equal fingerprints the new one wins. The slice is rearranged.
+    pub(super) fn insert(&mut self, entries: &mut [Entry], moved: &mut Moved<'_>) {
+        let mut count = 0;
+        for at in 0..entries.len() {
+            let entry = entries[at];
+            // What comes twice at once is among the new ones.
+            let tables = [&mut self.sorted[..], &mut self.fresh[..], &mut entries[..count]];
+            if !tables.into_iter().any(|sorted| replaced(sorted, &entry, moved)) {
+                entries[count] = entry;
+                count += 1;
             }
         }
-        merge(&mut self.fresh, &new, moved);
+        let new = &entries[..count];
+        if new.len() >= FRESH {
+            return weave(&mut self.sorted, new);
+        }
+        weave(&mut self.fresh, new);
         if self.fresh.len() >= FRESH {
             self.settle();
         }
@@ -87,11 +103,8 @@ impl Memtable {
 
     /// Sorts the newest entries in among all others.
     fn settle(&mut self) {
-        if !self.fresh.is_empty() {
-            // None of them is in `sorted`.
-            merge(&mut self.sorted, &self.fresh, &mut |_| {});
-            self.fresh.clear();
-        }
+        weave(&mut self.sorted, &self.fresh);
+        self.fresh.clear();
     }
 
     /// The entries, ascending.
@@ -103,7 +116,7 @@ impl Memtable {
     /// The entries from `first` to `last`.
     pub(super) fn range(&mut self, first: &Fingerprint, last: &Fingerprint) -> &[Entry] {
         let sorted = self.entries();
-        let start = sorted.partition_point(|(fingerprint, _)| fingerprint < first);
+        let start = place(sorted, first);
         let end = sorted.partition_point(|(fingerprint, _)| fingerprint <= last);
         sorted.get(start..end).unwrap_or(&[])
     }
@@ -137,18 +150,18 @@ mod tests {
         let (mut counted, mut duplicates) = (0, 0);
         for container in 0..3000_u32 {
             let few = if container % 500 == 7 { 3000 } else { 1 + next(40) };
-            let mut entries = BTreeMap::new();
-            for _ in 0..few {
+            let mut entries: Vec<Entry> = Vec::new();
+            for slot in 0..few as u16 {
                 let mut fingerprint = Fingerprint([0; Fingerprint::LEN]);
                 fingerprint.0[..8].copy_from_slice(&next(30_000).to_be_bytes());
                 let container = ContainerId { incarnation: Incarnation(1), counter: container };
-                entries.insert(fingerprint, Address { container, slot: Slot(0) });
+                entries.push((fingerprint, Address { container, slot: Slot(slot) }));
             }
-            let entries: Vec<Entry> = entries.into_iter().collect();
-            memtable.insert(&entries, &mut |_| counted += 1);
-            for (fingerprint, address) in entries {
-                duplicates += u64::from(expected.insert(fingerprint, address).is_some());
+            entries.sort_by_key(|(fingerprint, _)| *fingerprint);
+            for (fingerprint, address) in &entries {
+                duplicates += u64::from(expected.insert(*fingerprint, *address).is_some());
             }
+            memtable.insert(&mut entries, &mut |_| counted += 1);
             assert_eq!(memtable.len(), expected.len());
         }
         assert_eq!(counted, duplicates);
