@@ -45,7 +45,7 @@ interface Engine {
 
   hosts @11 () -> (reports :List(Text), owners :Data);
   # All hosts of the cluster, this one first, as JSON (engine/src/hosts.rs); those that do not answer
-  # in time are `silent`. owners: the number of the host that owns each slice of the fingerprints.
+  # in time are `silent`, or `revoked`. owners: the number of the host that owns each slice of the fingerprints.
   drain @12 (host :Text, drain :Bool) -> ();
   # The host shall own nothing (or its share again); its backups go on.
   rebalance @13 (without :Text) -> (report :Text);

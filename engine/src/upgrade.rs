@@ -75,7 +75,8 @@ pub fn must_allow_keys(level: StoreLevel) -> Result<()> {
     Err(Error::new(Kind::Usage, format!("{what}: fleecectl upgrade --finalize first")))
 }
 
-/// That all hosts but revoked ones answer, and nothing stands against any of them.
+/// That all hosts answer, and nothing stands against any of them. Whoever has some revoked certificate could pass
+/// for any host that has to know something, so that a host is revoked is no reason not to ask it.
 fn all(
     hosts: &[HostReport],
     refusal: &str,
@@ -83,8 +84,10 @@ fn all(
 ) -> Result<()> {
     let obstacle = |host: &HostReport| {
         let why = match host.state.as_str() {
-            // Whoever took its certificate back waits for nothing that it does.
-            HostReport::REVOKED => None,
+            HostReport::REVOKED => Some(
+                "is revoked, and still in the cluster: keep it from etcd (--client-crl-file) or out of cluster.static"
+                    .to_owned(),
+            ),
             _ if host.answers() => against(host),
             _ => Some("does not answer".to_owned()),
         };
@@ -214,16 +217,16 @@ mod tests {
             host("hv1", "silent", StoreLevel::FIRST),
             host("hv2", "answers", StoreLevel::FIRST),
             host("hv3", "answers", newest),
+            host("hv4", HostReport::REVOKED, StoreLevel::FIRST),
         ];
         let refused = finalize(&test.store, &hosts, 7).unwrap_err().to_string();
         assert!(refused.contains("hv1 does not answer"), "{refused}");
         assert!(refused.contains("hv2 runs 0.0.9 and knows levels up to 1"), "{refused}");
+        assert!(refused.contains("hv4 is revoked, and still in the cluster"), "{refused}");
         assert!(!refused.contains("hv0") && !refused.contains("hv3"), "{refused}");
         assert_eq!(test.reader().agreed().level, StoreLevel::FIRST);
 
-        // Nobody waits for one that is not to be a host any more.
-        let revoked = host("hv1", HostReport::REVOKED, StoreLevel::FIRST);
-        let hosts = [host("hv0", "here", newest), revoked, host("hv3", "answers", newest)];
+        let hosts = [host("hv0", "here", newest), host("hv3", "answers", newest)];
         assert_eq!(finalize(&test.store, &hosts, 7).unwrap(), newest);
         assert_eq!(running.agreed().level, StoreLevel::FIRST);
         assert_eq!(running.follow().unwrap().level, newest);

@@ -352,7 +352,8 @@ impl Cluster {
             for host in self.running() {
                 let hosts = self.ask(host, &["hosts"])?;
                 let of_one_map = |other: &Value| {
-                    other["state"] != "silent" && other["map_epoch"] == hosts[0]["map_epoch"]
+                    ["here", "answers"].iter().any(|state| other["state"] == *state)
+                        && other["map_epoch"] == hosts[0]["map_epoch"]
                 };
                 let settled = |other: &Value| other["index_epoch"] == other["map_epoch"];
                 if hosts.len() != count || !hosts.iter().all(|one| of_one_map(one) && settled(one))

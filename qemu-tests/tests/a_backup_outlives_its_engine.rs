@@ -7,10 +7,13 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use anyhow::Context;
 use qemu_tests::guest::Guest;
 use qemu_tests::held::Brake;
 use qemu_tests::process::Running;
-use qemu_tests::scenario::{Reading, begin, begin_at_rest, with_a_snapshot};
+use qemu_tests::scenario::{
+    POINT_IN_TIME, Reading, Taken, begin, begin_at_rest, truths, with_a_snapshot,
+};
 use qemu_tests::wait::{LONG, SOON, wait_until};
 use qemu_tests::{Fixture, MIB, Machine, Result, image, take, tools};
 use rustix::process::Signal;
@@ -164,6 +167,34 @@ fn by_the_other_ways_too() -> Result {
         guest.obey(&format!("write vdb {} {} 3", 8 * MIB, 20 * MIB))?;
     }
     guest.power_off()
+}
+
+/// One call for two VMs: the first one is switched off while it waits for an engine, then it is the other one's turn.
+#[test]
+fn the_next_vm_waits_for_an_engine_too() -> Result {
+    let mut fixture = Fixture::new()?;
+    let (_machine, early) = with_a_snapshot(&fixture, "early", 1)?;
+    let (machine, mut guest) = with_a_snapshot(&fixture, "later", 1)?;
+    guest.pause()?;
+    let truths = truths(&fixture, &machine, "waited")?;
+    let scratch = fixture.text("scratch");
+    let arguments = ["backup", "early", "later", "--scratch-dir", &scratch, "--read-limit", "4M"];
+    let mut both = Running::start("fleece backup", &mut fixture.fleece_command(&arguments)?)?;
+    both.wait_printed(SOON, POINT_IN_TIME)?;
+    fixture.kill_engine()?;
+    both.wait_printed(SOON, GONE)?;
+    early.power_off()?;
+    both.wait_printed(SOON, "later: the engine of")?;
+    fixture.start_engine()?;
+    let printed = both.finish(LONG)?.code(1)?;
+    let said = printed.printed();
+    let id = said.split("committed later@").nth(1).and_then(|rest| rest.split_whitespace().next());
+    let snapshot = format!("later@{}", id.with_context(|| said.clone())?);
+    Taken { snapshot, truths, printed }.restores_exactly(&fixture)?;
+    guest.go_on()?;
+    guest.keeps_writing()?;
+    guest.is_left_alone(&machine, 1)?;
+    take(&fixture, &machine, &mut guest, "next")?.restores_exactly(&fixture)
 }
 
 #[test]

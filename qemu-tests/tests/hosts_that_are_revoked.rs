@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use qemu_tests::Result;
 use qemu_tests::cluster::{Cluster, images, snapshot};
+use qemu_tests::process::Finished;
 use qemu_tests::wait::{LONG, SOON, wait_until};
 
 /// How a host sees another one.
@@ -60,34 +61,43 @@ fn all_refuse(cluster: &Cluster) -> Result {
     Ok(())
 }
 
-/// What is stored from then on is under a key that hv2 never had, which still runs: nobody waits for it. The others
-/// have one file, but for the host that came by a bundle.
-fn changes_the_key(cluster: &Cluster, fourth: usize) -> Result {
-    wait_until(LONG, "hv0 to know the new host", || {
-        let hosts = cluster.ask(0, &["hosts"])?;
-        Ok(hosts.iter().any(|host| host["name"] == format!("hv{fourth}")))
-    })?;
-    let (file, had) = (cluster.fixture.path("engine.key"), cluster.fixture.path("had.key"));
-    fs::copy(&file, &had)?;
+fn key(cluster: &Cluster, arguments: &[&str]) -> Result<Finished> {
     let config = cluster.config(0).display().to_string();
-    let key = |arguments: &[&str]| {
-        let arguments = [&["--config", &config, "key"], arguments].concat();
-        cluster.begin(0, "fleecectl", &arguments)?.finish(LONG)
-    };
-    key(&["rotate"])?.code(0)?;
-    let lacks = key(&["rotate", "--use"])?.code(1)?.printed();
+    let arguments = [&["--config", &config, "key"], arguments].concat();
+    cluster.begin(0, "fleecectl", &arguments)?.finish(LONG)
+}
+
+/// A key for all hosts, while hv2 still is one of them: nobody may count on what it does not know. Gives the key
+/// file that hv2 had.
+fn wants_another_key(cluster: &Cluster) -> Result<PathBuf> {
+    let had = cluster.fixture.path("had.key");
+    fs::copy(cluster.fixture.path("engine.key"), &had)?;
+    key(cluster, &["rotate"])?.code(0)?;
+    let refused = key(cluster, &["rotate", "--use"])?.code(1)?.printed();
+    ensure!(refused.contains("hv2 is revoked, and still in the cluster"), "{refused}");
+    Ok(had)
+}
+
+/// What is stored from then on is under a key that hv2 never had: the others have one file, but for the host that
+/// came by a bundle.
+fn changes_the_key(cluster: &Cluster, fourth: usize, had: &Path) -> Result {
+    wait_until(LONG, "a map without hv2", || {
+        Ok(cluster.ask(0, &["hosts"])?.iter().all(|host| host["name"] != "hv2"))
+    })?;
+    let file = cluster.fixture.path("engine.key");
+    let lacks = key(cluster, &["rotate", "--use"])?.code(1)?.printed();
     ensure!(lacks.contains(&format!("hv{fourth} lacks it")), "{lacks}");
     let (theirs, next) =
         (format!("hv{fourth}/engine.key"), cluster.fixture.path("engine.key.next"));
     fs::copy(&file, &next)?;
     fs::rename(&next, cluster.fixture.path(&theirs))?;
     wait_until(SOON, "every host to have the key", || {
-        Ok(key(&["rotate", "--use"])?.code(0).is_ok())
+        Ok(key(cluster, &["rotate", "--use"])?.code(0).is_ok())
     })?;
     // That is the key that hv2 had.
-    let old = key(&["check", &had.display().to_string()])?.code(12)?.printed();
+    let old = key(cluster, &["check", &had.display().to_string()])?.code(12)?.printed();
     ensure!(old.contains("needs the encryption key 2"), "{old}");
-    key(&["check", &file.display().to_string()])?.code(0).map(drop)
+    key(cluster, &["check", &file.display().to_string()])?.code(0).map(drop)
 }
 
 /// Invited again, with the same list about, it is one of them: it finds what is known.
@@ -146,14 +156,12 @@ fn a_host_that_is_revoked_gets_nothing_and_the_others_go_on() -> Result {
     let given = fs::read(cluster.fixture.path(&format!("hv{fourth}/crl.pem")))?;
     ensure!(!given.is_empty(), "no list in the bundle");
     ensure!(state(&cluster, fourth, "hv2")? == "revoked", "hv{fourth} talks to hv2");
-    changes_the_key(&cluster, fourth)?;
+    let had = wants_another_key(&cluster)?;
     // It does not start again, and says why.
     cluster.kill(2)?;
     let refused = cluster.start(2).err().context("a revoked host started")?.to_string();
     ensure!(refused.contains("this host's certificate is revoked"), "{refused}");
-    wait_until(LONG, "a map without hv2", || {
-        Ok(cluster.ask(0, &["hosts"])?.iter().all(|host| host["name"] != "hv2"))
-    })?;
+    changes_the_key(&cluster, fourth, &had)?;
     let both = [(snapshot("vm0", &first)?, all[0]), (snapshot("vm1", &during)?, all[1])];
     cluster.must_be_whole(&both)?;
 

@@ -134,6 +134,7 @@ impl FrameWriter {
 
     /// Appends a message.
     pub fn push(&mut self, message: &Message) {
+        self.reserve(0);
         match message {
             Message::Ask(session, epoch, asked) => self.of(*epoch).questions(ASK, *session, asked),
             Message::Moved(session, epoch, asked) => {
@@ -228,7 +229,6 @@ impl FrameWriter {
     }
 
     fn verdict(&mut self, session: SessionId, sequence: Sequence, verdict: &Verdict) {
-        self.reserve(0);
         match verdict {
             Verdict::Stored(address) => {
                 self.begin(STORED, session);

@@ -482,6 +482,6 @@ fn split<T: Ord + Copy>(
     std::iter::from_fn(move || {
         let host = map.owner(&all.last()?.0);
         let before = all.partition_point(|one| map.owner(&one.0) < host);
-        Some((host, if before == 0 { std::mem::take(&mut all) } else { all.split_off(before) }))
+        Some((host, all.drain(before..).collect()))
     })
 }

@@ -130,6 +130,23 @@ impl Message for EngineGone {
     }
 }
 
+/// A VM's turn has come, and no engine answers.
+#[derive(Serialize)]
+pub(super) struct EngineAwaited {
+    pub(super) vm: String,
+    pub(super) host: String,
+    pub(super) wait_seconds: f64,
+}
+
+impl Message for EngineAwaited {
+    const TYPE: &'static str = "engine_awaited";
+
+    fn human(&self) -> String {
+        let wait = human_duration(Duration::from_secs_f64(self.wait_seconds));
+        format!("{}: the engine of {} is gone, waiting up to {wait} for it", self.vm, self.host)
+    }
+}
+
 /// An engine answers again, and has the session.
 #[derive(Serialize)]
 pub(super) struct EngineBack {

@@ -31,6 +31,7 @@ use crate::write::write;
 
 pub use live::live;
 pub use offline::{ImageOf, offline};
+pub use resume::connect_again;
 pub use stop::Stop;
 
 /// How often the engine is asked how far it is.

@@ -5,10 +5,11 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::messages::{EngineBack, EngineGone};
-use super::{Admitted, Context, Failure};
+use super::messages::{EngineAwaited, EngineBack, EngineGone};
+use super::{Admitted, Context, Failure, Stop};
 use crate::engine::{BackupPlan, BackupRequest, Engine, Resumed, Snapshot, SnapshotId};
 use crate::error::{Error, Kind, Result};
+use crate::progress::Report;
 use crate::units::human_duration;
 
 /// Between two tries to reach an engine that is away; one that is refused costs nothing.
@@ -81,10 +82,36 @@ async fn resume(
     snapshot: &SnapshotId,
     limit: Duration,
 ) -> Result<Resumed> {
-    let ask = async || {
+    once_back(limit, async || {
         engine.reconnect().await?;
         engine.resume_backup(request, snapshot).await
-    };
+    })
+    .await
+}
+
+/// Connects again for the next VM of several: the one before may have lost the engine for good, and this one
+/// need not fail for that.
+///
+/// # Errors
+/// As [`Engine::reconnect`]; [`Kind::NoEngine`] when none is back in time, [`Kind::Interrupted`].
+pub async fn connect_again(
+    (report, stop): (&Report, &Stop),
+    engine: &Engine,
+    vm: &str,
+    limit: Duration,
+) -> Result<()> {
+    match engine.reconnect().await {
+        Err(error) if is_away(&error) && !limit.is_zero() => {
+            let (host, wait_seconds) = (engine.info().host.clone(), limit.as_secs_f64());
+            report.send(&EngineAwaited { vm: vm.to_owned(), host, wait_seconds });
+            stop.unless(once_back(limit, async || engine.reconnect().await)).await
+        }
+        outcome => outcome,
+    }
+}
+
+/// Asks until somebody answers.
+async fn once_back<T>(limit: Duration, ask: impl AsyncFn() -> Result<T>) -> Result<T> {
     let back = async {
         loop {
             match ask().await {

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use uuid::Uuid;
 
 use super::{Session, interrupted};
-use crate::backup::{ImageOf, Options, Stop, live, offline};
+use crate::backup::{ImageOf, Options, Stop, connect_again, live, offline};
 use crate::error::{Context, Error, Kind, Result};
 use crate::qmp::scratch::{self, DEFAULT_DIR};
 use crate::qmp::view;
@@ -69,8 +69,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "TIME", default_value = "2h", value_parser = parse_duration)]
     max_hold: Duration,
 
-    /// How long to keep the point in time for an engine that goes away in the middle of the backup;
-    /// with 0s the backup ends then.
+    /// How long to keep the point in time for an engine that goes away in the middle of the backup, and
+    /// how long the next VM waits for one; with 0s nobody does.
     #[arg(long, value_name = "TIME", default_value = ENGINE_WAIT, value_parser = parse_wait)]
     engine_wait: Duration,
 
@@ -150,14 +150,14 @@ pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
     for (nth, vm) in found.iter().enumerate() {
         // Between two VMs nothing is undone that an error would have to tell.
         stop.check()?;
-        // The one before may have lost it.
-        if nth > 0
-            && let Err(error) = engine.reconnect().await.context(|| vm.name.clone())
-        {
-            session.fail(&error);
-            continue;
-        }
-        let result = live(&session.report, &engine, vm, &options, &stop).await;
+        let turn = async {
+            if nth > 0 {
+                let wait = options.engine_wait;
+                connect_again((&session.report, &stop), &engine, &vm.name, wait).await?;
+            }
+            live(&session.report, &engine, vm, &options, &stop).await
+        };
+        let result = turn.await;
         if let Err(error) = result.context(|| vm.name.clone()) {
             session.fail(&error);
             if error.kind() == Kind::Interrupted {

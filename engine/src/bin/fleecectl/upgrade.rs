@@ -66,10 +66,7 @@ pub(crate) async fn followed(
     let begun = Instant::now();
     loop {
         let (hosts, _) = engine.hosts().await?;
-        let behind = hosts
-            .into_iter()
-            .filter(|host| host.state != HostReport::REVOKED && !follows(host))
-            .map(|host| host.name);
+        let behind = hosts.into_iter().filter(|host| !follows(host)).map(|host| host.name);
         let behind: Vec<String> = behind.collect();
         if behind.is_empty() || begun.elapsed() > FOLLOWED {
             return Ok(behind);
