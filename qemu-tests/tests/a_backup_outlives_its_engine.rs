@@ -177,12 +177,21 @@ fn the_next_vm_waits_for_an_engine_too() -> Result {
     let (machine, mut guest) = with_a_snapshot(&fixture, "later", 1)?;
     guest.pause()?;
     let truths = truths(&fixture, &machine, "waited")?;
-    let scratch = fixture.text("scratch");
-    let arguments = ["backup", "early", "later", "--scratch-dir", &scratch, "--read-limit", "4M"];
-    let mut both = Running::start("fleece backup", &mut fixture.fleece_command(&arguments)?)?;
-    both.wait_printed(SOON, POINT_IN_TIME)?;
-    fixture.kill_engine()?;
-    both.wait_printed(SOON, GONE)?;
+    let both = |fixture: &mut Fixture, more: &[&str]| -> Result<Running> {
+        let scratch = fixture.text("scratch");
+        let both = ["backup", "early", "later", "--scratch-dir", &scratch, "--read-limit", "4M"];
+        let mut command = fixture.fleece_command(&[&both, more].concat())?;
+        let mut both = Running::start("fleece backup", &mut command)?;
+        both.wait_printed(SOON, POINT_IN_TIME)?;
+        fixture.kill_engine()?;
+        both.wait_printed(SOON, GONE)?;
+        Ok(both)
+    };
+    // Once is enough for all.
+    let in_vain = both(&mut fixture, &["--engine-wait", "1s"])?.finish(SOON)?.code(13)?.printed();
+    assert!(!in_vain.contains("later: the engine of"), "{in_vain}");
+    fixture.start_engine()?;
+    let mut both = both(&mut fixture, &[])?;
     early.power_off()?;
     both.wait_printed(SOON, "later: the engine of")?;
     fixture.start_engine()?;

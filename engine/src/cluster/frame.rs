@@ -81,15 +81,16 @@ const MOVED: u8 = 14;
 const BEHIND: u8 = 16;
 const HANDED: u8 = 17;
 const CLAIM: u8 = 18;
+/// No message: the epoch of all that follows.
+const EPOCH: u8 = 15;
+
 /// Bytes that a frame grows by at least. Not twofold: where there are many hosts, most of what waits for them
 /// is in frames that are being filled.
 const GROWTH: usize = 1 << 10;
-/// Bytes of a message besides its things, and of a thing besides its fingerprint: mostly as few.
+/// Bytes of a message besides its things: mostly as few, and if there are more, the frame grows by itself.
 const HEAD: usize = 32;
+/// The same of a thing besides its fingerprint.
 const NUMBERS: usize = 4;
-
-/// No message: the epoch of all that follows.
-const EPOCH: u8 = 15;
 
 /// A frame that is being filled.
 #[derive(Default, Debug)]

@@ -147,17 +147,20 @@ pub(super) async fn run(session: &Session, args: Args) -> Result<()> {
         let images: Vec<ImageOf> = args.images.into_iter().map(|image| image.0).collect();
         return offline(&session.report, &engine, (name, &images), &options, &stop).await;
     }
+    let mut wait = options.engine_wait;
     for (nth, vm) in found.iter().enumerate() {
         // Between two VMs nothing is undone that an error would have to tell.
         stop.check()?;
         let turn = async {
             if nth > 0 {
-                let wait = options.engine_wait;
                 connect_again((&session.report, &stop), &engine, &vm.name, wait).await?;
             }
             live(&session.report, &engine, vm, &options, &stop).await
         };
         let result = turn.await;
+        // Who waited in vain did so for all that come after, too: they try once.
+        let away = |error: &Error| matches!(error.kind(), Kind::NoEngine | Kind::EngineGone);
+        wait = if result.as_ref().is_err_and(away) { Duration::ZERO } else { options.engine_wait };
         if let Err(error) = result.context(|| vm.name.clone()) {
             session.fail(&error);
             if error.kind() == Kind::Interrupted {
