@@ -49,8 +49,7 @@ impl Peers {
         asked.await.into_iter().map(|(known, running)| (known.name, running.ok())).collect()
     }
 
-    /// Asks all other hosts, each with what is known of it.
-    /// [`Kind::NotPermitted`] of one that is revoked.
+    /// Asks all other hosts, each with what is known of it; [`Kind::NotPermitted`] is of one that is revoked.
     async fn ask_others<T>(
         &self,
         ask: impl AsyncFn(peer::Client) -> capnp::Result<T>,
@@ -61,7 +60,8 @@ impl Peers {
             let host = HostId(known.number);
             let link = (host, self.cluster.instance(host));
             let answer = with_host(self, link, async |client, _, _| {
-                ask(client).await.map_err(|error| super::from_wire(&error))
+                // Whatever a host says of itself, whether it is revoked is not its to say.
+                ask(client).await.map_err(|error| Error::caused(Kind::Failed, "no report", error))
             });
             let late = |_| Err(Error::new(Kind::Failed, "no answer"));
             (known, timeout(REPORT, answer).await.unwrap_or_else(late))
