@@ -8,6 +8,7 @@ mod blocking;
 pub mod client;
 mod convert;
 mod engine;
+mod fence;
 mod flow;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;

@@ -33,6 +33,7 @@ use crate::error::{Context as _, Error, Kind, Result};
 use crate::hosts;
 use crate::ids::{HostId, StoreId};
 use crate::session::Context;
+use crate::store::format::random;
 
 /// How long a connection may take, with its greeting, and a frame until it is taken: longer than a turn
 /// of all others.
@@ -69,7 +70,13 @@ pub struct Peers {
     pub(super) cluster: Arc<Cluster>,
     pub(super) context: Context,
     /// Our name, which our certificate proves.
-    name: String,
+    pub(super) name: String,
+    /// This process, as it knows itself.
+    pub(super) engine: Instance,
+    /// A list says who is in the cluster.
+    pub(super) listed: bool,
+    /// No other engine is this host: others may hear of it.
+    pub(super) is_fenced: Cell<bool>,
     store: StoreId,
     files: Files,
     /// Every link ends when it changes.
@@ -112,10 +119,15 @@ impl Peers {
             .context(|| "cannot start the thread that takes frames".into())?;
         let (name, store, asking) = (settings.name.clone(), context.store.id(), Semaphore::new(1));
         let identity = watch::Sender::new(Rc::new(identity));
+        let listed = settings.etcd.is_empty();
         Ok(Rc::new(Peers {
             cluster,
             context,
             name,
+            engine: Instance(u64::from_le_bytes(random()?)),
+            listed,
+            // With etcd its lease says so.
+            is_fenced: Cell::new(!listed),
             store,
             files,
             identity,
@@ -132,17 +144,19 @@ impl Peers {
     /// Runs on a `LocalSet`.
     ///
     /// # Errors
-    /// When nobody can listen there.
+    /// When nobody can listen there; [`Kind::Busy`] when another engine is this host.
     pub async fn run(self: Rc<Self>, listen: &str, bells: &[Arc<Notify>]) -> Result<()> {
         let failed = || format!("cannot listen for other hosts at {listen}");
         let listener = TcpListener::bind(listen).await.context(failed)?;
         tokio::task::spawn_local(Rc::clone(&self).follow_revocations());
         let mut links = HashMap::new();
         let mut second = tokio::time::interval(Duration::from_secs(1));
+        let mut fence = Box::pin(Rc::clone(&self).fence());
         loop {
             // Who comes later waits in the kernel, without memory of ours.
             let place = Arc::clone(&self.incoming).acquire_owned();
             tokio::select! {
+                another = &mut fence => return Err(another),
                 accepted = async { (place.await, listener.accept().await) } => match accepted {
                     (place, Ok((stream, from))) => {
                         let serve = Rc::clone(&self).serve(stream, from);
@@ -158,7 +172,9 @@ impl Peers {
                 },
                 _ = second.tick() => {
                     self.look();
-                    self.keep_links(&mut links, bells);
+                    if self.is_fenced.get() {
+                        self.keep_links(&mut links, bells);
+                    }
                 }
             }
         }
@@ -268,12 +284,12 @@ impl Peers {
         if greeting.get_map_digest() != map.digest() {
             return refused(format!("{name} has another list of hosts in cluster.static"));
         }
-        match map.host(name).filter(|host| *host != self.cluster.us()) {
+        match map.host(name) {
             Some(host) => {
                 self.cluster.speaks(host, agreed);
                 Ok((host, Instance(greeting.get_instance())))
             }
-            None => refused(format!("{name} is no other host of this cluster")),
+            None => refused(format!("{name} is no host of this cluster")),
         }
     }
 
@@ -333,6 +349,11 @@ impl peer::Server for Server {
             return Err(capnp::Error::failed("the certificate is another host's".into()));
         }
         let (host, instance) = self.peers.greeted(greeting)?;
+        if host == self.peers.cluster.us() {
+            // Its own fence, or another engine's of this name: it hears who is here, and no more.
+            self.peers.greet(self.peers.engine, results.get().init_you());
+            return Ok(());
+        }
         // It may have to tell the owner of sessions that are gone.
         let (cluster, caller) = (Arc::clone(&self.peers.cluster), Caller { host, instance });
         let welcome = blocking(move || Ok(cluster.greeted(caller))).await?;
