@@ -61,6 +61,9 @@ interface Engine {
   # Goes on with a session whose engine is gone, for the same snapshot, from the first block; the request
   # is that of `openBackup`, with the parents that were granted. `committed`, and nothing else, if that
   # engine had committed it. Fails where the session was ended, or a newer snapshot is there.
+  tidy @17 (dryRun :Bool, events :EventSink) -> (removed :UInt64);
+  # Takes away objects that nobody needs; refused to an engine that has not the keeper's role, unless dryRun.
+  # removed: their number.
 }
 
 enum Fate { committed @0; ended @1; }

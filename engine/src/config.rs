@@ -9,7 +9,7 @@ use crate::cluster::map::{Member, PartitionMap};
 use crate::detect::MAX_PARTITION_BITS;
 use crate::error::{Context, Error, Kind, Result};
 use crate::ids::HostId;
-use crate::store::{Access, Location};
+use crate::store::{Access, Location, Role};
 
 /// The list of revoked certificates, beside the CA and beside the identity of each host.
 pub const CRL_NAME: &str = "crl.pem";
@@ -31,6 +31,9 @@ pub struct Config {
     pub store: String,
     /// The key file (mode 0400).
     pub key: PathBuf,
+    /// What this engine may do with the store's objects: `host` creates and reads, `keeper` takes away, too.
+    #[serde(default, skip_serializing_if = "is_host")]
+    pub role: Role,
     /// The UNIX socket for `fleece` and `fleecectl`.
     #[serde(default = "default_socket")]
     pub socket: PathBuf,
@@ -186,6 +189,10 @@ impl ClusterConfig {
     }
 }
 
+fn is_host(role: &Role) -> bool {
+    *role == Role::Host
+}
+
 fn default_capacity() -> u32 {
     1
 }
@@ -217,6 +224,7 @@ impl Config {
         Config {
             store,
             key,
+            role: Role::default(),
             socket: default_socket(),
             state_dir: default_state_dir(),
             memory_budget: default_budget(),
@@ -355,6 +363,16 @@ mod tests {
         ] {
             assert_eq!(check(etcd, more).unwrap_err().kind(), Kind::Usage, "{etcd} {more}");
         }
+    }
+
+    #[test]
+    fn an_engine_is_a_host_unless_it_is_made_a_keeper() {
+        let read = |more: &str| toml::from_str::<Config>(&format!("store='/s'\nkey='/k'\n{more}"));
+        assert_eq!(read("").unwrap().role, Role::Host);
+        assert_eq!(read("role='keeper'").unwrap().role, Role::Keeper);
+        assert!(read("role='owner'").unwrap_err().to_string().contains("keeper"));
+        let written = toml::to_string(&Config::new("/s".into(), "/k".into())).unwrap();
+        assert!(!written.contains("role"), "an older engine reads it, too: {written}");
     }
 
     #[test]

@@ -79,7 +79,8 @@ pub fn start(config: &Config) -> Result<Started> {
     }
     let key = StoreKey::load(&config.key)?;
     let location = config.location()?;
-    let options = StoreOptions { budget: budget.store(), compression: config.compression_level };
+    let (compression, role) = (config.compression_level, config.role);
+    let options = StoreOptions { budget: budget.store(), compression, role };
     let store = slowly(&location, || Store::open(&location, key, state, options))?;
     sweep(&work_dir);
     let mut options = DetectOptions::new(store.id());

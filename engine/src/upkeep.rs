@@ -13,6 +13,7 @@ use crate::jobs::journals::walk;
 use crate::jobs::rebuild::each_entry;
 use crate::jobs::repair;
 use crate::jobs::restore::{Options, Outcome, Restorer, Sink};
+use crate::jobs::tidy;
 use crate::jobs::verify::{self, Event, Scope};
 use crate::session::Context;
 use crate::sort::{Sorted, Sorter};
@@ -261,6 +262,18 @@ pub fn repair(context: &Context, dry_run: bool, now_ms: i64, emit: Emit<'_>) -> 
     let report = repair::repair(&context.store, &options, &mut say, &mut recorded);
     context.damage.reload(&context.store)?;
     Ok(report?.whole())
+}
+
+/// Takes away what nobody needs, or says what that would be; gives the number of objects.
+///
+/// # Errors
+/// [`Kind::NotPermitted`] on a host; [`Kind::Busy`] while a repair or a rebuild runs; when the store cannot be
+/// read or written.
+pub fn tidy(context: &Context, dry_run: bool, now_ms: i64, emit: Emit<'_>) -> Result<u64> {
+    let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
+    let options = tidy::Options { dry_run, scratch: context.work_dir.clone(), now_ms };
+    let report = tidy::tidy(&context.store, &options, &mut |event| emit(line(event)?))?;
+    Ok(report.removed_objects)
 }
 
 fn line(event: &impl serde::Serialize) -> Result<String> {

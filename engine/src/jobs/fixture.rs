@@ -13,7 +13,7 @@ use crate::store::commit::Manifests;
 use crate::store::container::{ContainerKind, Packer};
 use crate::store::manifest::{Counts, Disk, Manifest};
 use crate::store::recipe::{Placement, RecipeEditor, StoredNodes};
-use crate::store::{InitOptions, Location, Store, StoreOptions};
+use crate::store::{InitOptions, Location, Role, Store, StoreOptions};
 
 pub(crate) struct Fixture {
     pub(crate) dir: tempfile::TempDir,
@@ -129,10 +129,15 @@ impl Fixture {
 
     /// A store opened anew by another engine.
     pub(crate) fn writable(&self) -> Store {
+        self.opened_by(Role::Host)
+    }
+
+    /// A store opened anew by another engine of a role.
+    pub(crate) fn opened_by(&self, role: Role) -> Store {
         let state = tempfile::tempdir_in(self.dir.path()).unwrap().keep();
         let key = self.store.sealer().key().encode();
         let key = crate::store::keys::StoreKey::decode(&key).unwrap();
-        let mut options = StoreOptions::default();
+        let mut options = StoreOptions { role, ..StoreOptions::default() };
         options.budget.container_slots = 300;
         Store::open(self.store.location(), key, &state, options).unwrap()
     }

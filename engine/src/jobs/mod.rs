@@ -1,4 +1,4 @@
-//! Work on the store as a whole: restore, verify, rebuild, checkpoints.
+//! Work on the store as a whole: restore, verify, rebuild, checkpoints, tidying.
 
 pub mod affected;
 pub mod checkpoint;
@@ -8,5 +8,6 @@ pub mod journals;
 pub mod rebuild;
 pub mod repair;
 pub mod restore;
+pub mod tidy;
 pub mod usage;
 pub mod verify;

@@ -270,6 +270,19 @@ impl EngineClient {
         work.await.map_err(|e: capnp::Error| from_wire(&e))
     }
 
+    /// Takes away what nobody needs; `each` gets every event as a line of JSON. Gives the number of objects.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub async fn tidy(&self, dry_run: bool, each: impl Fn(&str) + 'static) -> Result<u64> {
+        let mut request = self.engine.tidy_request();
+        let mut params = request.get();
+        params.set_dry_run(dry_run);
+        params.set_events(capnp_rpc::new_client(Lines { each }));
+        let work = async { Ok(request.send().promise.await?.get()?.get_removed()) };
+        work.await.map_err(|e: capnp::Error| from_wire(&e))
+    }
+
     /// Builds the index anew, or one partition of it; gives the number of its entries.
     ///
     /// # Errors

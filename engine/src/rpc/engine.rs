@@ -520,6 +520,22 @@ impl engine::Server for EngineServer {
         results.get().set_whole(whole);
         Ok(())
     }
+
+    async fn tidy(
+        self: Rc<Self>,
+        params: engine::TidyParams,
+        mut results: engine::TidyResults,
+    ) -> Answer {
+        let context = self.context()?;
+        let params = params.get()?;
+        let (dry_run, events) = (params.get_dry_run(), params.get_events()?);
+        let removed = super::image::with_events(events, move |emit| {
+            upkeep::tidy(&context, dry_run, now_ms(), emit)
+        })
+        .await?;
+        results.get().set_removed(removed);
+        Ok(())
+    }
 }
 
 /// Fails while the VM has a session. One whose client was killed is waited for: whoever begins the

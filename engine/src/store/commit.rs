@@ -376,7 +376,33 @@ impl Manifests {
         self.vms_in(names::MANIFEST_COPIES)
     }
 
-    fn vms_in(&self, folder: &str) -> Result<Vec<VmId>> {
+    /// Calls `each` with every commit key and every key of a second copy, once, VM by VM and ascending.
+    ///
+    /// # Errors
+    /// When they cannot be listed, or the first of `each`.
+    pub fn each_of_both(&self, mut each: impl FnMut(SnapshotKey) -> Result<()>) -> Result<()> {
+        let mut vms = self.vms()?;
+        vms.extend(self.vms_with_copies()?);
+        vms.sort_unstable();
+        vms.dedup();
+        for vm in vms {
+            // In step through both.
+            let (mut firsts, mut copies) = (self.list(vm)?, self.list_copies(vm)?);
+            let (mut first, mut copy) = (firsts.next_key()?, copies.next_key()?);
+            while let Some(key) = [first, copy].into_iter().flatten().min() {
+                each(key)?;
+                if first == Some(key) {
+                    first = firsts.next_key()?;
+                }
+                if copy == Some(key) {
+                    copy = copies.next_key()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn vms_in(&self, folder: &str) -> Result<Vec<VmId>> {
         let mut vms: Vec<VmId> = self
             .objects
             .list_dirs(folder)?

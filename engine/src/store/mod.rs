@@ -33,7 +33,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub use self::agreed::{Agreed, StoreLevel};
 pub use self::info::StoreInfo;
 pub use self::options::{
-    Access, BLOCK_SIZE, Bucket, InitOptions, Location, StoreBudget, StoreOptions,
+    Access, BLOCK_SIZE, Bucket, InitOptions, Location, Role, StoreBudget, StoreOptions,
 };
 
 use self::container::Directories;
@@ -213,6 +213,10 @@ impl Store {
         state_dir: Option<&Path>,
         options: StoreOptions,
     ) -> Result<Self> {
+        let objects = match options.role {
+            Role::Host => objects,
+            Role::Keeper => objects.of_keeper(),
+        };
         let (info, sealer, agreed) = look(&objects, location, Arc::new(key))?;
         agreed.must_be_had_by(&sealer.key(), location)?;
         sealer.use_key(agreed.key);

@@ -1,4 +1,4 @@
-//! Objects by name: created once, read, listed. The only file that knows `object_store`.
+//! Objects by name: created once, read, listed; taken away by the keeper only. The only file that knows `object_store`.
 //!
 //! The core is synchronous: all calls block and must come from threads of their own,
 //! never from inside an async task. A local directory's small operations run on the
@@ -53,6 +53,8 @@ pub enum Created {
 #[derive(Clone)]
 pub struct Objects {
     inner: Arc<Inner>,
+    /// Whether this engine has the keeper's role.
+    may_remove: bool,
 }
 
 struct Inner {
@@ -94,7 +96,7 @@ impl Objects {
     fn over(store: Arc<dyn ObjectStore>, local: Option<PathBuf>, staging: &FsPath) -> Result<Self> {
         let (runtime, stop) = start_runtime()?;
         let inner = Inner { store, local, staging: staging.into(), runtime, _stop: stop };
-        Ok(Objects { inner: Arc::new(inner) })
+        Ok(Objects { inner: Arc::new(inner), may_remove: false })
     }
 
     /// Runs a future of the object store to its end.
@@ -447,7 +449,7 @@ fn failed(what: &str, key: &str, error: object_store::Error) -> Error {
             _,
         )
         | (_, Some(PermissionDenied)) => {
-            (Kind::NotPermitted, " (the engine's user needs to create and read there)")
+            (Kind::NotPermitted, " (README says which rights an engine needs there)")
         }
         (_, Some(StorageFull)) => {
             (Kind::Failed, " (the store is full: make room and run it again)")
@@ -463,6 +465,7 @@ fn failed(what: &str, key: &str, error: object_store::Error) -> Error {
     Error::caused(kind, format!("cannot {what} {key}{advice}"), error).of_the_store()
 }
 
+mod keeper;
 #[cfg(any(test, fuzzing))]
 mod memory;
 #[cfg(test)]
@@ -475,4 +478,5 @@ mod staged;
 mod tests;
 mod writer;
 
+pub use self::keeper::Keeper;
 pub use self::writer::{Finishing, ObjectWriter};

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::SystemTime;
 
+use serde::{Deserialize, Serialize};
+
 use super::container;
 pub use super::objects::s3::{Access, Bucket};
 use crate::error::{Error, Kind, Result};
@@ -88,6 +90,17 @@ impl Default for StoreBudget {
     }
 }
 
+/// What an engine may do with the store's objects.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Create and read.
+    #[default]
+    Host,
+    /// Take away what nobody needs, besides.
+    Keeper,
+}
+
 /// How a store is used.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
@@ -95,12 +108,14 @@ pub struct StoreOptions {
     pub budget: StoreBudget,
     /// zstd's level for new frames.
     pub compression: i32,
+    /// What is allowed.
+    pub role: Role,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
         // Level 1: 390 MB/s per core, and a ratio within a few percent of level 3's.
-        StoreOptions { budget: StoreBudget::default(), compression: 1 }
+        StoreOptions { budget: StoreBudget::default(), compression: 1, role: Role::Host }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Session objects: who is at work on what, for garbage collection.
 //!
 //! A backup creates one before anything else: its parent is a root until the session is
-//! over. Hosts only create, so none is ever deleted here: a backup is over when its commit
-//! key exists, a reader when its time is up. Body: `S`, version 1, JSON.
+//! over. Hosts only create, so they leave it there: a backup is over when its commit
+//! key exists, a reader when its time is up; then the keeper tidies it away. Body: `S`, version 1, JSON.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -102,9 +102,12 @@ impl Manifests {
     /// # Errors
     /// [`Kind::NotFound`], [`Kind::Damaged`].
     pub fn session(&self, key: &SnapshotKey) -> Result<SessionRecord> {
-        let name = names::session(key.vm, key.seq, key.snapshot);
-        let bytes = self.objects().read_all(&name, SEALED_MAX)?;
-        SessionRecord::decode(&self.sealer().open(ObjectKind::Session, &name, &bytes)?, &name)
+        self.session_at(&names::session(key.vm, key.seq, key.snapshot))
+    }
+
+    fn session_at(&self, name: &str) -> Result<SessionRecord> {
+        let bytes = self.objects().read_all(name, SEALED_MAX)?;
+        SessionRecord::decode(&self.sealer().open(ObjectKind::Session, name, &bytes)?, name)
     }
 
     /// The sessions of a VM that began and have neither committed nor ended: alive, or dead
@@ -113,18 +116,54 @@ impl Manifests {
     /// # Errors
     /// When the keys cannot be listed.
     pub fn open_sessions(&self, vm: VmId) -> Result<Vec<SnapshotKey>> {
+        let mut open = Vec::new();
+        self.each_session(vm, |session, is_over| {
+            if !is_over {
+                open.push(session);
+            }
+            Ok(())
+        })?;
+        Ok(open)
+    }
+
+    /// Calls `each` with every session of a VM that began, ascending, and whether its commit key exists.
+    ///
+    /// # Errors
+    /// When the keys cannot be listed, or the first of `each`.
+    pub fn each_session(
+        &self,
+        vm: VmId,
+        mut each: impl FnMut(SnapshotKey, bool) -> Result<()>,
+    ) -> Result<()> {
         let mut begun = self.sorted_keys(names::SESSIONS, vm)?;
         let mut ended = self.sorted_keys(names::MANIFESTS, vm)?;
-        let mut open = Vec::new();
         let mut end = ended.next_key()?;
         while let Some(session) = begun.next_key()? {
             while end.is_some_and(|end| end < session) {
                 end = ended.next_key()?;
             }
-            if end != Some(session) {
-                open.push(session);
-            }
+            each(session, end == Some(session))?;
         }
-        Ok(open)
+        Ok(())
+    }
+
+    /// The VMs of which sessions began, in order.
+    ///
+    /// # Errors
+    /// When the folders cannot be listed.
+    pub fn vms_with_sessions(&self) -> Result<Vec<VmId>> {
+        self.vms_in(names::SESSIONS)
+    }
+
+    /// Calls `each` with the key of every registered reader and what it says.
+    ///
+    /// # Errors
+    /// When they cannot be listed, or the first of `each`.
+    pub fn each_reader(
+        &self,
+        mut each: impl FnMut(&str, Result<SessionRecord>) -> Result<()>,
+    ) -> Result<()> {
+        let folder = format!("{}/{READERS}", names::SESSIONS);
+        self.objects().list(&folder, |name, _| each(name, self.session_at(name)))
     }
 }

@@ -88,6 +88,12 @@ enum Verb {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Take away what nobody needs: only on a keeper (role = "keeper" in engine.toml).
+    Tidy {
+        /// Only say what would be taken away: that any host can.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Build this host's index anew from the store, while backups go on.
     RebuildIndex {
         /// Only this partition of it, as `fleecectl partitions` numbers them.
@@ -163,6 +169,7 @@ fn run(options: Options) -> Result<ExitCode> {
         Verb::Repair { dry_run } => {
             return report::repair(&socket(&options)?, dry_run, options.json);
         }
+        Verb::Tidy { dry_run } => report::tidy(&socket(&options)?, dry_run, options.json)?,
         Verb::RebuildIndex { partition } => {
             report::rebuild_index(&socket(&options)?, partition, options.json)?;
         }

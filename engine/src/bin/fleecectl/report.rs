@@ -1,4 +1,4 @@
-//! What the engine is asked: status, sessions, verify, repair, rebuild-index.
+//! What the engine is asked: status, sessions, verify, repair, tidy, rebuild-index.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -197,6 +197,17 @@ pub(crate) fn repair(socket: &Path, dry_run: bool, json: bool) -> Result<ExitCod
         println!("{what}");
     }
     Ok(if whole { ExitCode::SUCCESS } else { ExitCode::from(Kind::Damaged.exit_code()) })
+}
+
+pub(crate) fn tidy(socket: &Path, dry_run: bool, json: bool) -> Result<()> {
+    let removed = with_engine(socket, async |engine| {
+        engine.tidy(dry_run, move |line| print_event(line, json)).await
+    })?;
+    if !json {
+        let done = if dry_run { "would be taken away; nothing was" } else { "were taken away" };
+        println!("{removed} objects {done}");
+    }
+    Ok(())
 }
 
 pub(crate) fn rebuild_index(socket: &Path, partition: Option<u16>, json: bool) -> Result<()> {

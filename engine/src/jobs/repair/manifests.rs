@@ -2,33 +2,13 @@
 
 use super::{Event, Repairer};
 use crate::error::{Kind, Result};
-use crate::ids::VmId;
 use crate::jobs::restore::is_damage;
 use crate::store::commit::SnapshotKey;
 
 impl Repairer<'_> {
     pub(super) fn repair_manifests(&mut self) -> Result<()> {
-        let mut vms = self.manifests.vms()?;
-        vms.extend(self.manifests.vms_with_copies()?);
-        vms.sort_unstable();
-        vms.dedup();
-        vms.into_iter().try_for_each(|vm| self.repair_manifests_of(vm))
-    }
-
-    /// Goes through the keys of both copies in step.
-    fn repair_manifests_of(&mut self, vm: VmId) -> Result<()> {
-        let (mut firsts, mut copies) = (self.manifests.list(vm)?, self.manifests.list_copies(vm)?);
-        let (mut first, mut copy) = (firsts.next_key()?, copies.next_key()?);
-        while let Some(key) = [first, copy].into_iter().flatten().min() {
-            self.repair_manifest(&key)?;
-            if first == Some(key) {
-                first = firsts.next_key()?;
-            }
-            if copy == Some(key) {
-                copy = copies.next_key()?;
-            }
-        }
-        Ok(())
+        let manifests = self.manifests.clone();
+        manifests.each_of_both(|key| self.repair_manifest(&key))
     }
 
     fn repair_manifest(&mut self, key: &SnapshotKey) -> Result<()> {
@@ -69,7 +49,7 @@ impl Repairer<'_> {
     /// A key is never overwritten, and there is a sound copy.
     fn one_is_enough(&mut self, object: &str) -> Result<()> {
         let message = "it is damaged, and its second copy is read instead. No object is ever \
-                       overwritten: delete this one, then repair makes it again";
+                       overwritten: fleecectl tidy, on a keeper, takes it away and makes it again";
         self.plan(object, message)
     }
 

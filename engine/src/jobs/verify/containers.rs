@@ -216,7 +216,7 @@ impl Verifier<'_> {
                 self.note_copy(id, self.report.copies_missing, message)
             }
             Err(error) if is_damage(&error) => {
-                let advice = "delete it, and verify makes it again";
+                let advice = "fleecectl tidy, on a keeper, makes it again";
                 self.problem("directory", &format!("container {id}"), &format!("{error}; {advice}"))
             }
             Err(error) => Err(error),

@@ -67,6 +67,14 @@ impl Directories {
             Err(error) => Err(error),
         }
     }
+
+    /// Reads a second copy by itself.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`], [`Kind::Damaged`].
+    pub fn check_copy(&self, container: ContainerId, generation: u32) -> Result<()> {
+        self.finder().open_copy(container, generation, &[]).map(drop)
+    }
 }
 
 impl Finder {
