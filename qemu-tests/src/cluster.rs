@@ -249,18 +249,20 @@ impl Cluster {
         Ok(())
     }
 
-    /// Starts another engine by a host's configuration, on host 0 and with a state of its own; what it says
-    /// when it ends.
+    /// Starts another engine by a host's configuration, on host 0, at another port and with a state of its own.
     ///
     /// # Errors
-    /// When it does not end.
-    pub fn start_another(&self, host: usize) -> Result<Finished> {
+    /// When it cannot start.
+    pub fn start_another(&self, host: usize) -> Result<Running> {
+        let config = self.fixture.path("another.toml");
+        let own = fs::read_to_string(&self.hosts[host].config)?;
+        fs::write(&config, format!("{own}listen = \"0.0.0.0:{}\"\n", PORT + 1))?;
         let mut command = tools::fleece("fleece-engine")?;
-        command.arg("--config").arg(&self.hosts[host].config);
+        command.arg("--config").arg(&config);
         command.arg("--socket").arg(self.fixture.path("another.sock"));
         command.arg("--state-dir").arg(self.fixture.path("another-state"));
         let network = self.network.as_ref().context("no network")?;
-        Running::start("another engine", &mut network.on(0, &command))?.finish(LONG)
+        Running::start("another engine", &mut network.on(0, &command))
     }
 
     /// SIGKILLs a host's engine.

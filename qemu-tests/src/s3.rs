@@ -100,10 +100,27 @@ impl S3 {
     }
 }
 
-/// A wire that loses answers to uploads: they arrive, and nobody hears of it.
+/// What a bucket's policy lets somebody do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Policy {
+    /// Read, and create what is not there: what README's policy gives hosts.
+    Host,
+    /// Take away, too.
+    Keeper,
+}
+
+/// A wire that loses answers to uploads: they arrive, and nobody hears of it. What a policy forbids does not
+/// get through it.
 pub struct LossyWire {
     address: SocketAddr,
-    to_lose: Arc<AtomicUsize>,
+    state: Arc<State>,
+}
+
+struct State {
+    upstream: SocketAddr,
+    policy: Policy,
+    to_lose: AtomicUsize,
+    refused: AtomicUsize,
 }
 
 impl LossyWire {
@@ -111,18 +128,19 @@ impl LossyWire {
     ///
     /// # Errors
     /// The system's.
-    pub fn to(upstream: SocketAddr) -> Result<Self> {
+    pub fn to(upstream: SocketAddr, policy: Policy) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
-        let to_lose = Arc::new(AtomicUsize::new(0));
-        let counter = Arc::clone(&to_lose);
+        let (to_lose, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let state = Arc::new(State { upstream, policy, to_lose, refused });
+        let shared = Arc::clone(&state);
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                let counter = Arc::clone(&counter);
-                thread::spawn(move || pass(&client, upstream, &counter));
+                let state = Arc::clone(&shared);
+                thread::spawn(move || pass(&client, &state));
             }
         });
-        Ok(LossyWire { address, to_lose })
+        Ok(LossyWire { address, state })
     }
 
     /// Where clients connect.
@@ -133,25 +151,59 @@ impl LossyWire {
 
     /// Loses the answers to the next uploads.
     pub fn lose(&self, answers: usize) {
-        self.to_lose.store(answers, Ordering::Release);
+        self.state.to_lose.store(answers, Ordering::Release);
     }
 
     /// Answers still to be lost.
     #[must_use]
     pub fn left(&self) -> usize {
-        self.to_lose.load(Ordering::Acquire)
+        self.state.to_lose.load(Ordering::Acquire)
+    }
+
+    /// Requests that the policy forbade.
+    #[must_use]
+    pub fn refused(&self) -> usize {
+        self.state.refused.load(Ordering::Acquire)
+    }
+}
+
+/// What a server answers to what a policy forbids.
+const FORBIDDEN: &str = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>AccessDenied</Code>\
+                         <Message>Access Denied</Message></Error>";
+
+impl Policy {
+    /// Whether a request may pass, by its first bytes; `true` for what begins none.
+    fn allows(self, bytes: &[u8]) -> bool {
+        let head = String::from_utf8_lossy(bytes).to_ascii_lowercase();
+        let head = head.split("\r\n\r\n").next().unwrap_or_default();
+        match head.split(' ').next() {
+            Some("put") => head.lines().any(|line| line == "if-none-match: *"),
+            // Several at once are taken away by a POST.
+            Some("delete" | "post") => self == Policy::Keeper,
+            _ => true,
+        }
     }
 }
 
 /// One connection: requests one way, answers the other.
-fn pass(client: &TcpStream, upstream: SocketAddr, to_lose: &AtomicUsize) -> Option<()> {
-    let server = TcpStream::connect(upstream).ok()?;
+fn pass(client: &TcpStream, state: &Arc<State>) -> Option<()> {
+    let server = TcpStream::connect(state.upstream).ok()?;
     let (mut from, mut to) = (client.try_clone().ok()?, server.try_clone().ok()?);
     let uploads = Arc::new(AtomicUsize::new(0));
-    let seen = Arc::clone(&uploads);
+    let (seen, shared) = (Arc::clone(&uploads), Arc::clone(state));
     thread::spawn(move || {
         let mut bytes = vec![0; 64 << 10];
         while let Ok(length @ 1..) = from.read(&mut bytes) {
+            if !shared.policy.allows(&bytes[..length]) {
+                shared.refused.fetch_add(1, Ordering::AcqRel);
+                let length = FORBIDDEN.len();
+                let head = format!(
+                    "HTTP/1.1 403 Forbidden\r\ncontent-type: application/xml\r\n\
+                                    content-length: {length}\r\nconnection: close\r\n\r\n"
+                );
+                let _ = from.write_all(format!("{head}{FORBIDDEN}").as_bytes());
+                break;
+            }
             if bytes.starts_with(b"PUT ") {
                 seen.fetch_add(1, Ordering::AcqRel);
             }
@@ -166,7 +218,9 @@ fn pass(client: &TcpStream, upstream: SocketAddr, to_lose: &AtomicUsize) -> Opti
     while let Ok(length @ 1..) = from.read(&mut bytes) {
         let take = |left: usize| left.checked_sub(1);
         let upload = uploads.swap(0, Ordering::AcqRel) > 0;
-        if upload && to_lose.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok() {
+        let losing =
+            || state.to_lose.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok();
+        if upload && losing() {
             break;
         }
         to.write_all(&bytes[..length]).ok()?;

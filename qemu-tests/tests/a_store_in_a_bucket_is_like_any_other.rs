@@ -1,13 +1,14 @@
-//! A store behind S3: live and shut-off VMs, answers that are lost, a server that goes and comes back,
-//! and what is refused.
+//! A store behind S3, with a policy as README has it: live and shut-off VMs, answers that are lost, a server
+//! that goes and comes back, what is refused, and a keeper that takes away what nobody needs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use anyhow::{Context, ensure};
 use qemu_tests::fixture::{Places, snapshot_id};
-use qemu_tests::s3::{BUCKET, LossyWire, S3};
+use qemu_tests::s3::{BUCKET, LossyWire, Policy, S3};
 use qemu_tests::wait::{LONG, SOON, wait_until};
 use qemu_tests::{Fixture, MIB, Machine, Result, image, take};
 
@@ -40,7 +41,7 @@ impl Behind {
     fn new() -> Result<Self> {
         let home = tempfile::Builder::new().prefix("fleece-s3").tempdir()?;
         let server = S3::start(&home.path().join("s3"))?;
-        let wire = LossyWire::to(server.address())?;
+        let wire = LossyWire::to(server.address(), Policy::Host)?;
         let mut fixture = Fixture::at(places(home.path(), &wire, BUCKET)?)?;
         fixture.start_engine()?;
         Ok(Behind { fixture, server, wire, _home: home })
@@ -80,7 +81,60 @@ fn a_live_guest_is_backed_up_incrementally_and_restored() -> Result {
     let unique = fixture.figure("unique_blocks")?;
     let truths: Vec<&Path> = [&first, &second].map(|taken| &*taken.truths[0].1).into();
     assert_eq!(unique, image::distinct_blocks(&truths)?);
-    fixture.verify().map(drop)
+    fixture.verify()?;
+    assert_eq!(behind.wire.refused(), 0, "a host asked for more than to create and to read");
+    Ok(())
+}
+
+#[test]
+fn a_keeper_takes_away_what_nobody_needs_and_hosts_may_not() -> Result {
+    let mut behind = Behind::new()?;
+    let path = behind.fixture.path("image.raw");
+    image::raw(&path, 48 * MIB, &[(0, 24 * MIB, 1)])?;
+    let (id, _) = behind.fixture.backup_images("vm", &[("vda", &path)])?;
+    let manifest = behind
+        .objects()?
+        .into_iter()
+        .find(|object| object.components().any(|folder| folder.as_os_str() == "manifests"));
+    let manifest = manifest.context("no manifest")?;
+    let mut bytes = fs::read(&manifest)?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&manifest, &bytes)?;
+    behind.fixture.try_fleecectl(&["verify"])?.code(16)?;
+    // A host cannot: neither does it ask for it, nor would it get it.
+    let named = manifest.file_name().and_then(|name| name.to_str()).context("no name")?;
+    let planned = behind.fixture.fleecectl(&["tidy", "--dry-run"])?.printed();
+    ensure!(planned.contains(named) && planned.contains("1 objects would"), "{planned}");
+    let told = behind.fixture.try_fleecectl(&["tidy"])?.code(17)?.printed();
+    ensure!(told.contains("role = \"keeper\""), "{told}");
+    ensure!(behind.wire.refused() == 0, "a host asked for more than to create and to read");
+    let config = behind.fixture.path("engine.toml");
+    let host = fs::read_to_string(&config)?;
+    fs::write(&config, format!("role = \"keeper\"\n{host}"))?;
+    behind.fixture.stop_engine()?;
+    behind.fixture.start_engine()?;
+    let refused = behind.fixture.try_fleecectl(&["tidy"])?.code(17)?.printed();
+    ensure!(refused.contains(named) && behind.wire.refused() > 0, "{refused}");
+    ensure!(fs::read(&manifest)? == bytes, "the policy was passed by");
+    // One with rights of its own can.
+    let rights = LossyWire::to(behind.server.address(), Policy::Keeper)?;
+    let text = fs::read_to_string(&config)?;
+    let [ours, theirs] = [behind.wire.address(), rights.address()].map(|at| at.to_string());
+    ensure!(text.contains(&ours), "{text}");
+    fs::write(&config, text.replace(&ours, &theirs))?;
+    behind.fixture.stop_engine()?;
+    behind.fixture.start_engine()?;
+    let done = behind.fixture.fleecectl(&["tidy", "--json"])?.json()?;
+    let summary = done.last().context("nothing was said")?;
+    ensure!(summary["copies"] == 1 && summary["removed_objects"] == 1, "{summary}");
+    behind.fixture.verify()?;
+    ensure!(rights.refused() == 0 && manifest.exists(), "it was not made again");
+    // What the restore registers itself with is left alone for as long as it may run.
+    image::same(&path, &behind.fixture.restore(&format!("vm@{id}"), "vda")?)?;
+    let again = behind.fixture.fleecectl(&["tidy", "--json"])?.json()?;
+    ensure!(again.last().context("nothing was said")?["removed_objects"] == 0, "{again:?}");
+    Ok(())
 }
 
 #[test]

@@ -172,7 +172,7 @@ fn what_a_lost_host_knew_its_checkpoint_has() -> Result {
 #[test]
 fn a_second_engine_of_a_hosts_name_is_refused() -> Result {
     let cluster = Cluster::of_etcd(2)?;
-    let refused = cluster.start_another(1)?.code(11)?;
+    let refused = cluster.start_another(1)?.finish(LONG)?.code(11)?;
     ensure!(refused.printed().contains("another engine, at "), "{}", refused.printed());
     cluster.wait_members(2)?;
     let path = &images(cluster.fixture.folder(), 1)?[0];

@@ -113,3 +113,37 @@ fn who_has_no_certificate_of_the_cluster_gets_nothing() -> Result {
     ensure!(!finished.printed().contains("undetected 0"), "{}", finished.printed());
     Ok(())
 }
+
+#[test]
+fn of_two_engines_of_a_name_the_one_at_its_address_stays() -> Result {
+    let mut cluster = Cluster::of_a_list_on_hosts(HOSTS)?;
+    let refused = cluster.start_another(1)?.finish(LONG)?.code(11)?;
+    ensure!(refused.printed().contains("another engine, at "), "{}", refused.printed());
+    // While the right one is away, the other one is not taken for it.
+    cluster.kill(1)?;
+    let mut other = cluster.start_another(1)?;
+    wait_until(SOON, "the other engine to look for itself", || {
+        ensure!(other.ended()?.is_none(), "it ended: {}", other.printed());
+        Ok(other.printed().contains("not found at this host's own address"))
+    })?;
+    let hosts = cluster.ask(0, &["hosts"])?;
+    let away = hosts.iter().find(|host| host["name"] == "hv1").context("no hv1")?;
+    ensure!(away["state"] == "silent", "{away}");
+    cluster.start(1)?;
+    let ended = other.finish(LONG)?.code(11)?;
+    ensure!(ended.printed().contains("another engine, at "), "{}", ended.printed());
+    let paths = images(cluster.fixture.folder(), HOSTS as u64)?;
+    let mut snapshots = Vec::new();
+    for (host, path) in paths.iter().enumerate() {
+        let vm = format!("vm{host}");
+        let finished = cluster.backup(host, &vm, path)?.finish(LONG)?.code(0)?;
+        ensure!(finished.printed().contains("undetected 0"), "{}", finished.printed());
+        snapshots.push((snapshot(&vm, &finished)?, path.as_path()));
+    }
+    let all: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+    let expected = image::distinct_blocks(&all)?;
+    wait_until(SOON, "what the owners learn", || {
+        Ok(cluster.figure(0, "unique_blocks")? == expected)
+    })?;
+    cluster.must_be_whole(&snapshots)
+}

@@ -255,7 +255,7 @@ fn a_second_copy_of_a_directory_is_made_again_and_never_believed_under_another_n
     f.flip(&copies[1], 40);
     let (report, said) = verify_all(&f);
     assert_eq!((report.problems, report.affected_snapshots), (1, 0), "{said}");
-    assert!(said.contains(&copies[1]) && said.contains("delete it"), "{said}");
+    assert!(said.contains(&copies[1]) && said.contains("fleecectl tidy"), "{said}");
     // Neither a damaged one nor another's says what a lost container held.
     let (lost, _) = names::parse_directory(&copies[1]).unwrap();
     std::fs::remove_file(f.path(&names::container(lost, 0))).unwrap();
