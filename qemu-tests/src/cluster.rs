@@ -5,6 +5,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
@@ -27,6 +28,8 @@ struct Host {
     name: String,
     config: PathBuf,
     socket: PathBuf,
+    /// The engine, where another version of it is to run.
+    program: Option<PathBuf>,
     engine: Option<Running>,
 }
 
@@ -160,6 +163,14 @@ impl Cluster {
     /// # Errors
     /// When it does not come up.
     pub fn join(&mut self) -> Result<usize> {
+        self.join_with(None)
+    }
+
+    /// The same with another version of the engine.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn join_with(&mut self, program: Option<PathBuf>) -> Result<usize> {
         let host = self.hosts.len();
         let network = self.network.as_mut().context("hosts of a list cannot join")?;
         network.add_host()?;
@@ -167,11 +178,17 @@ impl Cluster {
         let etcd = self.etcd.as_ref().context("there is no etcd")?.endpoint();
         let more = format!("etcd = [\"{etcd}\"]\naddress = \"{address}\"");
         self.describe(&more)?;
+        self.hosts[host].program = program;
         self.start(host)?;
         Ok(host)
     }
 
-    /// The same by a bundle of the first host: all that the new one is given.
+    /// A host's engine is of this version from its next start on.
+    pub fn upgrade(&mut self, host: usize) {
+        self.hosts[host].program = None;
+    }
+
+    /// Adds a host by a bundle of the first one: all that the new one is given.
     ///
     /// # Errors
     /// When it does not come up.
@@ -195,7 +212,7 @@ impl Cluster {
         // Nothing is replaced.
         fixture.try_fleecectl(&[&join[..], &["--address", &address]].concat())?.code(2)?;
         let socket = fixture.path(&format!("{name}.sock"));
-        self.hosts.push(Host { name, config, socket, engine: None });
+        self.hosts.push(Host { name, config, socket, program: None, engine: None });
         self.start(host)?;
         Ok(host)
     }
@@ -210,7 +227,7 @@ impl Cluster {
         let own = format!("[cluster]\nname = \"{name}\"\nidentity = \"{identity}\"");
         fs::write(&config, format!("{base}\n{own}\n{cluster}\n"))?;
         let socket = fixture.path(&format!("{name}.sock"));
-        self.hosts.push(Host { name, config, socket, engine: None });
+        self.hosts.push(Host { name, config, socket, program: None, engine: None });
         Ok(())
     }
 
@@ -232,7 +249,10 @@ impl Cluster {
     /// When it does not.
     pub fn start(&mut self, host: usize) -> Result {
         let here = &self.hosts[host];
-        let mut command = tools::fleece("fleece-engine")?;
+        let mut command = match &here.program {
+            None => tools::fleece("fleece-engine")?,
+            Some(program) => Command::new(program),
+        };
         command.arg("--config").arg(&here.config).arg("--socket").arg(&here.socket);
         command.arg("--state-dir").arg(self.state(host));
         let mut command = match &self.network {
@@ -350,9 +370,11 @@ impl Cluster {
     /// # Errors
     /// When that takes too long.
     pub fn wait_members_for(&self, count: usize, limit: std::time::Duration) -> Result {
-        wait_until(limit, &format!("a map of {count} hosts"), || {
+        let mut seen = Vec::new();
+        let waited = wait_until(limit, &format!("a map of {count} hosts"), || {
             for host in self.running() {
                 let hosts = self.ask(host, &["hosts"])?;
+                seen.clone_from(&hosts);
                 let of_one_map = |other: &Value| {
                     ["here", "answers"].iter().any(|state| other["state"] == *state)
                         && other["map_epoch"] == hosts[0]["map_epoch"]
@@ -364,7 +386,8 @@ impl Cluster {
                 }
             }
             Ok(true)
-        })
+        });
+        waited.with_context(|| format!("hosts: {seen:?}"))
     }
 
     /// A host can begin nothing with another one's engine from here on, or can again; the other one with it can.

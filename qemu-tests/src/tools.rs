@@ -58,6 +58,16 @@ pub fn fleece(program: &str) -> Result<Command> {
     Ok(command)
 }
 
+/// The engine of the version before this one.
+///
+/// # Errors
+/// When `ci/previous` has not built it.
+pub fn previous_engine() -> Result<PathBuf> {
+    let path = cache().join("previous/fleece-engine");
+    ensure!(path.exists(), "{} is missing: run ci/previous", path.display());
+    Ok(path)
+}
+
 /// The folder of Fleece's programs: `FLEECE_TEST_PROGRAMS`, or where this test was built.
 ///
 /// # Errors

@@ -179,7 +179,7 @@ fn a_cluster_goes_over_to_a_new_level_and_a_new_key_once_all_hosts_have_it() -> 
     let new = cluster.fixture.path("new.key");
     copy_key(&key_file(&cluster, 2), &new)?;
     copy_key(&old, &key_file(&cluster, 2))?;
-    let refused = cluster.start_another(2)?.code(12)?.printed();
+    let refused = cluster.start_another(2)?.finish(LONG)?.code(12)?.printed();
     let named =
         format!("the encryption key 2, which the key file {}", key_file(&cluster, 2).display());
     ensure!(refused.contains(&named), "{refused}");
