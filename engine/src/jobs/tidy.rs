@@ -426,6 +426,11 @@ mod tests {
         for key in &keys[..2] {
             assert_eq!(f.manifests.read_first(key).unwrap(), f.manifests.read_copy(key).unwrap());
         }
+        // What a crash between the two steps leaves: the copy tells the fate, and no number is given twice.
+        std::fs::remove_file(f.path(&keys[0].manifest())).unwrap();
+        assert_eq!(f.manifests.next_seq(keys[0].vm).unwrap(), keys[0].seq + 1);
+        assert!(f.manifests.settle(keys[0].vm, keys[0].snapshot, "", NOW).unwrap());
+        assert!(f.manifests.heal_first(&keys[0]).unwrap());
         assert!(!is_clean(&f));
         // Without those that are lost, all is well.
         lost.iter().for_each(|key| std::fs::remove_file(f.path(key)).unwrap());

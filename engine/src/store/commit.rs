@@ -351,7 +351,8 @@ impl Manifests {
     /// When the keys cannot be listed.
     pub fn next_seq(&self, vm: VmId) -> Result<u64> {
         let mut greatest = 0;
-        for folder in [names::MANIFESTS, names::SESSIONS] {
+        // Copies, too: the record may be lost, and the session's registration tidied away.
+        for folder in [names::MANIFESTS, names::MANIFEST_COPIES, names::SESSIONS] {
             self.each_key(folder, vm, |key| {
                 greatest = greatest.max(key.seq);
                 Ok(())
