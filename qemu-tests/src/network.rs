@@ -35,7 +35,9 @@ impl Network {
         // Test processes run beside one another.
         let subnet = format!("10.{}.{}", 64 + id % 128, (id / 128 * 8 + n) % 256);
         let network = Network { tag, subnet, hosts: 0 };
-        ip(&format!("link add {} type bridge", network.tag))?;
+        // An address of its own: it would take that of a port, and change it once that port goes, while hosts
+        // go on sending there for half a minute.
+        ip(&format!("link add {} address 02:00:00:00:00:01 type bridge", network.tag))?;
         ip(&format!("addr add {}/24 dev {}", network.ours(), network.tag))?;
         ip(&format!("link set {} up", network.tag))?;
         Ok(network)
