@@ -22,6 +22,7 @@ pub mod s3;
 pub mod scenario;
 pub mod tools;
 pub mod wait;
+pub mod wire;
 
 pub use fixture::Fixture;
 pub use guest::{Disk, Guest, Machine};

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use qemu_tests::cluster::{Cluster, images, snapshot};
+use qemu_tests::cluster::{Cluster, images, images_of, snapshot};
 use qemu_tests::process::{Finished, Running};
 use qemu_tests::wait::{LONG, wait_until};
+use qemu_tests::wire::Conditions;
 use qemu_tests::{MIB, Result, image};
 
 /// Longer than an engine's lease.
@@ -224,16 +225,11 @@ fn without_etcd_everything_goes_on_and_engines_start() -> Result {
     ])
 }
 
-#[test]
-fn a_link_that_is_slow_and_loses_packets_changes_nothing() -> Result {
-    let cluster = Cluster::of_etcd(3)?;
-    let network = cluster.network.as_ref().context("no network")?;
-    network.slow(1, "100mbit")?;
-    network.slow(2, "20mbit")?;
-    let paths = images(cluster.fixture.folder(), 3)?;
+/// Backups on all hosts at once store each block once, and every host restores them.
+fn backups_are_exact(cluster: &Cluster, paths: &[PathBuf]) -> Result {
     let all: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
     let mut snapshots = Vec::new();
-    for (host, finished) in all_at_once(&cluster, "vm", &paths)?.iter().enumerate() {
+    for (host, finished) in all_at_once(cluster, "vm", paths)?.iter().enumerate() {
         ensure!(finished.printed().contains("undetected 0"), "{}", finished.printed());
         snapshots.push((snapshot(&format!("vm{host}"), finished)?, all[host]));
     }
@@ -242,4 +238,35 @@ fn a_link_that_is_slow_and_loses_packets_changes_nothing() -> Result {
         Ok(cluster.figure(0, "unique_blocks")? == expected)
     })?;
     cluster.must_be_whole(&snapshots)
+}
+
+#[test]
+fn a_link_that_is_slow_and_loses_packets_changes_nothing() -> Result {
+    let cluster = Cluster::of_etcd(3)?;
+    let network = cluster.network.as_ref().context("no network")?;
+    network.slow(1, "100mbit")?;
+    network.slow(2, "20mbit")?;
+    backups_are_exact(&cluster, &images(cluster.fixture.folder(), 3)?)
+}
+
+#[test]
+fn a_link_that_delays_loses_and_reorders_packets_changes_nothing() -> Result {
+    let mut cluster = Cluster::of_etcd(3)?;
+    let network = cluster.network.as_mut().context("no network")?;
+    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+    println!("seed {seed}");
+    let ms = Duration::from_millis;
+    let far = Conditions { delay: ms(20), jitter: ms(5), loss: 0.01 };
+    let poor = Conditions { delay: ms(2), jitter: ms(0), loss: 0.03 };
+    network.replace_cable(1, far, seed)?;
+    network.replace_cable(2, poor, seed + 1)?;
+    let begun = Instant::now();
+    // Small images: over such links TCP is slow, some kinds of it very much so.
+    backups_are_exact(&cluster, &images_of(cluster.fixture.folder(), 3, MIB)?)?;
+    let network = cluster.network.as_ref().context("no network")?;
+    let counts = [network.counts(1)?, network.counts(2)?];
+    println!("{:.1} s, {counts:?}", begun.elapsed().as_secs_f64());
+    ensure!(counts.iter().all(|one| one.lost > 0), "nothing was lost: {counts:?}");
+    ensure!(counts[0].overtaken > 0, "nothing was overtaken: {counts:?}");
+    Ok(())
 }

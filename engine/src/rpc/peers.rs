@@ -296,6 +296,8 @@ impl Peers {
     async fn serve(self: Rc<Self>, stream: TcpStream, from: SocketAddr) {
         let mut identity = self.identity.subscribe();
         let acceptor = identity.borrow_and_update().acceptor.clone();
+        // Answers are short: they would wait for what was sent before to be acknowledged.
+        let _ = stream.set_nodelay(true);
         let stream = match timeout(PATIENCE, acceptor.accept(stream)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return self.refuse(from, is_of_revoked(&error)),
