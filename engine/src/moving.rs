@@ -77,7 +77,7 @@ fn checkpoint(
     least: u64,
     checkpoints: &mut Checkpoints,
 ) -> Result<()> {
-    let Some(map) = cluster.settled() else { return Ok(()) };
+    let Some(map) = cluster.settled().filter(|_| cluster.is_sure()) else { return Ok(()) };
     let (host, epoch, slices) = (cluster.us(), map.epoch(), map.slices(cluster.us()));
     let part = OwnPart { host, map_epoch: epoch.0, slices: &slices };
     let figures = context.owners.figures();

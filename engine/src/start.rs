@@ -112,6 +112,8 @@ pub fn start(config: &Config) -> Result<Started> {
             let parts = (&owner, &budget, &*work_dir);
             let (owners, registry) = join((map, us, filled), parts, &mut bells)?;
             if let Some(cluster) = owners.cluster() {
+                // By a list it is yet to be found; etcd has said it.
+                cluster.be_sure(membership.is_some());
                 // It is set here only.
                 let _ = placed.set(Arc::clone(cluster));
             }
@@ -131,6 +133,7 @@ pub fn start(config: &Config) -> Result<Started> {
         work_dir,
         host: host_name(),
         rebuilding: Arc::default(),
+        tidying: Arc::default(),
         patience: PATIENCE,
     };
     let mover = start_mover(&context)?;

@@ -267,10 +267,12 @@ pub fn repair(context: &Context, dry_run: bool, now_ms: i64, emit: Emit<'_>) -> 
 /// Takes away what nobody needs, or says what that would be; gives the number of objects.
 ///
 /// # Errors
-/// [`Kind::NotPermitted`] on a host; [`Kind::Busy`] while a repair or a rebuild runs; when the store cannot be
-/// read or written.
+/// [`Kind::NotPermitted`] on a host; [`Kind::Busy`] while another one runs; when the store cannot be read or
+/// written.
 pub fn tidy(context: &Context, dry_run: bool, now_ms: i64, emit: Emit<'_>) -> Result<u64> {
-    let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
+    let Ok(_only_one) = context.tidying.try_lock() else {
+        return Err(Error::new(Kind::Busy, "the store is being tidied: wait for that"));
+    };
     let options = tidy::Options { dry_run, scratch: context.work_dir.clone(), now_ms };
     let report = tidy::tidy(&context.store, &options, &mut |event| emit(line(event)?))?;
     Ok(report.removed_objects)

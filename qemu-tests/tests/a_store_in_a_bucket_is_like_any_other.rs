@@ -105,7 +105,7 @@ fn a_keeper_takes_away_what_nobody_needs_and_hosts_may_not() -> Result {
     // A host cannot: neither does it ask for it, nor would it get it.
     let named = manifest.file_name().and_then(|name| name.to_str()).context("no name")?;
     let planned = behind.fixture.fleecectl(&["tidy", "--dry-run"])?.printed();
-    ensure!(planned.contains(named) && planned.contains("1 objects would"), "{planned}");
+    ensure!(planned.contains(named) && planned.contains("\n1 objects would"), "{planned}");
     let told = behind.fixture.try_fleecectl(&["tidy"])?.code(17)?.printed();
     ensure!(told.contains("role = \"keeper\""), "{told}");
     ensure!(behind.wire.refused() == 0, "a host asked for more than to create and to read");

@@ -15,7 +15,7 @@ fn refused(cluster: &Cluster, change: &dyn Fn(&str) -> String, code: i32) -> Res
     let config = cluster.config(1);
     let text = fs::read_to_string(config)?;
     fs::write(config, change(&text))?;
-    let ended = cluster.start_another(1)?.code(code)?;
+    let ended = cluster.start_another(1)?.finish(LONG)?.code(code)?;
     fs::write(config, text)?;
     Ok(ended.printed())
 }

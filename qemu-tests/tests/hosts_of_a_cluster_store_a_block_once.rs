@@ -126,9 +126,16 @@ fn of_two_engines_of_a_name_the_one_at_its_address_stays() -> Result {
         ensure!(other.ended()?.is_none(), "it ended: {}", other.printed());
         Ok(other.printed().contains("not found at this host's own address"))
     })?;
-    let hosts = cluster.ask(0, &["hosts"])?;
-    let away = hosts.iter().find(|host| host["name"] == "hv1").context("no hv1")?;
-    ensure!(away["state"] == "silent", "{away}");
+    // Not even when it is asked to.
+    let socket = cluster.fixture.text("another.sock");
+    let hosts = ["--engine", &socket, "hosts", "--json"];
+    let hosts = cluster.fixture.fleecectl(&hosts)?.json()?;
+    let silent = hosts.iter().filter(|host| host["state"] == "silent").count();
+    ensure!(hosts.len() == HOSTS && silent == HOSTS - 1, "{hosts:?}");
+    for host in [0, 2] {
+        let said = cluster.printed(host);
+        ensure!(!said.contains("was started anew"), "hv{host} took it for hv1: {said}");
+    }
     cluster.start(1)?;
     let ended = other.finish(LONG)?.code(11)?;
     ensure!(ended.printed().contains("another engine, at "), "{}", ended.printed());

@@ -27,7 +27,7 @@ mod simulation;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::{Duration, Instant};
 
@@ -67,6 +67,8 @@ pub struct Cluster {
     me: Weak<Cluster>,
     /// The instance of the next peer.
     next_instance: AtomicU64,
+    /// No other engine is this host: it may speak as that.
+    sure: AtomicBool,
     owner: Box<dyn Part>,
     registry: Arc<Registry>,
     clock: Clock,
@@ -137,6 +139,7 @@ impl Cluster {
             us,
             me: me.clone(),
             next_instance: AtomicU64::new(instance.0),
+            sure: AtomicBool::new(true),
             owner,
             registry,
             clock,
@@ -158,6 +161,17 @@ impl Cluster {
         });
         cluster.meet_new(&map);
         cluster
+    }
+
+    /// Whether this engine is known to be its host, and no other one is.
+    #[must_use]
+    pub fn is_sure(&self) -> bool {
+        self.sure.load(Ordering::Acquire)
+    }
+
+    /// Sets that.
+    pub fn be_sure(&self, sure: bool) {
+        self.sure.store(sure, Ordering::Release);
     }
 
     /// Our number in the map.

@@ -3,7 +3,7 @@
 //! - Registrations of readers whose time is up, and of backups that are over.
 //! - Checkpoints that nobody finished, or whose record is damaged: the journals have all that they had.
 //! - Of two copies the one that is damaged while the other is sound. It is made again at once: no key is
-//!   ever overwritten, so repair cannot do that.
+//!   ever overwritten, so repair cannot do that. One that is missing, as after a crash in between, is made, too.
 //!
 //! Everything is looked at again right before it is taken away, and what is taken away is needed by nobody
 //! or made again from what stays: two keepers at once, or a crash at any point, lose nothing.
@@ -12,10 +12,12 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::jobs::restore::is_damage;
 use crate::store::Store;
 use crate::store::commit::{Manifests, SnapshotKey};
+use crate::store::container::SecondCopy;
+use crate::store::manifest::Record;
 use crate::store::objects::Keeper;
 use crate::store::shards::{self, CheckpointId};
 use crate::store::{names, sessions::SessionRecord};
@@ -58,7 +60,7 @@ pub struct Report {
     pub readers: u64,
     /// Checkpoints, whole or not.
     pub checkpoints: u64,
-    /// Damaged ones of two copies, which were made again.
+    /// Damaged or missing ones of two copies, which were made again.
     pub copies: u64,
     /// Objects, those of checkpoints each.
     pub removed_objects: u64,
@@ -141,10 +143,13 @@ impl Tidier<'_> {
 
     /// A session whose commit key exists: nothing can become of it any more.
     fn session(&mut self, key: &SnapshotKey) -> Result<()> {
-        let why = match readable(self.manifests.session(key))? {
-            Some(record) if !self.is_long_ago(record.started_ms) => return Ok(()),
-            Some(_) => "this backup is over",
-            None => "it is damaged, and the backup is over",
+        let why = match self.manifests.session(key) {
+            Ok(record) if !self.is_long_ago(record.started_ms) => return Ok(()),
+            Ok(_) => "this backup is over",
+            Err(error) if error.kind() == Kind::Damaged => "it is damaged, and the backup is over",
+            // Another keeper was faster.
+            Err(error) if error.kind() == Kind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
         };
         let object = names::session(key.vm, key.seq, key.snapshot);
         self.say(&object, why)?;
@@ -157,15 +162,18 @@ impl Tidier<'_> {
         for id in &all {
             // A host writes one after the other, so that those before its last one are done with.
             let is_done = all.iter().any(|other| other.host == id.host && other.n > id.n);
+            if !is_done {
+                continue;
+            }
             match shards::read_record(self.store, *id) {
-                Err(error) if error.kind() == Kind::NotFound && is_done => {
+                Ok(_) => {}
+                Err(error) if error.kind() == Kind::NotFound => {
                     self.checkpoint(*id, "this checkpoint was never finished")?;
                 }
                 Err(error) if error.kind() == Kind::Damaged => {
                     self.checkpoint(*id, "the record of this checkpoint is damaged")?;
                 }
-                Err(error) if error.kind() != Kind::NotFound => return Err(error),
-                _ => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())
@@ -173,35 +181,35 @@ impl Tidier<'_> {
 
     fn checkpoint(&mut self, id: CheckpointId, why: &str) -> Result<()> {
         let folder = names::checkpoint(id.host, id.n);
-        let mut objects = Vec::new();
+        let mut said = false;
+        // What is left of it in a directory is the empty folder: nothing is said of that.
         self.store.objects().list(&folder, |object, _| {
-            objects.push(object.to_owned());
-            Ok(())
-        })?;
-        // What is left of it in a directory is the empty folder.
-        if objects.is_empty() {
-            return Ok(());
-        }
-        self.say(&folder, why)?;
-        self.report.checkpoints += 1;
-        // The record first: without it there is no checkpoint.
-        let record = names::checkpoint_record(id.host, id.n);
-        objects.sort_unstable_by_key(|object| *object != record);
-        objects.iter().try_for_each(|object| self.remove(object))
+            if !std::mem::replace(&mut said, true) {
+                self.say(&folder, why)?;
+                self.report.checkpoints += 1;
+            }
+            self.remove(object)
+        })
     }
 
     fn manifests(&mut self) -> Result<()> {
         let manifests = self.manifests.clone();
         manifests.each_of_both(|key| {
-            let (first, copy) = (manifests.read_first(&key), manifests.read_copy(&key));
-            match (&first, &copy) {
-                (Err(error), Ok(_)) if error.kind() == Kind::Damaged => {
-                    self.replace(&key.manifest(), || manifests.heal_first(&key).map(drop))
+            match (manifests.read_first(&key), manifests.read_copy(&key)) {
+                (Ok(_), Ok(_)) => Ok(()),
+                // Its session may still be about to commit, and must not find the place free.
+                (Err(_), Ok(Record::Tombstone(of))) if !self.is_long_ago(of.time_ms) => Ok(()),
+                (Err(error), Ok(_)) => {
+                    let make = || manifests.heal_first(&key).map(drop);
+                    self.replace(&key.manifest(), error, make)
                 }
-                (Ok(_), Err(error)) if error.kind() == Kind::Damaged => {
-                    self.replace(&key.copy(), || manifests.heal_copy(&key).map(drop))
+                (Ok(_), Err(error)) => {
+                    self.replace(&key.copy(), error, || manifests.heal_copy(&key).map(drop))
                 }
-                _ => Ok(()),
+                (Err(first), Err(copy)) => {
+                    let other = [first, copy].into_iter().find(|error| !is_damage(error));
+                    other.map_or(Ok(()), Err)
+                }
             }
         })
     }
@@ -212,6 +220,11 @@ impl Tidier<'_> {
         store.objects().list(names::DIRECTORIES, |object, _| {
             let Some((container, generation)) = names::parse_directory(object) else {
                 return Ok(());
+            };
+            let damaged = match directories.check_copy(container, generation) {
+                Err(error) if error.kind() == Kind::Damaged => error,
+                Err(error) if error.kind() != Kind::NotFound => return Err(error),
+                _ => return Ok(()),
             };
             // What the engine has in its caches says nothing about the store.
             directories.forget(container);
@@ -224,21 +237,30 @@ impl Tidier<'_> {
             if readable(own)? != Some(true) {
                 return Ok(());
             }
-            match directories.check_copy(container, generation) {
-                Err(error) if error.kind() == Kind::Damaged => {
-                    self.replace(object, || directories.ensure_copy(container).map(drop))
-                }
-                Err(error) if error.kind() != Kind::NotFound => Err(error),
-                _ => Ok(()),
-            }
+            self.replace(object, damaged, || match directories.ensure_copy(container)? {
+                SecondCopy::Missing(error) => Err(error),
+                SecondCopy::Whole | SecondCopy::Made => Ok(()),
+            })
         })
     }
 
-    /// Takes one of two copies away, and makes it again from the other.
-    fn replace(&mut self, object: &str, make: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.say(object, "it is damaged, and made again from the other copy, which is sound")?;
+    /// Takes one of two copies away that is damaged, and makes it again from the other.
+    fn replace(
+        &mut self,
+        object: &str,
+        error: Error,
+        make: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        match error.kind() {
+            Kind::Damaged => {
+                let why = "it is damaged, and made again from the other copy, which is sound";
+                self.say(object, why)?;
+                self.remove(object)?;
+            }
+            Kind::NotFound => self.say(object, "it is missing, and made from the other copy")?,
+            _ => return Err(error),
+        }
         self.report.copies += 1;
-        self.remove(object)?;
         if self.options.dry_run { Ok(()) } else { make() }
     }
 }
@@ -263,7 +285,7 @@ mod tests {
     use crate::jobs::verify::{self, Scope};
     use crate::store::Role;
     use crate::store::manifest::{Manifest, Tombstone};
-    use crate::store::shards::{Record, Writer};
+    use crate::store::shards::Writer;
 
     /// Some day, and as long before it as makes everything old.
     const NOW: i64 = 1_800_000_000_000;
@@ -326,7 +348,7 @@ mod tests {
         let full = shards::PART_ENTRIES.div_ceil(entries.len()) * entries.len();
         entries.iter().cycle().take(full).for_each(|entry| writer.push(*entry).unwrap());
         if finished {
-            let record = Record {
+            let record = shards::Record {
                 map_epoch: 1,
                 written_ms: 0,
                 after: Vec::new(),
@@ -373,18 +395,19 @@ mod tests {
         f.manifests.begin_reader(&session(&made[0], OLD, Some(OLD))).unwrap();
         gone.extend(objects(&f).difference(&before).cloned());
         f.manifests.begin_reader(&session(&made[0], OLD, Some(OLD + 2))).unwrap();
-        // Never finished, whole, with a damaged record, being written.
+        // Never finished, whole, with a damaged record, being written; damaged, and the last one of its host.
         let unfinished = checkpoint(&f, 1, false);
         let whole = checkpoint(&f, 1, true);
         let damaged = checkpoint(&f, 2, true);
         let written = checkpoint(&f, 2, false);
-        f.flip(&format!("{damaged}/record"), 70);
+        let last = checkpoint(&f, 3, true);
+        [&damaged, &last].iter().for_each(|of| f.flip(&format!("{of}/record"), 70));
         let of = |folder: &str, all: &BTreeSet<String>| -> BTreeSet<String> {
             all.iter().filter(|object| object.starts_with(folder)).cloned().collect()
         };
         let before = objects(&f);
         [&unfinished, &damaged].iter().for_each(|folder| gone.extend(of(folder, &before)));
-        assert!(!of(&whole, &before).is_empty() && !of(&written, &before).is_empty());
+        assert!([&whole, &written, &last].iter().all(|folder| !of(folder, &before).is_empty()));
         let next_seq = f.manifests.next_seq(made[0].vm).unwrap();
 
         let (planned, said) = run(&f, Role::Host, true).unwrap();
@@ -430,7 +453,11 @@ mod tests {
         std::fs::remove_file(f.path(&keys[0].manifest())).unwrap();
         assert_eq!(f.manifests.next_seq(keys[0].vm).unwrap(), keys[0].seq + 1);
         assert!(f.manifests.settle(keys[0].vm, keys[0].snapshot, "", NOW).unwrap());
-        assert!(f.manifests.heal_first(&keys[0]).unwrap());
+        assert!(matches!(f.manifests.read(&keys[0]).unwrap(), Record::Manifest(_)));
+        std::fs::remove_file(f.path(&keys[1].copy())).unwrap();
+        let (report, _) = run(&f, Role::Keeper, false).unwrap();
+        assert_eq!((report.copies, report.removed_objects), (2, 0));
+        assert_eq!(objects(&f), before);
         assert!(!is_clean(&f));
         // Without those that are lost, all is well.
         lost.iter().for_each(|key| std::fs::remove_file(f.path(key)).unwrap());

@@ -2,8 +2,8 @@
 //!
 //! Two engines of one name would answer for one another's questions. With etcd the lease says which one
 //! is the host ([`crate::membership`]). A list has one address for each name, so an engine calls its own
-//! and looks whether it finds itself there: until then it makes no link to others, and once it finds
-//! another one it ends. Nothing has to be kept or agreed on, and of two it is always the same one that ends.
+//! and looks whether it finds itself there: until then it says nothing to others and writes no checkpoint,
+//! and once it finds another one it ends. Nothing has to be kept or agreed on, and of two it is always the same one that ends.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -25,10 +25,10 @@ impl Peers {
         let mut said = String::new();
         loop {
             match Box::pin(self.finds_itself()).await {
-                Ok(true) => self.is_fenced.set(true),
+                Ok(true) => self.cluster.be_sure(true),
                 Ok(false) => return self.is_another(),
                 // Whoever was found and is not reached now is not reached by another one's hosts either.
-                Err(_) if self.is_fenced.get() => {}
+                Err(_) if self.cluster.is_sure() => {}
                 Err(error) => {
                     let why = error.to_string();
                     if why != said {
@@ -40,7 +40,7 @@ impl Peers {
                     }
                 }
             }
-            tokio::time::sleep(if self.is_fenced.get() { LOOK } else { AGAIN }).await;
+            tokio::time::sleep(if self.cluster.is_sure() { LOOK } else { AGAIN }).await;
         }
     }
 

@@ -75,8 +75,6 @@ pub struct Peers {
     pub(super) engine: Instance,
     /// A list says who is in the cluster.
     pub(super) listed: bool,
-    /// No other engine is this host: others may hear of it.
-    pub(super) is_fenced: Cell<bool>,
     store: StoreId,
     files: Files,
     /// Every link ends when it changes.
@@ -126,8 +124,6 @@ impl Peers {
             name,
             engine: Instance(u64::from_le_bytes(random()?)),
             listed,
-            // With etcd its lease says so.
-            is_fenced: Cell::new(!listed),
             store,
             files,
             identity,
@@ -172,7 +168,7 @@ impl Peers {
                 },
                 _ = second.tick() => {
                     self.look();
-                    if self.is_fenced.get() {
+                    if self.cluster.is_sure() {
                         self.keep_links(&mut links, bells);
                     }
                 }

@@ -58,6 +58,11 @@ impl Peers {
         let Ok(_one) = self.asking.acquire().await else { return Vec::new() };
         let asked = hosts::known(&self.context).into_iter().skip(1).map(|known| async {
             let host = HostId(known.number);
+            if !self.cluster.is_sure() {
+                // They would take it for the host that it may not be.
+                let why = "this engine is not found at its own address in cluster.static";
+                return (known, Err(Error::new(Kind::Failed, why)));
+            }
             let link = (host, self.cluster.instance(host));
             let answer = with_host(self, link, async |client, _, _| {
                 // Whatever a host says of itself, whether it is revoked is not its to say.

@@ -50,6 +50,8 @@ pub struct Context {
     pub host: String,
     /// Held while the index is rebuilt or the store repaired: one at a time.
     pub rebuilding: Arc<std::sync::Mutex<()>>,
+    /// Held while the store is tidied.
+    pub tidying: Arc<std::sync::Mutex<()>>,
     /// How long after its own writes a session leaves the rest to those who hold the grants.
     pub patience: std::time::Duration,
 }

@@ -181,13 +181,14 @@ impl Manifests {
         Ok(self.objects.create(&name, Bytes::from(sealed))? == Created::Ours)
     }
 
-    /// What stands at a commit key, from the copy if the first is damaged.
+    /// What stands at a commit key, from the copy if the first is damaged or lost: a copy proves that it stood
+    /// there.
     ///
     /// # Errors
     /// [`Kind::NotFound`] when nothing does, [`Kind::Damaged`] when both are damaged.
     pub fn read(&self, key: &SnapshotKey) -> Result<Record> {
         match self.read_first(key) {
-            Err(error) if error.kind() == Kind::Damaged => {
+            Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {
                 self.read_copy(key).map_err(|copy| match copy.kind() {
                     Kind::NotFound | Kind::Damaged => error,
                     _ => copy,

@@ -137,12 +137,13 @@ fn a_copy_proves_a_commit_and_what_is_missing_is_healed() {
     std::fs::remove_file(f.dir.path().join(key.copy())).unwrap();
     assert!(f.manifests.heal_copy(&key).unwrap());
     assert!(!f.manifests.heal_copy(&key).unwrap());
-    assert_eq!(f.manifests.read_copy(&key).unwrap(), Record::Manifest(Box::new(one)));
+    assert_eq!(f.manifests.read_copy(&key).unwrap(), Record::Manifest(Box::new(one.clone())));
     std::fs::remove_file(f.dir.path().join(key.manifest())).unwrap();
     // Not found by name, but never taken for one that did not commit.
     assert_eq!(f.manifests.fate(vm(1), id(1)).unwrap(), Fate::Committed(1));
     assert_eq!(f.manifests.latest(vm(1)).unwrap(), None);
-    assert_eq!(f.manifests.read(&key).unwrap_err().kind(), Kind::NotFound);
+    assert_eq!(f.manifests.read_first(&key).unwrap_err().kind(), Kind::NotFound);
+    assert_eq!(f.manifests.read(&key).unwrap(), Record::Manifest(Box::new(one)));
     assert!(f.manifests.heal_first(&key).unwrap());
     assert!(!f.manifests.heal_first(&key).unwrap());
     assert_eq!(f.manifests.latest(vm(1)).unwrap().map(|m| m.snapshot), Some(id(1)));

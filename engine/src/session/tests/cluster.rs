@@ -104,6 +104,7 @@ impl Engine {
             work_dir,
             host: format!("hv{}", us.0),
             rebuilding: Arc::default(),
+            tidying: Arc::default(),
             patience: Duration::from_millis(300),
         };
         let moved = context.clone();

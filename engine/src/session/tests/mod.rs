@@ -82,6 +82,7 @@ impl Host {
             work_dir,
             host: "test".into(),
             rebuilding: Arc::default(),
+            tidying: Arc::default(),
             patience: Duration::from_millis(300),
         };
         Host { dir, context, thread: Some(thread) }

@@ -116,6 +116,8 @@ impl Objects {
         // The only cipher library of this program; an earlier call has done it otherwise.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut builder = AmazonS3Builder::from_env().with_bucket_name(&bucket.name);
+        // One at a time, so that what is forbidden is an error of its own; a keeper takes few away.
+        builder = builder.with_disable_bulk_delete(true);
         if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
         }
