@@ -1,5 +1,4 @@
-//! Fetching: takes pieces until their frames fill a batch, reads the frames, and has them decoded: while one
-//! batch is written the next is decoded, and the one after that is read.
+//! Fetching: takes pieces until their frames fill a batch, reads and decodes the frames.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,16 +8,14 @@ use bytes::Bytes;
 use super::pieces::{Piece, Pieces};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, Slot};
-use crate::pool::{Pending, Pool};
+use crate::pool::Pool;
 use crate::store::container::{Directories, FrameRef, SlotInfo};
 use crate::store::damage::{DamageMap, Found};
 use crate::store::recipe::{Lost, NodeSource};
 
-/// Decompressed bytes of a batch: three are under way, which with the fetched bytes of one stay within the
-/// pass's share, which restore borrows.
-const BATCH_BYTES: usize = 1536 << 10;
-/// Batches that are being decoded while another one is written and a third one is read.
-pub(super) const DECODING: usize = 1;
+/// Decompressed bytes of a batch: one is written while the next one is fetched, so twice
+/// this and the fetched bytes of one stay within the pass's share, which restore borrows.
+const BATCH_BYTES: usize = 2560 << 10;
 /// Pieces of a batch, some 100 bytes each with what may be lost of them: a frame that the whole disk refers to fills several batches.
 const BATCH_PIECES: usize = 8192;
 /// Containers that are read at the same time when a batch is scattered over many.
@@ -30,87 +27,6 @@ pub(super) struct Frame {
     pub(super) at: FrameRef,
     /// Its bytes, or why there are none.
     pub(super) bytes: std::result::Result<Arc<Vec<u8>>, Arc<Error>>,
-}
-
-/// A frame on its way.
-pub(super) enum Coming {
-    /// It is among the recent ones.
-    Recent(FrameRef),
-    /// It was read.
-    Decoding(FrameRef, Pending<Result<Vec<u8>>>),
-}
-
-/// Frames of batches before, the newest first, or only which they are: up to so many bytes. Who fetches and who
-/// writes keep the same ones.
-pub(super) struct Recent<F> {
-    frames: VecDeque<F>,
-    keep: usize,
-}
-
-/// What is known of a frame.
-pub(super) trait OfFrame: Clone {
-    /// Which it is.
-    fn at(&self) -> &FrameRef;
-}
-
-impl OfFrame for FrameRef {
-    fn at(&self) -> &FrameRef {
-        self
-    }
-}
-
-impl OfFrame for Frame {
-    fn at(&self) -> &FrameRef {
-        &self.at
-    }
-}
-
-impl<F: OfFrame> Recent<F> {
-    pub(super) fn new(keep: usize) -> Self {
-        Recent { frames: VecDeque::new(), keep }
-    }
-
-    fn get(&self, at: &FrameRef) -> Option<&F> {
-        self.frames.iter().find(|recent| same(recent.at(), at))
-    }
-
-    fn remember(&mut self, frames: &[F]) {
-        for frame in frames {
-            self.frames.retain(|recent| !same(recent.at(), frame.at()));
-            self.frames.push_front(frame.clone());
-        }
-        let mut bytes = 0;
-        let fits = |frame: &F| {
-            bytes += frame.at().raw_len as usize;
-            bytes <= self.keep
-        };
-        let kept = self.frames.iter().map(fits).take_while(|fits| *fits).count();
-        self.frames.truncate(kept);
-    }
-}
-
-impl Recent<Frame> {
-    /// Waits until the frames of a batch are decoded.
-    pub(super) fn decoded(&mut self, coming: Vec<Coming>) -> Result<Vec<Frame>> {
-        let mut frames = Vec::with_capacity(coming.len());
-        for frame in coming {
-            frames.push(match frame {
-                Coming::Recent(at) => self.get(&at).cloned().ok_or_else(|| {
-                    Error::new(Kind::Failed, "a frame that was to be kept is gone (a bug)")
-                })?,
-                Coming::Decoding(at, pending) => {
-                    let bytes = match pending.wait()? {
-                        Ok(bytes) => Ok(Arc::new(bytes)),
-                        Err(error) if is_damage(&error) => Err(Arc::new(error)),
-                        Err(error) => return Err(error),
-                    };
-                    Frame { at, bytes }
-                }
-            });
-        }
-        self.remember(&frames);
-        Ok(frames)
-    }
 }
 
 /// A piece and where its bytes are.
@@ -127,9 +43,9 @@ pub(super) enum Source {
     Lost { found: Found, error: Error },
 }
 
-/// What can be written once its frames are decoded.
+/// What can be written without waiting.
 pub(super) struct Batch {
-    pub(super) frames: Vec<Coming>,
+    pub(super) frames: Vec<Frame>,
     pub(super) pieces: Vec<Placed>,
     /// Unreadable nodes of the recipe.
     pub(super) lost: Vec<Lost>,
@@ -144,8 +60,9 @@ pub(super) struct Fetcher<'r, S: NodeSource> {
     pub(super) block_size: u32,
     /// What did not fit into the last batch.
     pub(super) rest: Option<Piece>,
-    /// What whoever writes has of batches before.
-    pub(super) recent: Recent<FrameRef>,
+    /// Frames of batches before, the newest first, up to `keep` bytes.
+    pub(super) recent: VecDeque<Frame>,
+    pub(super) keep: usize,
 }
 
 impl<S: NodeSource> Fetcher<'_, S> {
@@ -189,7 +106,7 @@ impl<S: NodeSource> Fetcher<'_, S> {
         if placed.is_empty() && lost.is_empty() {
             return Ok(None);
         }
-        let frames = self.load(&wanted)?;
+        let frames = self.load(wanted)?;
         Ok(Some(Batch { frames, pieces: placed, lost }))
     }
 
@@ -228,23 +145,49 @@ impl<S: NodeSource> Fetcher<'_, S> {
         }
     }
 
-    /// Reads frames and has them decoded, but for those of the batches before.
-    fn load(&mut self, wanted: &[FrameRef]) -> Result<Vec<Coming>> {
-        let is_missing = |frame: &&FrameRef| self.recent.get(frame).is_none();
-        let missing: Vec<FrameRef> = wanted.iter().filter(is_missing).copied().collect();
-        let mut fetched = missing.iter().zip(fetch(&self.directories, &missing)?).peekable();
-        let coming = wanted.iter().map(|at| {
-            let Some((_, stored)) = fetched.next_if(|(missing, _)| same(missing, at)) else {
-                return Coming::Recent(*at);
-            };
-            let (directories, frame) = (self.directories.clone(), *at);
+    /// Fetches and decodes frames, or takes those of the batches before.
+    fn load(&mut self, wanted: Vec<FrameRef>) -> Result<Vec<Frame>> {
+        let mut frames: Vec<Option<Frame>> = wanted
+            .iter()
+            .map(|frame| self.recent.iter().find(|recent| same(&recent.at, frame)).cloned())
+            .collect();
+        let missing: Vec<FrameRef> =
+            wanted.iter().zip(&frames).filter(|(_, f)| f.is_none()).map(|(w, _)| *w).collect();
+        let fetched = fetch(&self.directories, &missing)?;
+        let mut decoded = Vec::with_capacity(missing.len());
+        for (frame, stored) in missing.iter().zip(fetched) {
+            let (directories, frame) = (self.directories.clone(), *frame);
             let decode =
                 move || stored.and_then(|stored| directories.decode_frame(&frame, &stored));
-            Coming::Decoding(*at, self.pool.run(decode))
-        });
-        let coming = coming.collect();
-        self.recent.remember(wanted);
-        Ok(coming)
+            decoded.push(self.pool.run(decode));
+        }
+        let mut decoded = decoded.into_iter();
+        for (slot, at) in frames.iter_mut().zip(wanted).filter(|(slot, _)| slot.is_none()) {
+            let Some(pending) = decoded.next() else { break };
+            let bytes = match pending.wait()? {
+                Ok(bytes) => Ok(Arc::new(bytes)),
+                Err(error) if is_damage(&error) => Err(Arc::new(error)),
+                Err(error) => return Err(error),
+            };
+            *slot = Some(Frame { at, bytes });
+        }
+        let frames: Vec<Frame> = frames.into_iter().flatten().collect();
+        self.remember(&frames);
+        Ok(frames)
+    }
+
+    fn remember(&mut self, frames: &[Frame]) {
+        for frame in frames {
+            self.recent.retain(|recent| !same(&recent.at, &frame.at));
+            self.recent.push_front(frame.clone());
+        }
+        let mut bytes = 0;
+        let fits = |frame: &Frame| {
+            bytes += frame.at.raw_len as usize;
+            bytes <= self.keep
+        };
+        let kept = self.recent.iter().map(fits).take_while(|fits| *fits).count();
+        self.recent.truncate(kept);
     }
 }
 

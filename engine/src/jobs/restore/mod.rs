@@ -2,7 +2,7 @@
 //!
 //! The plan goes by container: all runs of the disk are sorted by address, so every frame
 //! is fetched once and neighbours are read together; what comes out is out of disk order.
-//! One batch of frames is written, the next is decoded, and the one after that is read, at the same time.
+//! One batch of frames is fetched and decoded while the one before is written.
 
 mod batch;
 mod image;
@@ -10,6 +10,7 @@ mod pieces;
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use crossbeam_channel::bounded;
 
 pub use self::image::{DiskImage, ImageExtent};
 
-use self::batch::{Batch, DECODING, Fetcher, Frame, Recent, Source};
+use self::batch::{Batch, Fetcher, Source};
 pub(super) use self::batch::{fetch_group, is_damage};
 use self::pieces::Pieces;
 use crate::error::{Context, Error, Kind, Result};
@@ -195,8 +196,7 @@ impl Restorer {
         with_pieces: impl FnOnce(&mut dyn FnMut(Pieces<'_, Directories>) -> Result<()>) -> Result<()>
         + Send,
     ) -> Result<()> {
-        writer.recent = Recent::new(keep);
-        let (send, batches) = bounded::<Batch>(DECODING);
+        let (send, batches) = bounded::<Batch>(0);
         std::thread::scope(|scope| {
             let fetching = move || {
                 with_pieces(&mut |pieces| {
@@ -214,7 +214,7 @@ impl Restorer {
                 .stack_size(STACK)
                 .spawn_scoped(scope, fetching)
                 .map_err(|error| Error::caused(Kind::Failed, "cannot start a thread", error))?;
-            let written = batches.iter().try_for_each(|batch| writer.write(batch));
+            let written = batches.iter().try_for_each(|mut batch| writer.write(&mut batch));
             drop(batches);
             let fetched = thread
                 .join()
@@ -231,7 +231,8 @@ impl Restorer {
             pool: self.pool.clone(),
             block_size: self.block_size,
             rest: None,
-            recent: Recent::new(keep),
+            recent: VecDeque::new(),
+            keep,
         }
     }
 }
@@ -243,8 +244,6 @@ struct Writer<'s, 'k> {
     size: u64,
     block_size: u64,
     damaged_zero: bool,
-    /// Frames of batches before.
-    recent: Recent<Frame>,
     /// What waits to be handed out.
     waiting: Scattered,
     outcome: Outcome,
@@ -259,20 +258,17 @@ impl<'s, 'k> Writer<'s, 'k> {
             size: disk.size,
             block_size: u64::from(restorer.block_size),
             damaged_zero: options.damaged_zero,
-            recent: Recent::new(0),
             waiting: Scattered::with_room(),
             outcome: Outcome::default(),
             found: Vec::new(),
         }
     }
 
-    fn write(&mut self, batch: Batch) -> Result<()> {
-        let Batch { frames, mut pieces, lost } = batch;
-        self.lose(&lost)?;
+    fn write(&mut self, batch: &mut Batch) -> Result<()> {
+        self.lose(&batch.lost)?;
         // Neighbours on the disk come from several frames: they become one run here.
-        pieces.sort_unstable_by_key(|piece| piece.first_block);
-        let frames = self.recent.decoded(frames)?;
-        for frame in &frames {
+        batch.pieces.sort_unstable_by_key(|piece| piece.first_block);
+        for frame in &batch.frames {
             if let Err(error) = &frame.bytes {
                 self.note(Found {
                     container: frame.at.container,
@@ -281,14 +277,14 @@ impl<'s, 'k> Writer<'s, 'k> {
                 });
             }
         }
-        for piece in &pieces {
+        for piece in &batch.pieces {
             let count = u64::from(piece.count);
             match &piece.source {
                 Source::Lost { found, error } => {
                     self.note(found.clone());
                     self.hole(piece.first_block, count, error)?;
                 }
-                Source::Frame { frame, from } => match &frames[*frame].bytes {
+                Source::Frame { frame, from } => match &batch.frames[*frame].bytes {
                     Err(error) => self.hole(piece.first_block, count, error)?,
                     Ok(bytes) => {
                         let length = (count * self.block_size) as usize;
