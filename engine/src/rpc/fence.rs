@@ -3,7 +3,8 @@
 //! Two engines of one name would answer for one another's questions. With etcd the lease says which one
 //! is the host ([`crate::membership`]). A list has one address for each name, so an engine calls its own
 //! and looks whether it finds itself there: until then it says nothing to others and writes no checkpoint,
-//! and once it finds another one it ends. Nothing has to be kept or agreed on, and of two it is always the same one that ends.
+//! and once it finds another one it ends. Nothing has to be kept or agreed on, and of two it is always the
+//! same one that ends.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -27,7 +28,7 @@ impl Peers {
             match Box::pin(self.finds_itself()).await {
                 Ok(true) => self.cluster.be_sure(true),
                 Ok(false) => return self.is_another(),
-                // Whoever was found and is not reached now is not reached by another one's hosts either.
+                // It was found before; while nobody answers there, nobody else is taken for it.
                 Err(_) if self.cluster.is_sure() => {}
                 Err(error) => {
                     let why = error.to_string();

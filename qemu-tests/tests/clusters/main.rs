@@ -1,0 +1,9 @@
+//! Clusters of engines, in one program: their scenarios wait much, so that two run side by side all the time.
+//! They begin in the order of their names; the longest one is among the first.
+
+mod a_revoked_host_gets_nothing;
+mod a_store_is_raised_and_gets_a_new_key;
+mod etcd_and_hosts_prove_themselves;
+mod hosts_join_leave_and_fail;
+mod hosts_of_a_cluster_store_a_block_once;
+mod hosts_of_two_versions;
