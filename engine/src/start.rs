@@ -79,8 +79,7 @@ pub fn start(config: &Config) -> Result<Started> {
     }
     let key = StoreKey::load(&config.key)?;
     let location = config.location()?;
-    let (compression, role) = (config.compression_level, config.role);
-    let options = StoreOptions { budget: budget.store(), compression, role };
+    let options = store_options(config, &budget);
     let store = slowly(&location, || Store::open(&location, key, state, options))?;
     sweep(&work_dir);
     let mut options = DetectOptions::new(store.id());
@@ -114,7 +113,6 @@ pub fn start(config: &Config) -> Result<Started> {
             if let Some(cluster) = owners.cluster() {
                 // By a list it is yet to be found; etcd has said it.
                 cluster.be_sure(membership.is_some());
-                // It is set here only.
                 let _ = placed.set(Arc::clone(cluster));
             }
             (owners, registry)
@@ -138,6 +136,11 @@ pub fn start(config: &Config) -> Result<Started> {
     };
     let mover = start_mover(&context)?;
     Ok(Started { context, thread: Some(thread), mover, bells, membership })
+}
+
+fn store_options(config: &Config, budget: &Budget) -> StoreOptions {
+    let (compression, role) = (config.compression_level, config.role);
+    StoreOptions { budget: budget.store(), compression, role }
 }
 
 /// Does what may wait for a server, and says so if it takes long.
