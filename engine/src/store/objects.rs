@@ -448,9 +448,10 @@ fn failed(what: &str, key: &str, error: object_store::Error) -> Error {
             | object_store::Error::Unauthenticated { .. },
             _,
         )
-        | (_, Some(PermissionDenied)) => {
-            (Kind::NotPermitted, " (README says which rights an engine needs there)")
-        }
+        | (_, Some(PermissionDenied)) => (
+            Kind::NotPermitted,
+            " (the engine's user needs to create and read there, a keeper's to remove)",
+        ),
         (_, Some(StorageFull)) => {
             (Kind::Failed, " (the store is full: make room and run it again)")
         }
