@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::detect::{Anew, Detector, Partition, Rebuild, Watermark};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint, HostId, Slice, Slices};
+use crate::jobs;
 use crate::jobs::checkpoint::{Checkpoints, journal_ends};
 use crate::jobs::journals::walk;
 use crate::jobs::rebuild::each_entry;
@@ -256,7 +257,7 @@ fn busy() -> Error {
 /// written.
 pub fn repair(context: &Context, dry_run: bool, now_ms: i64, emit: Emit<'_>) -> Result<bool> {
     let Ok(_only_one) = context.rebuilding.try_lock() else { return Err(busy()) };
-    let options = repair::Options { dry_run, scratch: context.work_dir.clone(), now_ms };
+    let options = jobs::Options { dry_run, scratch: context.work_dir.clone(), now_ms };
     let mut say = |event: &repair::Event| emit(line(event)?);
     let mut recorded = |at, entries| context.owners.learn(entries, crate::session::position(at));
     let report = repair::repair(&context.store, &options, &mut say, &mut recorded);
@@ -273,7 +274,7 @@ pub fn tidy(context: &Context, dry_run: bool, now_ms: i64, emit: Emit<'_>) -> Re
     let Ok(_only_one) = context.tidying.try_lock() else {
         return Err(Error::new(Kind::Busy, "the store is being tidied: wait for that"));
     };
-    let options = tidy::Options { dry_run, scratch: context.work_dir.clone(), now_ms };
+    let options = jobs::Options { dry_run, scratch: context.work_dir.clone(), now_ms };
     let report = tidy::tidy(&context.store, &options, &mut |event| emit(line(event)?))?;
     Ok(report.removed_objects)
 }

@@ -11,3 +11,16 @@ pub mod restore;
 pub mod tidy;
 pub mod usage;
 pub mod verify;
+
+use std::path::PathBuf;
+
+/// How a job runs that changes the store.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Only say what would be done.
+    pub dry_run: bool,
+    /// For sorts.
+    pub scratch: PathBuf,
+    /// The time, Unix milliseconds.
+    pub now_ms: i64,
+}

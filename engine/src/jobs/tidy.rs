@@ -8,10 +8,9 @@
 //! Everything is looked at again right before it is taken away, and what is taken away is needed by nobody
 //! or made again from what stays: two keepers at once, or a crash at any point, lose nothing.
 
-use std::path::PathBuf;
-
 use serde::Serialize;
 
+use super::Options;
 use crate::error::{Error, Kind, Result};
 use crate::jobs::restore::is_damage;
 use crate::store::Store;
@@ -24,17 +23,6 @@ use crate::store::{names, sessions::SessionRecord};
 
 /// Hosts' clocks may differ by so much, and whoever wrote something may ask for it once more: milliseconds.
 const GRACE_MS: i64 = 24 * 3600 * 1000;
-
-/// How to tidy.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Only say what would be taken away.
-    pub dry_run: bool,
-    /// For sorts.
-    pub scratch: PathBuf,
-    /// The time, Unix milliseconds.
-    pub now_ms: i64,
-}
 
 /// What tidy says as it goes, one JSON object a line.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -286,6 +274,7 @@ mod tests {
     use crate::store::Role;
     use crate::store::manifest::{Manifest, Tombstone};
     use crate::store::shards::Writer;
+    use crate::store::testing::session_of;
 
     /// Some day, and as long before it as makes everything old.
     const NOW: i64 = 1_800_000_000_000;
@@ -323,18 +312,7 @@ mod tests {
     }
 
     fn session(of: &Manifest, started_ms: i64, expires_ms: Option<i64>) -> SessionRecord {
-        SessionRecord {
-            snapshot: of.snapshot,
-            vm: of.vm,
-            vm_name: of.vm_name.clone(),
-            seq: of.seq,
-            parent: of.parent,
-            host: "test".into(),
-            engine: "0.1.0".into(),
-            gc_epoch: 0,
-            started_ms,
-            expires_ms,
-        }
+        SessionRecord { started_ms, expires_ms, ..session_of(of) }
     }
 
     fn session_key(of: &Manifest) -> String {

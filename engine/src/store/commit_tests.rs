@@ -13,7 +13,7 @@ use super::keys::StoreKey;
 use super::manifest::{Counts, Disk, MAX_CONFIG, Manifest, Record, Tombstone};
 use super::objects::Objects;
 use super::recipe::NodeRef;
-use super::sessions::SessionRecord;
+use super::testing::session_of;
 use crate::error::Kind;
 use crate::ids::{Address, ContainerId, DiskId, Incarnation, Slot, SnapshotId, VmId};
 
@@ -159,36 +159,21 @@ fn a_manifest_cannot_pass_for_another() {
     assert_eq!(f.manifests.read(&SnapshotKey::of(&two)).unwrap_err().kind(), Kind::Damaged);
 }
 
-fn session(of: &Manifest) -> SessionRecord {
-    SessionRecord {
-        snapshot: of.snapshot,
-        vm: of.vm,
-        vm_name: of.vm_name.clone(),
-        seq: of.seq,
-        parent: of.parent,
-        host: "hv3".into(),
-        engine: "0.1.0".into(),
-        gc_epoch: 0,
-        started_ms: 1,
-        expires_ms: None,
-    }
-}
-
 #[test]
 fn sessions_are_open_until_their_commit_key_exists() {
     let f = fixture();
     let all: Vec<Manifest> = (1..=4).map(|seq| manifest(vm(1), "web1", seq)).collect();
     for m in &all {
         assert_eq!(f.manifests.next_seq(vm(1)).unwrap(), m.seq);
-        assert!(f.manifests.begin_session(&session(m)).unwrap());
-        assert!(!f.manifests.begin_session(&session(m)).unwrap());
+        assert!(f.manifests.begin_session(&session_of(m)).unwrap());
+        assert!(!f.manifests.begin_session(&session_of(m)).unwrap());
     }
     f.manifests.commit(&all[1]).unwrap();
     f.manifests.tombstone(&tombstone(&all[2])).unwrap();
-    f.manifests.begin_reader(&session(&all[1])).unwrap();
+    f.manifests.begin_reader(&session_of(&all[1])).unwrap();
     let open = f.manifests.open_sessions(vm(1)).unwrap();
     assert_eq!(open, [SnapshotKey::of(&all[0]), SnapshotKey::of(&all[3])]);
-    assert_eq!(f.manifests.session(&open[1]).unwrap(), session(&all[3]));
+    assert_eq!(f.manifests.session(&open[1]).unwrap(), session_of(&all[3]));
     assert_eq!(f.manifests.fate(vm(1), id(4)).unwrap(), Fate::Open(4));
     assert!(!f.manifests.settle(vm(1), id(4), "host rebooted", 7).unwrap());
     assert_eq!(f.manifests.fate(vm(1), id(4)).unwrap(), Fate::Tombstoned(4));

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use tempfile::TempDir;
 
+use super::manifest::Manifest;
+use super::sessions::SessionRecord;
 use super::{InitOptions, Location, Store, StoreOptions};
 
 /// A store, its key and an engine's state, gone when dropped.
@@ -37,5 +39,21 @@ impl TestStore {
     pub(crate) fn reader(&self) -> Store {
         let key = super::keys::StoreKey::from_text(&self.key_text).unwrap();
         Store::open_to_read(self.store.location(), key, self.options.clone()).unwrap()
+    }
+}
+
+/// What the session says of itself that a snapshot is made by.
+pub(crate) fn session_of(of: &Manifest) -> SessionRecord {
+    SessionRecord {
+        snapshot: of.snapshot,
+        vm: of.vm,
+        vm_name: of.vm_name.clone(),
+        seq: of.seq,
+        parent: of.parent,
+        host: "hv3".into(),
+        engine: "0.1.0".into(),
+        gc_epoch: 0,
+        started_ms: 1,
+        expires_ms: None,
     }
 }

@@ -111,7 +111,6 @@ fn a_cluster_is_upgraded_host_by_host_and_backups_go_on() -> Result {
     ensure!(raised.iter().all(|host| host["level"] == 2), "not all follow: {raised:?}");
     stored.round(&cluster, 9)?;
     let newest = stored.snapshots.last().context("nothing was stored")?.clone();
-    cluster.restores(0, &newest.0, &newest.1)?;
     let all: Vec<(String, &Path)> =
         stored.snapshots.iter().map(|(id, path)| (id.clone(), path.as_path())).collect();
     cluster.must_restore(&all)?;

@@ -20,12 +20,11 @@ mod manifests;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
-
 use serde::Serialize;
 
 use self::container::{Examined, examine};
 use self::copies::Copies;
+use super::Options;
 use super::affected::{Affected, affected};
 use crate::error::Result;
 use crate::ids::{Address, ContainerId, Fingerprint};
@@ -37,17 +36,6 @@ use crate::store::manifest::Record;
 
 /// Fingerprints that are looked for in one sweep over all directories: about 4 MiB.
 const WANTED: usize = 65_536;
-
-/// How to repair.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Only say what would be done.
-    pub dry_run: bool,
-    /// For sorts.
-    pub scratch: PathBuf,
-    /// The time for marks, Unix milliseconds.
-    pub now_ms: i64,
-}
 
 /// What repair says as it goes, one JSON object a line.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
