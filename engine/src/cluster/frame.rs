@@ -341,8 +341,9 @@ impl<'f> FrameReader<'f> {
             FAILED => {
                 let session = self.session()?;
                 let length = self.count(MAX_REASON)?;
-                let reason = String::from_utf8_lossy(self.take(length)?).into_owned();
-                Message::Failed(session, reason)
+                let reason = str::from_utf8(self.take(length)?);
+                let reason = reason.map_err(|_| wrong("a reason that is not UTF-8"))?;
+                Message::Failed(session, reason.to_owned())
             }
             ADVANCED => Message::Advanced,
             GIVE_UP => {
@@ -552,6 +553,18 @@ mod tests {
         fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = read(&bytes);
         }
+    }
+
+    #[test]
+    fn a_reason_is_utf8_and_never_longer_than_it_was_sent() {
+        let mut writer = FrameWriter::default();
+        writer.push(&Message::Failed(SessionId(7), "é".repeat(MAX_REASON as usize)));
+        let mut frame = writer.take();
+        let cut = Message::Failed(SessionId(7), "é".repeat(MAX_REASON as usize / 2));
+        assert_eq!(read(&frame).unwrap(), [cut]);
+        // Replaced by marks of three bytes, what is wrong would be more than a frame has room for.
+        frame.iter_mut().rev().take(MAX_REASON as usize).for_each(|byte| *byte = 0xff);
+        assert!(read(&frame).unwrap_err().to_string().contains("not UTF-8"));
     }
 
     #[test]
