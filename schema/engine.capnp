@@ -195,8 +195,12 @@ interface DiskImage {
   # At most MaxWrite bytes, zeros included; for serving at random.
   extents @1 (offset :UInt64, length :UInt64) -> (extents :List(ImageExtent));
   # At most 4096, from offset on, adjacent ones of a kind merged.
-  stream @2 (sink :BlockSink, ordered :Bool, damagedZero :Bool) -> (written :UInt64, holes :List(Range));
+  stream @2 (sink :BlockSink, ordered :Bool, damagedZero :Bool, file :UInt32)
+      -> (written :UInt64, holes :List(Range));
   # All that is not zero; by container, out of disk order, unless `ordered`.
+  # file: 0, or which of the files that this connection handed over (SCM_RIGHTS; the first is 1)
+  # to write into: `sink` then only learns how much was. An engine that does not know of files
+  # sends the data.
   # holes: ranges left out because they are damaged (only with damagedZero).
 }
 
@@ -206,6 +210,8 @@ interface BlockSink {
   write @0 (runs :List(Range), data :Data) -> stream;
   # The bytes of all runs, one after the other: at most MaxWrite. Changed blocks
   # are scattered; a message for each would cost more than its bytes.
+  wrote @1 (bytes :UInt64) -> stream;
+  # So many more bytes are in the file that was handed over.
 }
 
 interface EventSink {

@@ -23,6 +23,8 @@ pub enum Kind {
     NotPermitted,
     /// No engine answers.
     NoEngine,
+    /// The place that a restore goes to cannot take it.
+    Target,
 }
 
 impl Kind {
@@ -39,13 +41,14 @@ impl Kind {
             Kind::Damaged => "damaged",
             Kind::NotPermitted => "not-permitted",
             Kind::NoEngine => "no-engine",
+            Kind::Target => "target",
         }
     }
 
     /// The kind that a word stands for.
     #[must_use]
     pub fn of_word(word: &str) -> Option<Self> {
-        const ALL: [Kind; 9] = [
+        const ALL: [Kind; 10] = [
             Kind::Failed,
             Kind::Usage,
             Kind::NoStore,
@@ -55,6 +58,7 @@ impl Kind {
             Kind::Damaged,
             Kind::NotPermitted,
             Kind::NoEngine,
+            Kind::Target,
         ];
         ALL.into_iter().find(|kind| kind.word() == word)
     }
@@ -72,6 +76,7 @@ impl Kind {
             Kind::Damaged => 16,
             Kind::NotPermitted => 17,
             Kind::NoEngine => 13,
+            Kind::Target => 15,
         }
     }
 }

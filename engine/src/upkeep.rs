@@ -13,7 +13,7 @@ use crate::jobs::checkpoint::{Checkpoints, journal_ends};
 use crate::jobs::journals::walk;
 use crate::jobs::rebuild::each_entry;
 use crate::jobs::repair;
-use crate::jobs::restore::{Options, Outcome, Restorer, Sink};
+use crate::jobs::restore::{Options, Outcome, Restorer, Target};
 use crate::jobs::tidy;
 use crate::jobs::verify::{self, Event, Scope};
 use crate::session::Context;
@@ -41,7 +41,7 @@ pub fn restorer(context: &Context) -> Restorer {
     }
 }
 
-/// Restores a disk into `sink`. Damage that it meets is recorded, so that the next backup
+/// Restores a disk into `target`. Damage that it meets is recorded, so that the next backup
 /// reads these ranges again.
 ///
 /// # Errors
@@ -51,10 +51,10 @@ pub fn restore(
     disk: &Disk,
     what: &str,
     options: Options,
-    sink: &mut Sink<'_>,
+    target: &mut dyn Target,
 ) -> Result<Outcome> {
     let mut found = Vec::new();
-    let outcome = restorer(context).restore(disk, options, sink, &mut found);
+    let outcome = restorer(context).restore(disk, options, target, &mut found);
     context.damage.met(&context.store, &found, &format!("the restore of {what}"));
     outcome
 }

@@ -16,6 +16,8 @@ use capnp_rpc::{Connection, FlowController, IncomingMessage, OutgoingMessage, Va
 use futures::AsyncRead;
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 
+use super::files::Files;
+
 /// Bytes of calls without an answer. A plugin streams 1 MiB ahead, `fleece serve` has 128 small reads.
 const UNANSWERED: usize = 4 << 20;
 /// Bytes of answers that the client has not taken, or not ended.
@@ -36,6 +38,8 @@ pub(super) struct Flow {
     incoming: Cell<usize>,
     /// Our messages and their bytes; those that are gone are forgotten now and then.
     outgoing: RefCell<Vec<(Weak<Message>, usize)>>,
+    /// Files that it handed over.
+    pub(super) files: Files,
     /// Bytes read from the socket since the last whole message.
     read: Cell<usize>,
     /// The client has sent a whole message.

@@ -14,7 +14,9 @@ use super::convert;
 use super::flow::Flow;
 use super::to_wire;
 use crate::error::{Error, Kind, Result};
-use crate::jobs::restore::{DiskImage, MAX_WRITE, Options, Outcome, Scattered};
+use crate::jobs::restore::{
+    DiskImage, IntoFile, MAX_WRITE, Messages, Options, Outcome, Scattered, Target,
+};
 use crate::session::Context;
 use crate::store::manifest::{Disk, Manifest};
 use crate::upkeep;
@@ -160,17 +162,24 @@ impl disk_image::Server for ImageServer {
         let options =
             Options { ordered: params.get_ordered(), damaged_zero: params.get_damaged_zero() };
         let sink = params.get_sink()?;
+        let file = match params.get_file() {
+            0 => None,
+            number => Some(self.flow.files.take(number).map_err(|e| to_wire(&e))?),
+        };
         self.register().await?;
         let _place = self.restores.acquire().await.map_err(|_| to_wire(&gone()))?;
-        let (pieces, mut waiting) = mpsc::channel::<Scattered>(PIECES);
+        let (send, mut waiting) = mpsc::channel::<Done>(PIECES);
         let (context, disk, what) = (self.context.clone(), self.disk.clone(), self.what.clone());
         let restored = tokio::task::spawn_local(long(move || {
-            upkeep::restore(&context, &disk, &what, options, &mut |piece| {
-                pieces.blocking_send(piece).map_err(|_| gone())
-            })
+            let say = |done| send.blocking_send(done).map_err(|_| gone());
+            let target: &mut dyn Target = match file {
+                Some(file) => &mut IntoFile::new(file, |bytes| say(Done::Wrote(bytes))),
+                None => &mut Messages::new(|piece| say(Done::Piece(piece))),
+            };
+            upkeep::restore(&context, &disk, &what, options, target)
         }));
-        while let Some(piece) = waiting.recv().await {
-            write(&sink, piece).await?;
+        while let Some(done) = waiting.recv().await {
+            tell(&sink, done).await?;
         }
         let outcome: Outcome = joined(restored.await)?;
         let mut results = results.get();
@@ -181,14 +190,31 @@ impl disk_image::Server for ImageServer {
     }
 }
 
-/// Sends a piece; returns when the next one may be sent.
-async fn write(sink: &block_sink::Client, piece: Scattered) -> Answer {
-    let mut request = sink.write_request();
-    let mut params = request.get();
-    params.set_data(&piece.bytes);
-    convert::set_ranges(params.init_runs(piece.runs.len() as u32), &piece.runs);
-    drop(piece);
-    taken(request.send()).await
+/// What the restoring thread has for the client.
+enum Done {
+    /// Bytes to send.
+    Piece(Scattered),
+    /// So many bytes are in its file.
+    Wrote(u64),
+}
+
+/// Tells the client; returns when it may be told the next.
+async fn tell(sink: &block_sink::Client, done: Done) -> Answer {
+    match done {
+        Done::Wrote(bytes) => {
+            let mut request = sink.wrote_request();
+            request.get().set_bytes(bytes);
+            taken(request.send()).await
+        }
+        Done::Piece(piece) => {
+            let mut request = sink.write_request();
+            let mut params = request.get();
+            params.set_data(&piece.bytes);
+            convert::set_ranges(params.init_runs(piece.runs.len() as u32), &piece.runs);
+            drop(piece);
+            taken(request.send()).await
+        }
+    }
 }
 
 /// Waits until the client took something. One that stopped reading must not keep its place from

@@ -9,6 +9,7 @@ pub mod client;
 mod convert;
 mod engine;
 mod fence;
+mod files;
 mod flow;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;

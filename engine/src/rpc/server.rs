@@ -16,6 +16,7 @@ use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 
 use super::MESSAGE_WORDS;
 use super::engine::EngineServer;
+use super::files::Reading;
 use super::flow::{Bounded, Counted, Flow};
 use super::peers::Peers;
 use crate::error::{Context as _, Error, Kind, Result};
@@ -175,7 +176,9 @@ async fn talk(services: Rc<Services>, stream: UnixStream, flow: Rc<Flow>) {
     // A peer without credentials is nobody.
     let uid = stream.peer_cred().map_or(u32::MAX, |peer| peer.uid());
     let permitted = services.permits(uid);
-    converse(services, flow, (permitted, uid), stream.into_split()).await;
+    let (half, write) = stream.into_split();
+    let read = Reading { half, flow: Rc::clone(&flow) };
+    converse(services, flow, (permitted, uid), (read, write)).await;
 }
 
 /// What a peer and we say to each other, over whatever is between us.

@@ -1,6 +1,7 @@
 //! A stored disk: read at random, or streamed whole into a target.
 
 use std::cell::RefCell;
+use std::fs::File;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -9,8 +10,9 @@ use fleece_schema::engine_capnp as wire;
 use tokio::sync::oneshot;
 
 use super::convert::{self, engine_error, wire_error};
+use super::files::Files;
 use super::types::{ImageExtent, Range};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 
 /// How long the last writes may take after the engine has sent everything: they are few.
 const RELEASE_LIMIT: Duration = Duration::from_secs(120);
@@ -22,6 +24,19 @@ pub trait BlockTarget {
     /// # Errors
     /// Where the target cannot take them; ends the stream.
     fn write(&self, piece: Scattered) -> impl Future<Output = Result<()>>;
+
+    /// What the engine may write to itself, in any order; it then says how much it [`BlockTarget::wrote`].
+    fn file(&self) -> Option<&File> {
+        None
+    }
+
+    /// So many more bytes are in [`BlockTarget::file`].
+    ///
+    /// # Errors
+    /// Where they cannot stay there; ends the stream.
+    fn wrote(&self, _bytes: u64) -> impl Future<Output = Result<()>> {
+        std::future::ready(Ok(()))
+    }
 }
 
 /// Bytes of one or more runs of a disk.
@@ -96,11 +111,12 @@ pub trait DiskImage {
 #[derive(Clone)]
 pub struct Image {
     client: wire::disk_image::Client,
+    files: Rc<Files>,
 }
 
 impl Image {
-    pub(super) fn new(client: wire::disk_image::Client) -> Image {
-        Image { client }
+    pub(super) fn new(client: wire::disk_image::Client, files: Rc<Files>) -> Image {
+        Image { client, files }
     }
 }
 
@@ -143,6 +159,10 @@ impl DiskImage for Image {
         damaged_zero: bool,
     ) -> Result<(u64, Vec<Range>)> {
         let failure = Rc::new(RefCell::new(None));
+        let file = match target.file() {
+            Some(file) => self.files.hand_over(file).context(|| "the engine gets no file".into())?,
+            None => 0,
+        };
         let (done, released) = oneshot::channel();
         let sink = Sink { target, failure: Rc::clone(&failure), _done: done };
         let mut request = self.client.stream_request();
@@ -150,6 +170,7 @@ impl DiskImage for Image {
         params.set_sink(capnp_rpc::new_client(sink));
         params.set_ordered(ordered);
         params.set_damaged_zero(damaged_zero);
+        params.set_file(file);
         let decode = async {
             let response = request.send().promise.await?;
             let response = response.get()?;
@@ -184,9 +205,7 @@ impl<T: BlockTarget + 'static> wire::block_sink::Server for Sink<T> {
         self: Rc<Self>,
         params: wire::block_sink::WriteParams,
     ) -> std::result::Result<(), capnp::Error> {
-        if self.failure.borrow().is_some() {
-            return Err(capnp::Error::failed("the target has failed".into()));
-        }
+        self.alive()?;
         let params = params.get()?;
         let runs = params.get_runs()?.iter().map(convert::range).collect();
         let piece = Scattered::new(runs, Bytes::copy_from_slice(params.get_data()?));
@@ -194,11 +213,33 @@ impl<T: BlockTarget + 'static> wire::block_sink::Server for Sink<T> {
             Ok(piece) => self.target.write(piece).await,
             Err(error) => Err(error),
         };
-        if let Err(error) = written {
+        self.keep(written)
+    }
+
+    async fn wrote(
+        self: Rc<Self>,
+        params: wire::block_sink::WroteParams,
+    ) -> std::result::Result<(), capnp::Error> {
+        self.alive()?;
+        let bytes = params.get()?.get_bytes();
+        self.keep(self.target.wrote(bytes).await)
+    }
+}
+
+impl<T> Sink<T> {
+    fn alive(&self) -> std::result::Result<(), capnp::Error> {
+        match self.failure.borrow().is_some() {
+            true => Err(capnp::Error::failed("the target has failed".into())),
+            false => Ok(()),
+        }
+    }
+
+    /// Keeps what the target failed with, and ends the stream with it.
+    fn keep(&self, done: Result<()>) -> std::result::Result<(), capnp::Error> {
+        done.map_err(|error| {
             let reason = wire_error(&error);
             *self.failure.borrow_mut() = Some(error);
-            return Err(reason);
-        }
-        Ok(())
+            reason
+        })
     }
 }

@@ -4,6 +4,7 @@
 //! here lives on the plugin's one `LocalSet` thread.
 
 mod convert;
+mod files;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod image;
@@ -12,6 +13,7 @@ mod types;
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Duration;
 
 use capnp::message::ReaderOptions;
@@ -27,6 +29,7 @@ pub use types::*;
 
 use crate::error::{Error, Kind, Result};
 use convert::{Wire, engine_error};
+use files::{Files, Writing};
 
 /// Where the engine listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/fleece/engine.sock";
@@ -56,8 +59,15 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(20);
 /// A connection to the engine that said hello.
 pub struct Engine {
     socket: PathBuf,
-    client: RefCell<wire::engine::Client>,
+    connection: RefCell<Connection>,
     info: EngineInfo,
+}
+
+/// What calls go through.
+struct Connection {
+    client: wire::engine::Client,
+    /// Files that are handed over with calls.
+    files: Rc<Files>,
 }
 
 /// What became of a session whose engine went away.
@@ -84,8 +94,8 @@ impl Engine {
     /// # Errors
     /// [`Kind::NoEngine`] where nobody listens, [`Kind::Failed`] where another version does.
     pub async fn connect(socket: &Path) -> Result<Engine> {
-        let (client, info) = dial(socket).await?;
-        Ok(Engine { socket: socket.to_owned(), client: RefCell::new(client), info })
+        let (connection, info) = dial(socket).await?;
+        Ok(Engine { socket: socket.to_owned(), connection: RefCell::new(connection), info })
     }
 
     /// Connects again after it was gone. Sessions do not come with it.
@@ -93,7 +103,7 @@ impl Engine {
     /// # Errors
     /// As [`Engine::connect`]; [`Kind::NoStore`] where the engine has another store now.
     pub async fn reconnect(&self) -> Result<()> {
-        let (client, info) = dial(&self.socket).await?;
+        let (connection, info) = dial(&self.socket).await?;
         let same = |info: &EngineInfo| (info.store, info.block_size, info.fingerprint_state);
         if same(&info) != same(&self.info) {
             let what = format!(
@@ -104,7 +114,7 @@ impl Engine {
             );
             return Err(Error::new(Kind::NoStore, what));
         }
-        self.client.replace(client);
+        self.connection.replace(connection);
         Ok(())
     }
 
@@ -126,7 +136,7 @@ impl Engine {
         snapshots: &[SnapshotId],
     ) -> Result<(Vec<Fate>, Option<Snapshot>)> {
         let doing = "cannot settle earlier backups";
-        let mut request = self.client.borrow().settle_request();
+        let mut request = self.connection.borrow().client.settle_request();
         request.get().set_vm(vm.as_bytes());
         let mut list = request.get().init_snapshots(count(snapshots.len()));
         for (i, id) in snapshots.iter().enumerate() {
@@ -161,7 +171,7 @@ impl Engine {
     /// [`Kind::Busy`] while another backup of this VM runs; [`Kind::Usage`] where the name
     /// belongs to another VM.
     pub async fn open_backup(&self, wanted: &BackupRequest) -> Result<(BackupPlan, Session)> {
-        let mut request = self.client.borrow().open_backup_request();
+        let mut request = self.connection.borrow().client.open_backup_request();
         session::fill(request.get().init_request(), wanted);
         let decode = async {
             let response = request.send().promise.await?;
@@ -183,7 +193,7 @@ impl Engine {
         wanted: &BackupRequest,
         snapshot: &SnapshotId,
     ) -> Result<Resumed> {
-        let mut request = self.client.borrow().resume_backup_request();
+        let mut request = self.connection.borrow().client.resume_backup_request();
         request.get().set_snapshot(snapshot.0.as_str());
         session::fill(request.get().init_request(), wanted);
         let decode = async {
@@ -209,7 +219,7 @@ impl Engine {
     /// # Errors
     /// [`Kind::NotFound`] where there is no such VM.
     pub async fn snapshots(&self, vm: &str) -> Result<Vec<Snapshot>> {
-        let mut request = self.client.borrow().snapshots_request();
+        let mut request = self.connection.borrow().client.snapshots_request();
         request.get().set_vm(vm);
         let decode = async {
             let response = request.send().promise.await?;
@@ -224,7 +234,8 @@ impl Engine {
     /// # Errors
     /// [`Kind::NotFound`] where there is none, [`Kind::Usage`] where there are several.
     pub async fn open_disk(&self, vm: &str, snapshot: &str, disk: &str) -> Result<OpenDisk> {
-        let mut request = self.client.borrow().open_disk_request();
+        let files = Rc::clone(&self.connection.borrow().files);
+        let mut request = self.connection.borrow().client.open_disk_request();
         let mut wanted = request.get();
         wanted.set_vm(vm);
         wanted.set_snapshot(snapshot);
@@ -235,7 +246,7 @@ impl Engine {
             Ok(OpenDisk {
                 snapshot: convert::snapshot(response.get_snapshot()?)?,
                 disk: convert::disk(response.get_disk()?)?,
-                image: Image::new(response.get_image()?),
+                image: Image::new(response.get_image()?, files),
             })
         };
         decode.await.map_err(|error| engine_error(&error, &format!("cannot open {vm}")))
@@ -246,7 +257,7 @@ impl Engine {
     /// # Errors
     /// [`Kind::NotFound`] where there is no such snapshot.
     pub async fn vm_config(&self, vm: &str, snapshot: &str) -> Result<Vec<u8>> {
-        let mut request = self.client.borrow().vm_config_request();
+        let mut request = self.connection.borrow().client.vm_config_request();
         request.get().set_vm(vm);
         request.get().set_snapshot(snapshot);
         let decode = async {
@@ -263,7 +274,7 @@ impl Engine {
     /// # Errors
     /// Where the engine cannot tell.
     pub async fn status(&self) -> Result<Status> {
-        let request = self.client.borrow().status_request();
+        let request = self.connection.borrow().client.status_request();
         let decode = async {
             let response = request.send().promise.await?;
             convert::status(response.get()?.get_status()?)
@@ -272,7 +283,7 @@ impl Engine {
     }
 }
 
-async fn dial(socket: &Path) -> Result<(wire::engine::Client, EngineInfo)> {
+async fn dial(socket: &Path) -> Result<(Connection, EngineInfo)> {
     let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| {
         let kind = match error.kind() {
             std::io::ErrorKind::PermissionDenied => Kind::NotPermitted,
@@ -284,7 +295,9 @@ async fn dial(socket: &Path) -> Result<(wire::engine::Client, EngineInfo)> {
         };
         Error::caused(kind, format!("no engine at {} ({hint})", socket.display()), error)
     })?;
-    let (reader, writer) = stream.into_split();
+    let (reader, half) = stream.into_split();
+    let files = Rc::<Files>::default();
+    let writer = Writing { half, files: Rc::clone(&files) };
     let reader = BufReader::with_capacity(SOCKET_BUFFER, reader.compat());
     let writer = BufWriter::with_capacity(SOCKET_BUFFER, writer.compat_write());
     let mut options = ReaderOptions::new();
@@ -298,7 +311,7 @@ async fn dial(socket: &Path) -> Result<(wire::engine::Client, EngineInfo)> {
         let socket = socket.display();
         Error::new(Kind::NoEngine, format!("{socket} accepts but says nothing: not an engine?"))
     })??;
-    Ok((client, info))
+    Ok((Connection { client, files }, info))
 }
 
 async fn hello(client: &wire::engine::Client) -> Result<EngineInfo> {

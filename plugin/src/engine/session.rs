@@ -182,7 +182,7 @@ mod refusing {
     use std::path::Path;
     use std::rc::Rc;
 
-    use super::super::{Engine, EngineInfo};
+    use super::super::{Connection, Engine, EngineInfo};
     use super::{Session, wire};
 
     /// An engine that answers a commit with these words, or goes away.
@@ -218,8 +218,9 @@ mod refusing {
                 host: "hv3".into(),
                 encrypted: true,
             };
-            let client = RefCell::new(capnp_rpc::new_client(Silent));
-            Engine { socket: socket.to_owned(), client, info }
+            let client = capnp_rpc::new_client(Silent);
+            let connection = RefCell::new(Connection { client, files: Rc::default() });
+            Engine { socket: socket.to_owned(), connection, info }
         }
     }
 

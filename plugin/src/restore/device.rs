@@ -1,6 +1,6 @@
 //! A block device: what is zero is discarded or zeroed, the rest written in place.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -76,6 +76,14 @@ impl DeviceTarget {
 impl BlockTarget for DeviceTarget {
     async fn write(&self, piece: Scattered) -> Result<()> {
         self.writes.write(piece).await
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(self.writes.file())
+    }
+
+    async fn wrote(&self, bytes: u64) -> Result<()> {
+        self.writes.wrote(bytes).await
     }
 }
 

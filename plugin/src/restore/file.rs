@@ -122,6 +122,14 @@ impl BlockTarget for FileTarget {
     async fn write(&self, piece: Scattered) -> Result<()> {
         self.writes.write(piece).await
     }
+
+    fn file(&self) -> Option<&File> {
+        Some(self.writes.file())
+    }
+
+    async fn wrote(&self, bytes: u64) -> Result<()> {
+        self.writes.wrote(bytes).await
+    }
 }
 
 impl Target for FileTarget {

@@ -7,6 +7,7 @@ mod stream;
 mod writes;
 
 use std::cell::Cell;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -297,6 +298,16 @@ impl<T: BlockTarget> BlockTarget for Counted<T> {
         let length = piece.len() as u64;
         self.target.write(piece).await?;
         self.written.set(self.written.get() + length);
+        Ok(())
+    }
+
+    fn file(&self) -> Option<&File> {
+        self.target.file()
+    }
+
+    async fn wrote(&self, bytes: u64) -> Result<()> {
+        self.target.wrote(bytes).await?;
+        self.written.set(self.written.get() + bytes);
         Ok(())
     }
 }

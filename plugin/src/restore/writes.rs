@@ -56,7 +56,7 @@ impl Writes {
     pub(super) async fn write(&self, piece: Scattered) -> Result<()> {
         let place = Arc::clone(&self.places).acquire_owned().await.map_err(|_| ended())?;
         self.check()?;
-        self.unsynced.set(self.unsynced.get() + piece.len() as u64);
+        let bytes = piece.len() as u64;
         let file = Arc::clone(&self.file);
         let failure = Arc::clone(&self.failure);
         // Not waited for: its place says when it is done.
@@ -69,6 +69,12 @@ impl Writes {
             }
             drop(place);
         }));
+        self.wrote(bytes).await
+    }
+
+    /// So much more was written, or is being written.
+    pub(super) async fn wrote(&self, bytes: u64) -> Result<()> {
+        self.unsynced.set(self.unsynced.get() + bytes);
         self.sync_some().await
     }
 

@@ -7,6 +7,7 @@
 mod batch;
 mod image;
 mod pieces;
+mod target;
 #[cfg(test)]
 mod tests;
 
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use crossbeam_channel::bounded;
 
 pub use self::image::{DiskImage, ImageExtent};
+pub use self::target::{IntoFile, Messages, Scattered, Target};
 
 use self::batch::{Batch, Fetcher, Source};
 pub(super) use self::batch::{fetch_group, is_damage};
@@ -38,42 +40,6 @@ const KEEP_BY_CONTAINER: usize = 256 << 10;
 const KEEP_BY_DISK: usize = 2560 << 10;
 /// Stack of the fetching thread.
 const STACK: usize = 512 << 10;
-
-/// Takes bytes of the disk and their places.
-pub type Sink<'s> = dyn FnMut(Scattered) -> Result<()> + 's;
-
-/// Bytes of one or more runs of a disk.
-#[derive(Clone, Default, Debug)]
-pub struct Scattered {
-    /// Where they belong: (offset, length) in bytes, in the order of `bytes`.
-    pub runs: Vec<(u64, u64)>,
-    /// All runs, one after the other.
-    pub bytes: Vec<u8>,
-}
-
-impl Scattered {
-    fn with_room() -> Self {
-        Scattered { runs: Vec::new(), bytes: Vec::with_capacity(MAX_WRITE) }
-    }
-
-    /// Each run: its offset and its bytes.
-    pub fn iter(&self) -> impl Iterator<Item = (u64, &[u8])> {
-        let mut rest = &self.bytes[..];
-        self.runs.iter().map(move |(offset, length)| {
-            let (run, others) = rest.split_at(*length as usize);
-            rest = others;
-            (*offset, run)
-        })
-    }
-
-    fn append(&mut self, offset: u64, bytes: &[u8]) {
-        match self.runs.last_mut() {
-            Some((first, length)) if *first + *length == offset => *length += bytes.len() as u64,
-            _ => self.runs.push((offset, bytes.len() as u64)),
-        }
-        self.bytes.extend_from_slice(bytes);
-    }
-}
 
 /// How a disk is handed out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -139,29 +105,29 @@ impl Restorer {
         Ok(false)
     }
 
-    /// Hands out everything of a disk that is not zero, at most [`MAX_WRITE`] bytes at a
-    /// time, each byte once; the disk's last block is cut at its size.
+    /// Hands out everything of a disk that is not zero, each byte once; the disk's last block is
+    /// cut at its size.
     ///
     /// Damage that it meets goes to `found`, for [`DamageMap::record`], also when it fails.
     ///
     /// # Errors
     /// [`Kind::Damaged`] at the first damaged block, unless these are tolerated; whatever
-    /// `sink` fails with.
+    /// `target` fails with.
     pub fn restore(
         &self,
         disk: &Disk,
         options: Options,
-        sink: &mut Sink<'_>,
+        target: &mut dyn Target,
         found: &mut Vec<Found>,
     ) -> Result<Outcome> {
-        let mut writer = Writer::new(self, disk, options, sink);
+        let mut writer = Writer::new(self, disk, options, target);
         let handed_out = self.hand_out(disk, options, &mut writer);
         found.append(&mut writer.found);
         handed_out?;
         writer.finish()
     }
 
-    fn hand_out(&self, disk: &Disk, options: Options, writer: &mut Writer<'_, '_>) -> Result<()> {
+    fn hand_out(&self, disk: &Disk, options: Options, writer: &mut Writer<'_>) -> Result<()> {
         let recipe = self.recipe(disk)?;
         if options.ordered {
             // The reader's cache is not shared between threads: the fetching one owns it.
@@ -191,7 +157,7 @@ impl Restorer {
     /// Fetches in a thread of its own, writes in this one, a batch apart.
     fn pump(
         &self,
-        writer: &mut Writer<'_, '_>,
+        writer: &mut Writer<'_>,
         keep: usize,
         with_pieces: impl FnOnce(&mut dyn FnMut(Pieces<'_, Directories>) -> Result<()>) -> Result<()>
         + Send,
@@ -237,28 +203,30 @@ impl Restorer {
     }
 }
 
-/// Collects pieces until they fill a message.
-struct Writer<'s, 'k> {
-    sink: &'s mut Sink<'k>,
+/// Puts batches into the target, and keeps account of what is lost.
+struct Writer<'t> {
+    target: &'t mut dyn Target,
     name: String,
     size: u64,
     block_size: u64,
     damaged_zero: bool,
-    /// What waits to be handed out.
-    waiting: Scattered,
     outcome: Outcome,
     found: Vec<Found>,
 }
 
-impl<'s, 'k> Writer<'s, 'k> {
-    fn new(restorer: &Restorer, disk: &Disk, options: Options, sink: &'s mut Sink<'k>) -> Self {
+impl<'t> Writer<'t> {
+    fn new(
+        restorer: &Restorer,
+        disk: &Disk,
+        options: Options,
+        target: &'t mut dyn Target,
+    ) -> Self {
         Writer {
-            sink,
+            target,
             name: disk.name.clone(),
             size: disk.size,
             block_size: u64::from(restorer.block_size),
             damaged_zero: options.damaged_zero,
-            waiting: Scattered::with_room(),
             outcome: Outcome::default(),
             found: Vec::new(),
         }
@@ -293,33 +261,14 @@ impl<'s, 'k> Writer<'s, 'k> {
                 },
             }
         }
-        Ok(())
+        self.target.rest()
     }
 
-    fn put(&mut self, first_block: u64, mut bytes: &[u8]) -> Result<()> {
-        let mut offset = first_block * self.block_size;
-        let inside = self.size.saturating_sub(offset).min(bytes.len() as u64) as usize;
-        bytes = &bytes[..inside];
-        while !bytes.is_empty() {
-            let room = MAX_WRITE - self.waiting.bytes.len();
-            let (now, later) = bytes.split_at(room.min(bytes.len()));
-            self.waiting.append(offset, now);
-            offset += now.len() as u64;
-            bytes = later;
-            if self.waiting.bytes.len() == MAX_WRITE {
-                self.flush()?;
-            }
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        if !self.waiting.bytes.is_empty() {
-            let full = std::mem::replace(&mut self.waiting, Scattered::with_room());
-            self.outcome.written += full.bytes.len() as u64;
-            (self.sink)(full)?;
-        }
-        Ok(())
+    fn put(&mut self, first_block: u64, bytes: &[u8]) -> Result<()> {
+        let offset = first_block * self.block_size;
+        let inside = self.size.saturating_sub(offset).min(bytes.len() as u64);
+        self.outcome.written += inside;
+        self.target.put(offset, &bytes[..inside as usize])
     }
 
     fn lose(&mut self, lost: &[Lost]) -> Result<()> {
@@ -357,7 +306,7 @@ impl<'s, 'k> Writer<'s, 'k> {
     }
 
     fn finish(mut self) -> Result<Outcome> {
-        self.flush()?;
+        self.target.finish()?;
         self.outcome.holes.sort_unstable();
         let mut merged: Vec<(u64, u64)> = Vec::new();
         for (offset, length) in std::mem::take(&mut self.outcome.holes) {

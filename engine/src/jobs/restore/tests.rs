@@ -24,7 +24,7 @@ fn restore(store: &Store, dir: &Path, disk: &Disk, options: Options) -> Result<(
     let mut seen = vec![false; disk.size as usize];
     let mut last = 0;
     let mut found = Vec::new();
-    let mut sink = |piece: Scattered| {
+    let mut target_of = Messages::new(|piece: Scattered| {
         assert!(piece.bytes.len() <= MAX_WRITE && !piece.bytes.is_empty());
         assert_eq!(piece.runs.iter().map(|run| run.1).sum::<u64>(), piece.bytes.len() as u64);
         for (offset, bytes) in piece.iter() {
@@ -36,8 +36,8 @@ fn restore(store: &Store, dir: &Path, disk: &Disk, options: Options) -> Result<(
             target[range].copy_from_slice(bytes);
         }
         Ok(())
-    };
-    let Outcome { written, holes } = restorer.restore(disk, options, &mut sink, &mut found)?;
+    });
+    let Outcome { written, holes } = restorer.restore(disk, options, &mut target_of, &mut found)?;
     let outcome = Noted { written, holes, found };
     Ok((target, outcome))
 }
@@ -188,7 +188,7 @@ fn a_sink_that_fails_ends_the_restore() {
     let restorer = Restorer::new(&f.store, &f.scratch()).unwrap();
     for ordered in BOTH {
         let options = Options { ordered, damaged_zero: true };
-        let fail = &mut |_: Scattered| Err(Error::new(Kind::Failed, "the target is full"));
+        let fail = &mut Messages::new(|_: Scattered| Err(Error::new(Kind::Failed, "the target is full")));
         let error =
             restorer.restore(&manifest.disks[0], options, fail, &mut Vec::new()).unwrap_err();
         assert_eq!(error.to_string(), "the target is full");
