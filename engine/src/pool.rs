@@ -14,17 +14,6 @@ const QUEUED_PER_THREAD: usize = 2;
 /// Stack of a pool thread: zstd's contexts are on the heap.
 const STACK: usize = 512 << 10;
 
-/// What the pool and the sessions, which hash and compress, add to their niceness: where processors are scarce, a
-/// guest's gets three times their share. Where one is free it changes nothing.
-const NICE: i32 = 5;
-
-/// Lets guests go before this thread.
-pub(crate) fn after_the_guests() {
-    // Of one thread, on Linux (nice(2), "C library/kernel differences"). Where it is refused, we are
-    // as nice as before.
-    let _ = rustix::process::nice(NICE);
-}
-
 type Job = Box<dyn FnOnce() + Send>;
 
 /// A handle to the pool; its threads end with the last handle.
@@ -47,10 +36,7 @@ impl Pool {
             thread::Builder::new()
                 .name(format!("cpu-{n}"))
                 .stack_size(STACK)
-                .spawn(move || {
-                    after_the_guests();
-                    queue.iter().for_each(|job| job());
-                })
+                .spawn(move || queue.iter().for_each(|job| job()))
                 .map_err(|error| Error::caused(Kind::Failed, "cannot start the CPU pool", error))?;
         }
         Ok(Pool { jobs: Arc::new(jobs), threads })

@@ -18,7 +18,6 @@ use crate::ids::{Fingerprint, HostId};
 use crate::membership::Membership;
 use crate::moving;
 use crate::owner::Owner;
-use crate::pool::after_the_guests;
 use crate::routing::Owners;
 use crate::session::Context;
 use crate::session::event::Event;
@@ -213,7 +212,6 @@ fn start_mover(context: &Context) -> Result<Option<std::thread::JoinHandle<()>>>
     }
     let context = context.clone();
     let mover = std::thread::Builder::new().name("mover".into()).spawn(move || {
-        after_the_guests();
         moving::keep_part(&context, moving::PACE);
     });
     mover.map(Some).context(|| "cannot start the thread that fills the index".into())

@@ -13,10 +13,6 @@ use crate::nbd::Buffer;
 /// Two cores hash as fast as QEMU reads; more would take time from the guests.
 const THREADS: usize = 2;
 
-/// What they add to their niceness: where processors are scarce, a guest's gets three times their
-/// share. Where one is free it changes nothing.
-const NICE: i32 = 5;
-
 /// Jobs waiting or under way; more than any scan has reads in flight, so that handing
 /// one over never blocks.
 pub const MAX_JOBS: usize = 64;
@@ -61,11 +57,7 @@ impl HashPool {
             let thread = std::thread::Builder::new()
                 .name(format!("hash{i}"))
                 .stack_size(STACK)
-                .spawn(move || {
-                    // Of one thread, on Linux. Where it is refused, we are as nice as before.
-                    let _ = rustix::process::nice(NICE);
-                    work(&queue, &fingerprinter, block_size);
-                })
+                .spawn(move || work(&queue, &fingerprinter, block_size))
                 .context(|| "cannot start a thread".to_owned())?;
             pool.threads.push(thread);
         }

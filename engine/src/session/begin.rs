@@ -16,7 +16,6 @@ use super::registry::{Live, Progress};
 use super::stages::{Calls, Session};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::ids::{DiskId, SessionId, SnapshotId, VmId};
-use crate::pool::after_the_guests;
 use crate::store::commit::{Fate, SnapshotKey};
 use crate::store::container::{ContainerKind, Packer};
 use crate::store::manifest::{Counts, MAX_CONFIG, MAX_DISK_SIZE, MAX_DISKS, Manifest, Record};
@@ -239,10 +238,7 @@ fn begin_alone(
     let session = session(context, request, id, live, seq, latest, states)?;
     std::thread::Builder::new()
         .name(format!("session-{}", id.0))
-        .spawn(move || {
-            after_the_guests();
-            session.run(&queue);
-        })
+        .spawn(move || session.run(&queue))
         .map_err(|e| Error::caused(Kind::Failed, "cannot start a session's thread", e))?;
     Ok(begun)
 }

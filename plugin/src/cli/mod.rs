@@ -128,6 +128,10 @@ impl Session {
     }
 }
 
+/// What a backup adds to its niceness: where processors are scarce, a guest's gets nine times its
+/// share. Where one is free it changes nothing.
+const NICE: i32 = 10;
+
 /// Parses the command line and does what it says; returns the process's exit code.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     // A core file would hold what the guests' disks hold. Lowering a limit is always allowed.
@@ -145,6 +149,10 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let report = Report::new(cli.json, cli.verb.writes_data());
     if matches!(cli.verb, Verb::Guard) {
         return crate::qmp::guard::main();
+    }
+    if matches!(cli.verb, Verb::Backup(_)) {
+        // Before there are threads: they inherit it. Where it is refused, we are as nice as before.
+        let _ = rustix::process::nice(NICE);
     }
     let session = Session {
         engine: cli.engine,

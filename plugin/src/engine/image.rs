@@ -160,7 +160,9 @@ impl DiskImage for Image {
     ) -> Result<(u64, Vec<Range>)> {
         let failure = Rc::new(RefCell::new(None));
         let file = match target.file() {
-            Some(file) => self.files.hand_over(file).context(|| "the engine gets no file".into())?,
+            Some(file) => {
+                self.files.hand_over(file).context(|| "the engine gets no file".into())?
+            }
             None => 0,
         };
         let (done, released) = oneshot::channel();

@@ -215,12 +215,7 @@ struct Writer<'t> {
 }
 
 impl<'t> Writer<'t> {
-    fn new(
-        restorer: &Restorer,
-        disk: &Disk,
-        options: Options,
-        target: &'t mut dyn Target,
-    ) -> Self {
+    fn new(restorer: &Restorer, disk: &Disk, options: Options, target: &'t mut dyn Target) -> Self {
         Writer {
             target,
             name: disk.name.clone(),

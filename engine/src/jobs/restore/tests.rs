@@ -188,7 +188,8 @@ fn a_sink_that_fails_ends_the_restore() {
     let restorer = Restorer::new(&f.store, &f.scratch()).unwrap();
     for ordered in BOTH {
         let options = Options { ordered, damaged_zero: true };
-        let fail = &mut Messages::new(|_: Scattered| Err(Error::new(Kind::Failed, "the target is full")));
+        let fail =
+            &mut Messages::new(|_: Scattered| Err(Error::new(Kind::Failed, "the target is full")));
         let error =
             restorer.restore(&manifest.disks[0], options, fail, &mut Vec::new()).unwrap_err();
         assert_eq!(error.to_string(), "the target is full");
