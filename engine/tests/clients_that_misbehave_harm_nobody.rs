@@ -4,7 +4,9 @@
 
 mod rpc_support;
 
+use std::fs::File;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -268,6 +270,45 @@ fn a_flood_of_calls_is_cut_off() {
         println!("peak {} KiB more", peak.saturating_sub(before) >> 10);
         assert!(peak < before + ONE_CLIENT, "{peak} bytes, {before} before");
         drop(client);
+        engine.serves_others(2).await;
+    });
+}
+
+#[test]
+fn files_that_nobody_wants_or_can_write_to() {
+    let engine = Engine::start();
+    on_local(async {
+        engine.serves_others(1).await;
+        let before = engine.open_files();
+        let truth = image(1, 600);
+        let client = Client::connect(&engine).await;
+        // As it should be: into the file, and no data besides.
+        let file = tempfile::NamedTempFile::new().unwrap();
+        client.files.borrow_mut().push(file.reopen().unwrap());
+        let sent = client.streamed(1, "latest", 1).await.unwrap();
+        assert!(sent.iter().all(|byte| *byte == 0) && !sent.is_empty());
+        let mut written = std::fs::read(file.path()).unwrap();
+        written.resize(truth.len(), 0);
+        assert!(written == truth, "the restored file differs");
+        // One that never came: data is sent, as to any client without a file.
+        assert!(client.streamed(1, "latest", 7).await.unwrap() == truth);
+        // One that cannot be written to, and one that may take for ever.
+        client.files.borrow_mut().push(File::open(file.path()).unwrap());
+        let told = refusal(client.streamed(1, "latest", 2).await, "failed");
+        assert!(told.contains("cannot write to the target at"), "{told}");
+        let (_reader, pipe) = std::io::pipe().unwrap();
+        client.files.borrow_mut().push(File::from(OwnedFd::from(pipe)));
+        let told = refusal(client.streamed(1, "latest", 3).await, "usage");
+        assert!(told.contains("neither a regular file nor a block device"), "{told}");
+        // More than wait for calls end the connection, and none of them stays.
+        client.files.borrow_mut().extend((0..20).map(|_| file.reopen().unwrap()));
+        let told = client.engine.status_request().send().promise.await.map(drop).unwrap_err();
+        assert!(told.extra.contains("files wait for a call"), "{told}");
+        let begun = Instant::now();
+        while engine.open_files() > before {
+            assert!(begun.elapsed() < SOON, "files of a client that is gone stay open");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         engine.serves_others(2).await;
     });
 }

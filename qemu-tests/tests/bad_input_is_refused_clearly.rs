@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
+use qemu_tests::mount::Tmpfs;
 use qemu_tests::process::{Finished, Running};
 use qemu_tests::wait::{SOON, wait_until};
 use qemu_tests::{Fixture, MIB, Machine, Result, image, take, tools};
@@ -222,6 +223,11 @@ fn a_target_disk_that_is_full() -> Result {
     let refused = fixture.try_fleece(&["restore", "plain", "--to", "/dev/full", "--force"])?;
     assert!([1, 15].contains(&refused.code), "{}", refused.code);
     names(&refused, &["/dev/full"]);
+    let small = Tmpfs::new(MIB / 2)?;
+    let target = small.path().join("plain.raw");
+    let refused = fixture.try_fleece(&["restore", "plain", "--to", &target.display().to_string()]);
+    names(&refused?.code(15)?, &[&target.display().to_string(), "cannot write to the target at"]);
+    assert_eq!(fs::read_dir(small.path())?.count(), 0, "something is left of it");
     Ok(())
 }
 

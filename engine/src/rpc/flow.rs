@@ -38,7 +38,7 @@ pub(super) struct Flow {
     incoming: Cell<usize>,
     /// Our messages and their bytes; those that are gone are forgotten now and then.
     outgoing: RefCell<Vec<(Weak<Message>, usize)>>,
-    /// Files that it handed over.
+    /// Files that it handed over and no call has taken.
     pub(super) files: Files,
     /// Bytes read from the socket since the last whole message.
     read: Cell<usize>,

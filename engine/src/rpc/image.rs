@@ -162,18 +162,20 @@ impl disk_image::Server for ImageServer {
         let options =
             Options { ordered: params.get_ordered(), damaged_zero: params.get_damaged_zero() };
         let sink = params.get_sink()?;
-        let file = match params.get_file() {
-            0 => None,
-            number => Some(self.flow.files.take(number).map_err(|e| to_wire(&e))?),
-        };
+        let file = params.get_file();
         self.register().await?;
-        let _place = self.restores.acquire().await.map_err(|_| to_wire(&gone()))?;
+        let place = Arc::clone(&self.restores).acquire_owned().await;
+        let place = place.map_err(|_| to_wire(&gone()))?;
+        // One that did not arrive is no error: the client takes data, too.
+        let file = self.flow.files.take(file);
         let (send, mut waiting) = mpsc::channel::<Done>(PIECES);
         let (context, disk, what) = (self.context.clone(), self.disk.clone(), self.what.clone());
         let restored = tokio::task::spawn_local(long(move || {
+            // Kept until nothing is written any more, whatever became of the client.
+            let _place = place;
             let say = |done| send.blocking_send(done).map_err(|_| gone());
             let target: &mut dyn Target = match file {
-                Some(file) => &mut IntoFile::new(file, |bytes| say(Done::Wrote(bytes))),
+                Some(file) => &mut IntoFile::new(file, |bytes| say(Done::Wrote(bytes)))?,
                 None => &mut Messages::new(|piece| say(Done::Piece(piece))),
             };
             upkeep::restore(&context, &disk, &what, options, target)

@@ -177,7 +177,7 @@ async fn talk(services: Rc<Services>, stream: UnixStream, flow: Rc<Flow>) {
     let uid = stream.peer_cred().map_or(u32::MAX, |peer| peer.uid());
     let permitted = services.permits(uid);
     let (half, write) = stream.into_split();
-    let read = Reading { half, flow: Rc::clone(&flow) };
+    let read = Reading { half, flow: Rc::clone(&flow), permitted };
     converse(services, flow, (permitted, uid), (read, write)).await;
 }
 

@@ -3,6 +3,10 @@
 #![allow(clippy::unwrap_used, unreachable_pub, dead_code, missing_docs)]
 
 use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream as Std;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -15,7 +19,8 @@ use capnp_rpc::{RpcSystem, rpc_twoparty_capnp, twoparty};
 use fleece_engine::fingerprint::Fingerprinter;
 use fleece_engine::store::keys::StoreKey;
 use fleece_schema::engine_capnp::{backup_session, block_sink, disk_image, engine};
-use futures::AsyncRead;
+use futures::{AsyncRead, AsyncWrite};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::net::UnixStream;
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 
@@ -144,9 +149,51 @@ impl<R: AsyncRead + Unpin> AsyncRead for Gate<R> {
     }
 }
 
+/// Writes with one file after the other, as long as there are some.
+struct Handing<W> {
+    inner: W,
+    socket: Std,
+    files: Rc<RefCell<Vec<File>>>,
+}
+
+impl<W: AsyncWrite + Unpin> AsyncWrite for Handing<W> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        let Some(file) = self.files.borrow_mut().pop() else {
+            return Pin::new(&mut self.inner).poll_write(context, bytes);
+        };
+        let files = [file.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&files));
+        // A call for each byte, so that there are enough for all files; so little always fits.
+        let byte = [IoSlice::new(&bytes[..1])];
+        Poll::Ready(Ok(sendmsg(&self.socket, &byte, &mut control, SendFlags::empty())?))
+    }
+
+    fn poll_flush(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(context)
+    }
+
+    fn poll_close(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.inner).poll_close(context)
+    }
+}
+
 /// A connection; it ends when the client is dropped.
 pub struct Client {
     pub engine: engine::Client,
+    /// What it hands over next, the last one first.
+    pub files: Rc<RefCell<Vec<File>>>,
     /// Set it, and the client reads nothing more.
     pub deaf: Rc<Cell<bool>>,
     system: tokio::task::JoinHandle<Result<(), capnp::Error>>,
@@ -155,18 +202,20 @@ pub struct Client {
 impl Client {
     pub async fn connect(engine: &Engine) -> Self {
         let stream = UnixStream::connect(engine.socket()).await.unwrap();
+        let socket = Std::from(stream.as_fd().try_clone_to_owned().unwrap());
         let (read, write) = stream.into_split();
+        let files = Rc::<RefCell<Vec<File>>>::default();
         let deaf = Rc::<Cell<bool>>::default();
         let network = twoparty::VatNetwork::new(
             Gate { inner: read.compat(), shut: Rc::clone(&deaf) },
-            write.compat_write(),
+            Handing { inner: write.compat_write(), socket, files: Rc::clone(&files) },
             rpc_twoparty_capnp::Side::Client,
             capnp::message::ReaderOptions::new(),
         );
         let mut system = RpcSystem::new(Box::new(network), None);
         let engine: engine::Client = system.bootstrap(rpc_twoparty_capnp::Side::Server);
         let system = tokio::task::spawn_local(system);
-        Client { engine, deaf, system }
+        Client { engine, files, deaf, system }
     }
 
     pub async fn open(
@@ -226,12 +275,23 @@ impl Client {
 
     /// The whole disk of a snapshot.
     pub async fn restored(&self, vm: u8, snapshot: &str) -> Vec<u8> {
+        self.streamed(vm, snapshot, 0).await.unwrap()
+    }
+
+    /// What is sent of a disk where that file is named as the one to write to.
+    pub async fn streamed(
+        &self,
+        vm: u8,
+        snapshot: &str,
+        file: u32,
+    ) -> Result<Vec<u8>, capnp::Error> {
         let disk = self.disk(vm, snapshot).await;
         let target = Rc::new(RefCell::new(vec![0; 600 * BLOCK]));
         let mut stream = disk.stream_request();
         stream.get().set_sink(capnp_rpc::new_client(Sink(Rc::clone(&target))));
-        stream.send().promise.await.unwrap();
-        target.take()
+        stream.get().set_file(file);
+        stream.send().promise.await?;
+        Ok(target.take())
     }
 }
 
@@ -253,6 +313,10 @@ impl block_sink::Server for Sink {
             data = rest;
         }
         assert!(data.is_empty(), "bytes without a place");
+        Ok(())
+    }
+
+    async fn wrote(self: Rc<Self>, _: block_sink::WroteParams) -> Result<(), capnp::Error> {
         Ok(())
     }
 }

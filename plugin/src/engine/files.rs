@@ -90,3 +90,63 @@ fn send(stream: &UnixStream, bytes: &[u8], waiting: &VecDeque<OwnedFd>) -> std::
     control.push(SendAncillaryMessage::ScmRights(&files));
     Ok(sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::IoSliceMut;
+
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    /// What is there to be read, and the sizes of the files that came with it.
+    fn receive(stream: &UnixStream, sizes: &mut Vec<u64>) -> std::io::Result<Vec<u8>> {
+        let mut bytes = vec![0; 4096];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let into = &mut [IoSliceMut::new(&mut bytes)];
+        let received = recvmsg(stream, into, &mut control, RecvFlags::empty())?.bytes;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(files) = message {
+                sizes.extend(files.map(|file| File::from(file).metadata().unwrap().len()));
+            }
+        }
+        bytes.truncate(received);
+        Ok(bytes)
+    }
+
+    #[test]
+    fn every_file_goes_with_bytes_however_full_the_socket_is() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let (_read, half) = ours.into_split();
+            let files = Rc::<Files>::default();
+            let mut writing = Writing { half, files: Rc::clone(&files) };
+            let sent: Vec<u8> = (0..1 << 20).map(|n: u32| (n % 251) as u8).collect();
+            let (mut got, mut sizes) = (Vec::new(), Vec::new());
+            let send = async {
+                // So much does not fit into the socket: the next write has to wait.
+                writing.write_all(&sent[..1 << 19]).await.unwrap();
+                for number in 1..=3 {
+                    let file = tempfile::tempfile().unwrap();
+                    file.set_len(u64::from(number)).unwrap();
+                    assert_eq!(files.hand_over(&file).unwrap(), number);
+                }
+                writing.write_all(&sent[1 << 19..]).await.unwrap();
+            };
+            let take = async {
+                while got.len() < sent.len() {
+                    theirs.readable().await.unwrap();
+                    let read = theirs.try_io(Interest::READABLE, || receive(&theirs, &mut sizes));
+                    got.extend(read.unwrap_or_default());
+                }
+            };
+            tokio::join!(send, take);
+            assert!(got == sent);
+            assert_eq!(sizes, [1, 2, 3]);
+        });
+    }
+}

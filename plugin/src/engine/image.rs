@@ -97,8 +97,8 @@ pub trait DiskImage {
     /// Runs of data and zeros from `offset` on; the engine may stop early.
     async fn extents(&self, offset: u64, length: u64) -> Result<Vec<ImageExtent>>;
 
-    /// Sends everything that is not zero to `target`; in any order unless `ordered`.
-    /// Returns the bytes sent and, with `damaged_zero`, the ranges left out as damaged.
+    /// Gives everything that is not zero to `target`, or right into its file; in any order unless
+    /// `ordered`. Returns the bytes given and, with `damaged_zero`, the ranges left out as damaged.
     async fn stream<T: BlockTarget + 'static>(
         &self,
         target: Rc<T>,

@@ -196,6 +196,9 @@ impl Guard {
 pub fn main() -> ExitCode {
     // Ctrl-C and a closed terminal are for the worker.
     let _ = rustix::process::setsid();
+    // A backup is nice to guests; when it is the guard's turn, a guest waits for it. Where that is
+    // refused, it is as nice as the backup.
+    let _ = rustix::process::setpriority_process(None, 0);
     match watch() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => ExitCode::from(error.kind().exit_code()),

@@ -251,9 +251,13 @@ async fn run<T: Target>(
     let counted = Rc::new(Counted { target, size: disk.size, written: Cell::new(0) });
     let progress = report.progress(&format!("restore {}", disk.name), disk.size);
     let stream = image.stream(Rc::clone(&counted), T::ORDERED, options.damaged_zero);
-    let (_, holes) = watch(stream, &counted, &progress).await?;
+    let (sent, holes) = watch(stream, &counted, &progress).await?;
     drop(progress);
     let written = counted.written.get();
+    if sent != written {
+        let what = format!("the engine says that it gave {sent} bytes, and {written} came");
+        return Err(Error::new(Kind::Failed, what));
+    }
     let target = Rc::try_unwrap(counted)
         .map_err(|_| Error::new(Kind::Failed, "the target is still in use after the end"))?
         .target;
@@ -306,8 +310,12 @@ impl<T: BlockTarget> BlockTarget for Counted<T> {
     }
 
     async fn wrote(&self, bytes: u64) -> Result<()> {
+        let all = self.written.get().checked_add(bytes).filter(|all| *all <= self.size);
+        let all = all.ok_or_else(|| {
+            Error::new(Kind::Failed, "the engine says that it wrote more than the disk has")
+        })?;
         self.target.wrote(bytes).await?;
-        self.written.set(self.written.get() + bytes);
+        self.written.set(all);
         Ok(())
     }
 }

@@ -72,7 +72,11 @@ impl Writes {
         }
         self.unsynced.set(0);
         let file = Arc::clone(&self.file);
-        let next = spawn_blocking(move || file.sync_data());
+        let next = spawn_blocking(move || {
+            file.sync_data()?;
+            // What is on the disk need not stay in memory: the pages go to what is written next.
+            Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)
+        });
         let earlier = self.syncing.replace(Some(next));
         match earlier {
             // The kernel tells of a lost page once only.

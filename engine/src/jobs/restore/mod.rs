@@ -256,7 +256,7 @@ impl<'t> Writer<'t> {
                 },
             }
         }
-        self.target.rest()
+        Ok(())
     }
 
     fn put(&mut self, first_block: u64, bytes: &[u8]) -> Result<()> {

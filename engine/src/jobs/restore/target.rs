@@ -2,10 +2,13 @@
 
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 
 use super::MAX_WRITE;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
+
+/// Bytes after which a client learns what is in its file, and we learn whether it is still there.
+const TELL: u64 = 1 << 20;
 
 /// Takes the bytes of a disk, in any order, each once.
 pub trait Target {
@@ -14,12 +17,6 @@ pub trait Target {
     /// # Errors
     /// Where they cannot be taken; ends the restore.
     fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()>;
-
-    /// A batch was put: a good moment to say so.
-    ///
-    /// # Errors
-    /// Where nobody listens any more; ends the restore.
-    fn rest(&mut self) -> Result<()>;
 
     /// Everything was put.
     ///
@@ -89,10 +86,6 @@ impl<S: FnMut(Scattered) -> Result<()>> Target for Messages<S> {
         Ok(())
     }
 
-    fn rest(&mut self) -> Result<()> {
-        Ok(())
-    }
-
     fn finish(&mut self) -> Result<()> {
         match self.waiting.bytes.is_empty() {
             true => Ok(()),
@@ -111,14 +104,24 @@ pub struct IntoFile<S> {
 
 impl<S: FnMut(u64) -> Result<()>> IntoFile<S> {
     /// `told` learns how many bytes were written since the last time.
-    pub fn new(file: File, told: S) -> Self {
-        IntoFile { file, told, wrote: 0 }
+    ///
+    /// # Errors
+    /// [`Kind::Usage`] for what is neither a regular file nor a block device: a write to it may
+    /// never end.
+    pub fn new(file: File, told: S) -> Result<Self> {
+        let kind = file.metadata().context(|| "cannot look at the target".into())?.file_type();
+        match kind.is_file() || kind.is_block_device() {
+            true => Ok(IntoFile { file, told, wrote: 0 }),
+            false => Err(Error::new(
+                Kind::Usage,
+                "the target that was handed over is neither a regular file nor a block device",
+            )),
+        }
     }
 }
 
 impl<S: FnMut(u64) -> Result<()>> Target for IntoFile<S> {
     fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.wrote += bytes.len() as u64;
         self.file.write_all_at(bytes, offset).map_err(|error| {
             let kind = match error.kind() {
                 ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
@@ -126,15 +129,19 @@ impl<S: FnMut(u64) -> Result<()>> Target for IntoFile<S> {
                 }
                 _ => Kind::Failed,
             };
-            Error::caused(kind, format!("cannot write at {offset}"), error)
-        })
-    }
-
-    fn rest(&mut self) -> Result<()> {
-        (self.told)(std::mem::take(&mut self.wrote))
+            Error::caused(kind, format!("cannot write to the target at {offset}"), error)
+        })?;
+        self.wrote += bytes.len() as u64;
+        match self.wrote < TELL {
+            true => Ok(()),
+            false => (self.told)(std::mem::take(&mut self.wrote)),
+        }
     }
 
     fn finish(&mut self) -> Result<()> {
-        self.rest()
+        match std::mem::take(&mut self.wrote) {
+            0 => Ok(()),
+            last => (self.told)(last),
+        }
     }
 }

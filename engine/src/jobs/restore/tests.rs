@@ -24,7 +24,7 @@ fn restore(store: &Store, dir: &Path, disk: &Disk, options: Options) -> Result<(
     let mut seen = vec![false; disk.size as usize];
     let mut last = 0;
     let mut found = Vec::new();
-    let mut target_of = Messages::new(|piece: Scattered| {
+    let mut messages = Messages::new(|piece: Scattered| {
         assert!(piece.bytes.len() <= MAX_WRITE && !piece.bytes.is_empty());
         assert_eq!(piece.runs.iter().map(|run| run.1).sum::<u64>(), piece.bytes.len() as u64);
         for (offset, bytes) in piece.iter() {
@@ -37,7 +37,7 @@ fn restore(store: &Store, dir: &Path, disk: &Disk, options: Options) -> Result<(
         }
         Ok(())
     });
-    let Outcome { written, holes } = restorer.restore(disk, options, &mut target_of, &mut found)?;
+    let Outcome { written, holes } = restorer.restore(disk, options, &mut messages, &mut found)?;
     let outcome = Noted { written, holes, found };
     Ok((target, outcome))
 }
@@ -194,4 +194,51 @@ fn a_sink_that_fails_ends_the_restore() {
             restorer.restore(&manifest.disks[0], options, fail, &mut Vec::new()).unwrap_err();
         assert_eq!(error.to_string(), "the target is full");
     }
+}
+
+#[test]
+fn right_into_a_file_comes_the_same() {
+    let mut f = Fixture::new(4096);
+    let bytes = image(19, (12 << 20) + 777);
+    let manifest = f.backup(1, &bytes, None);
+    let restorer = Restorer::new(&f.store, &f.scratch()).unwrap();
+    for ordered in BOTH {
+        let options = Options { ordered, damaged_zero: false };
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(bytes.len() as u64).unwrap();
+        let (mut sum, mut most) = (0, 0);
+        let told = |wrote: u64| {
+            (sum, most) = (sum + wrote, most.max(wrote));
+            Ok(())
+        };
+        let mut target = IntoFile::new(file.reopen().unwrap(), told).unwrap();
+        let disk = &manifest.disks[0];
+        let done = restorer.restore(disk, options, &mut target, &mut Vec::new()).unwrap();
+        assert!(std::fs::read(file.path()).unwrap() == bytes);
+        assert_eq!(sum, done.written);
+        assert!(most < 2 << 20, "{most} bytes at once: whoever is gone is noticed late");
+    }
+}
+
+#[test]
+fn a_file_that_takes_no_more_and_a_client_that_is_gone_end_the_restore() {
+    let mut f = Fixture::new(4096);
+    let manifest = f.backup(1, &image(23, 12 << 20), None);
+    let restorer = Restorer::new(&f.store, &f.scratch()).unwrap();
+    let restore = |target: &mut dyn Target| {
+        let found = &mut Vec::new();
+        restorer.restore(&manifest.disks[0], Options::default(), target, found).unwrap_err()
+    };
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let gone = |_| Err(Error::new(Kind::Failed, "whoever asked is gone"));
+    let error = restore(&mut IntoFile::new(file.reopen().unwrap(), gone).unwrap());
+    assert_eq!(error.to_string(), "whoever asked is gone");
+    assert!(file.as_file().metadata().unwrap().len() <= 12 << 20);
+    // Opened for reading only.
+    let file = std::fs::File::open(file.path()).unwrap();
+    let error = restore(&mut IntoFile::new(file, |_| Ok(())).unwrap());
+    assert!(error.to_string().contains("cannot write to the target at"), "{error}");
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let refused = IntoFile::new(full, |_| Ok(())).map(drop).unwrap_err();
+    assert_eq!(refused.kind(), Kind::Usage);
 }
