@@ -78,6 +78,9 @@ struct EngineInfo {
   # length in its padding is 64 + blockSize.
   host @5 :Text;
   encrypted @6 :Bool;
+  takesFiles @7 :Bool;
+  # Files may be handed over (see DiskImage.stream). To another engine they must not be: its
+  # reading of the socket may stop at one for ever.
 }
 
 struct Disk {
@@ -199,8 +202,8 @@ interface DiskImage {
       -> (written :UInt64, holes :List(Range));
   # All that is not zero; by container, out of disk order, unless `ordered`.
   # file: 0, or which of the files that this connection handed over (SCM_RIGHTS; the first is 1)
-  # to write into: `sink` then only learns how much was. An engine that does not know of files
-  # sends the data.
+  # to write into: `sink` then only learns how much was. Where that file did not arrive, the data
+  # are sent.
   # holes: ranges left out because they are damaged (only with damagedZero).
 }
 

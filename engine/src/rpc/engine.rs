@@ -153,6 +153,7 @@ impl engine::Server for EngineServer {
         info.set_segment_size(crate::store::recipe::SEGMENT_SIZE as u32);
         info.set_host(&context.host);
         info.set_encrypted(store.encrypted());
+        info.set_takes_files(true);
         let state = store.fingerprinter().state();
         let mut words = info.init_fingerprint_state(state.len() as u32);
         for (i, word) in state.into_iter().enumerate() {

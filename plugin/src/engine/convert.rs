@@ -81,6 +81,7 @@ pub(super) fn info(info: wire::engine_info::Reader<'_>) -> Wire<EngineInfo> {
         fingerprint_state,
         host: text(info.get_host())?,
         encrypted: info.get_encrypted(),
+        takes_files: info.get_takes_files(),
     })
 }
 

@@ -111,11 +111,12 @@ pub trait DiskImage {
 #[derive(Clone)]
 pub struct Image {
     client: wire::disk_image::Client,
-    files: Rc<Files>,
+    /// Where files may be handed over.
+    files: Option<Rc<Files>>,
 }
 
 impl Image {
-    pub(super) fn new(client: wire::disk_image::Client, files: Rc<Files>) -> Image {
+    pub(super) fn new(client: wire::disk_image::Client, files: Option<Rc<Files>>) -> Image {
         Image { client, files }
     }
 }
@@ -159,9 +160,9 @@ impl DiskImage for Image {
         damaged_zero: bool,
     ) -> Result<(u64, Vec<Range>)> {
         let failure = Rc::new(RefCell::new(None));
-        let file = match target.file() {
-            Some(file) => {
-                self.files.hand_over(file).context(|| "the engine gets no file".into())?
+        let file = match self.files.as_ref().zip(target.file()) {
+            Some((files, file)) => {
+                files.hand_over(file).context(|| "the engine gets no file".into())?
             }
             None => 0,
         };

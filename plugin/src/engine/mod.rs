@@ -66,8 +66,8 @@ pub struct Engine {
 /// What calls go through.
 struct Connection {
     client: wire::engine::Client,
-    /// Files that are handed over with calls.
-    files: Rc<Files>,
+    /// Files that are handed over with calls, to an engine that takes them.
+    files: Option<Rc<Files>>,
 }
 
 /// What became of a session whose engine went away.
@@ -234,7 +234,7 @@ impl Engine {
     /// # Errors
     /// [`Kind::NotFound`] where there is none, [`Kind::Usage`] where there are several.
     pub async fn open_disk(&self, vm: &str, snapshot: &str, disk: &str) -> Result<OpenDisk> {
-        let files = Rc::clone(&self.connection.borrow().files);
+        let files = self.connection.borrow().files.clone();
         let mut request = self.connection.borrow().client.open_disk_request();
         let mut wanted = request.get();
         wanted.set_vm(vm);
@@ -311,6 +311,7 @@ async fn dial(socket: &Path) -> Result<(Connection, EngineInfo)> {
         let socket = socket.display();
         Error::new(Kind::NoEngine, format!("{socket} accepts but says nothing: not an engine?"))
     })??;
+    let files = info.takes_files.then_some(files);
     Ok((Connection { client, files }, info))
 }
 

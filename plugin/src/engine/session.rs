@@ -217,9 +217,10 @@ mod refusing {
                 fingerprint_state: [0; 5],
                 host: "hv3".into(),
                 encrypted: true,
+                takes_files: false,
             };
             let client = capnp_rpc::new_client(Silent);
-            let connection = RefCell::new(Connection { client, files: Rc::default() });
+            let connection = RefCell::new(Connection { client, files: None });
             Engine { socket: socket.to_owned(), connection, info }
         }
     }

@@ -32,6 +32,8 @@ pub struct EngineInfo {
     pub host: String,
     /// Whether the store is encrypted.
     pub encrypted: bool,
+    /// Whether files may be handed over to it.
+    pub takes_files: bool,
 }
 
 /// What became of a snapshot that a dirty bitmap names.
