@@ -1,5 +1,5 @@
-//! The part `guest` of `ci/bench`: what fio sees in the guest without a backup, under ours, and under
-//! QEMU's own `blockdev-backup` to a local file.
+//! The part `guest` of `ci/bench`: what fio sees in the guest without a backup, under ours, under ours that
+//! hardly reads, and under QEMU's own `blockdev-backup` to a local file.
 
 use std::fs::{self, File};
 use std::io::{Write, copy};
