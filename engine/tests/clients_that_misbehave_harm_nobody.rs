@@ -304,11 +304,7 @@ fn files_that_nobody_wants_or_can_write_to() {
         client.files.borrow_mut().extend((0..20).map(|_| file.reopen().unwrap()));
         let told = client.engine.status_request().send().promise.await.map(drop).unwrap_err();
         assert!(told.extra.contains("files wait for a call"), "{told}");
-        let begun = Instant::now();
-        while engine.open_files() > before {
-            assert!(begun.elapsed() < SOON, "files of a client that is gone stay open");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        lets_go(&engine, before, "files of a client that is gone stay open").await;
         engine.serves_others(2).await;
     });
 }
@@ -355,14 +351,19 @@ fn small_calls_without_end_are_cut_off() {
         println!("peak {} KiB more", peak.saturating_sub(before.0) >> 10);
         assert!(peak < before.0 + ONE_CLIENT, "{peak} bytes, {} before", before.0);
         // Its connection ends although it does not listen.
-        let begun = Instant::now();
-        while engine.open_files() > before.1 {
-            assert!(begun.elapsed() < SOON, "the engine still keeps this client");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        lets_go(&engine, before.1, "the engine still keeps this client").await;
         engine.serves_others(2).await;
         drop(client);
     });
+}
+
+/// Waits until the engine has as few files open as it had.
+async fn lets_go(engine: &Engine, before: usize, otherwise: &str) {
+    let begun = Instant::now();
+    while engine.open_files() > before {
+        assert!(begun.elapsed() < SOON, "{otherwise}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 /// The most anonymous memory of the engine while something is waited for.

@@ -48,14 +48,17 @@ impl AsyncWrite for Writing {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<std::io::Result<usize>> {
-        if self.files.waiting.borrow().is_empty() || bytes.is_empty() {
+        let files = Rc::clone(&self.files);
+        let mut waiting = files.waiting.borrow_mut();
+        let Some(file) = waiting.front().filter(|_| !bytes.is_empty()) else {
             return Pin::new(&mut self.half).poll_write(context, bytes);
-        }
+        };
+        // Each needs bytes of its own: while more of them wait, one.
+        let bytes = if waiting.len() > 1 { &bytes[..1] } else { bytes };
         let stream: &UnixStream = self.half.as_ref();
-        let mut waiting = self.files.waiting.borrow_mut();
         loop {
             ready!(stream.poll_write_ready(context))?;
-            match stream.try_io(Interest::WRITABLE, || send(stream, bytes, &waiting)) {
+            match stream.try_io(Interest::WRITABLE, || send(stream, bytes, file)) {
                 // It was not ready after all.
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 sent => {
@@ -81,10 +84,8 @@ impl AsyncWrite for Writing {
     }
 }
 
-/// Sends bytes with the first file; while there are more of them one byte, for each needs one.
-fn send(stream: &UnixStream, bytes: &[u8], waiting: &VecDeque<OwnedFd>) -> std::io::Result<usize> {
-    let files: Vec<_> = waiting.iter().take(1).map(AsFd::as_fd).collect();
-    let bytes = if waiting.len() > 1 { &bytes[..1] } else { bytes };
+fn send(stream: &UnixStream, bytes: &[u8], file: &OwnedFd) -> std::io::Result<usize> {
+    let files = [file.as_fd()];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     control.push(SendAncillaryMessage::ScmRights(&files));

@@ -74,8 +74,10 @@ impl Writes {
         let file = Arc::clone(&self.file);
         let next = spawn_blocking(move || {
             file.sync_data()?;
-            // What is on the disk need not stay in memory: the pages go to what is written next.
-            Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)
+            // What is on the disk need not stay in memory: the pages go to what is written next. A
+            // hint: where it is refused, they stay.
+            let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+            Ok(())
         });
         let earlier = self.syncing.replace(Some(next));
         match earlier {

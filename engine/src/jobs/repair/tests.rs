@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::jobs::fixture::{Fixture, image};
-use crate::jobs::restore::{Messages, Options as RestoreOptions, Restorer, Scattered};
+use crate::jobs::restore::{Options as RestoreOptions, Restorer};
 use crate::jobs::verify::{self, Scope};
 use crate::store::commit::SnapshotKey;
 use crate::store::manifest::Manifest;
@@ -54,14 +54,8 @@ fn verify_all(f: &Fixture) -> (verify::Report, String) {
 fn restore(f: &Fixture, manifest: &Manifest) -> Result<Vec<u8>> {
     let disk = &manifest.disks[0];
     let mut bytes = vec![0; disk.size as usize];
-    let mut target = Messages::new(|piece: Scattered| {
-        for (offset, data) in piece.iter() {
-            bytes[offset as usize..][..data.len()].copy_from_slice(data);
-        }
-        Ok(())
-    });
     let restorer = Restorer::new(&f.reopened(), &f.scratch()).unwrap();
-    restorer.restore(disk, RestoreOptions::default(), &mut target, &mut Vec::new())?;
+    restorer.restore(disk, RestoreOptions::default(), &mut bytes, &mut Vec::new())?;
     Ok(bytes)
 }
 

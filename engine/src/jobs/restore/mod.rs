@@ -229,7 +229,8 @@ impl<'t> Writer<'t> {
 
     fn write(&mut self, batch: &mut Batch) -> Result<()> {
         self.lose(&batch.lost)?;
-        // Neighbours on the disk come from several frames: they become one run here.
+        // Neighbours on the disk come from several frames: they become one run of a message, and
+        // follow one another in a file.
         batch.pieces.sort_unstable_by_key(|piece| piece.first_block);
         for frame in &batch.frames {
             if let Err(error) = &frame.bytes {

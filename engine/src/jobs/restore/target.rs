@@ -25,6 +25,19 @@ pub trait Target {
     fn finish(&mut self) -> Result<()>;
 }
 
+/// A disk in memory.
+#[cfg(test)]
+impl Target for Vec<u8> {
+    fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// Bytes of one or more runs of a disk.
 #[derive(Clone, Default, Debug)]
 pub struct Scattered {

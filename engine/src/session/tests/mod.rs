@@ -28,7 +28,6 @@ use crate::damage::Damage;
 use crate::detect::{DetectOptions, Detector};
 use crate::error::{Kind, Result};
 use crate::ids::{DiskId, StoreId, VmId};
-use crate::jobs::restore::{Messages, Scattered};
 use crate::owner::Owner;
 use crate::routing::Owners;
 use crate::store::commit::Manifests;
@@ -165,13 +164,7 @@ fn stored_slots_in(context: &Context) -> usize {
 fn restore_in(context: &Context, manifest: &Manifest) -> Result<Vec<u8>> {
     let disk = manifest.disk("").unwrap();
     let mut restored = vec![0; disk.size as usize];
-    let mut target = Messages::new(|piece: Scattered| {
-        for (offset, data) in piece.iter() {
-            restored[offset as usize..][..data.len()].copy_from_slice(data);
-        }
-        Ok(())
-    });
-    upkeep::restore(context, disk, "test", Default::default(), &mut target)?;
+    upkeep::restore(context, disk, "test", Default::default(), &mut restored)?;
     Ok(restored)
 }
 
