@@ -12,6 +12,9 @@ pub const READ_SIZE: u32 = 256 << 10;
 /// The allocation is looked up this far beyond what is needed: dirty blocks come in groups,
 /// and each look-up is a round trip.
 const ALLOCATION_AHEAD: u64 = 16 << 20;
+/// The allocation is looked up no further than this at once: a running QEMU works it out cluster by
+/// cluster, in the thread that serves the guest.
+const ALLOCATION_MOST: u64 = 1 << 30;
 /// What is dirty, no longer than this and alone in what a look-up tells of is read without one: that
 /// could only save reading zeros, and scattered blocks would cost a round trip each.
 const NOT_LOOKED_UP: u64 = READ_SIZE as u64;
@@ -142,7 +145,8 @@ impl<'a, S: DiskSource> Scan<'a, S> {
                 }
                 Step::NeedAllocation(Wanted { from, until }) => {
                     let ahead = from.saturating_add(ALLOCATION_AHEAD);
-                    let wanted = Wanted { from, until: until.max(ahead).min(self.size) };
+                    let most = from.saturating_add(ALLOCATION_MOST).min(self.size);
+                    let wanted = Wanted { from, until: until.max(ahead).min(most) };
                     let map = self.source.allocation(wanted).await?;
                     self.planner.feed_allocation(map).map_err(bad_map)?;
                 }

@@ -82,7 +82,11 @@ pub fn programs() -> Result<PathBuf> {
     Ok(folder.into())
 }
 
-fn search_path() -> Result<OsString> {
+/// The PATH that leads to the QEMU tools under test.
+///
+/// # Errors
+/// When it cannot be written as one.
+pub fn search_path() -> Result<OsString> {
     let mut folders = vec![qemu_folder().join("usr/bin")];
     folders.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
     Ok(env::join_paths(folders)?)

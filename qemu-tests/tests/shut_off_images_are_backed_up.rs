@@ -1,7 +1,11 @@
 //! VMs that are shut off: from their images, with and without a valid dirty bitmap.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions, Permissions};
+use std::os::unix::fs::PermissionsExt;
 
+use qemu_tests::fixture::snapshot_id;
+use qemu_tests::process::Running;
+use qemu_tests::wait::LONG;
 use qemu_tests::{Fixture, MIB, Machine, Result, image, take, tools};
 
 #[test]
@@ -84,10 +88,10 @@ fn all_disks_of_a_vm_go_to_a_folder() -> Result {
     image::raw(&b, 16 * MIB, &[(8 * MIB, 4 * MIB, 1)])?;
     fixture.backup_images("both", &[("vda", &a), ("vdb", &b)])?;
     let folder = fixture.path("out");
-    std::fs::create_dir(&folder)?;
+    fs::create_dir(&folder)?;
     fixture.fleece(&["restore", "both@latest", "--to-dir", &fixture.text("out"), "-O", "raw"])?;
     let mut found = Vec::new();
-    for entry in std::fs::read_dir(&folder)? {
+    for entry in fs::read_dir(&folder)? {
         let path = entry?.path();
         let truth = if path.display().to_string().contains("vda") { &a } else { &b };
         if image::same(truth, &path).is_ok() {
@@ -107,6 +111,40 @@ fn an_image_in_use_is_refused() -> Result {
     let refused = fixture.try_fleece(&["backup", "awake", &argument])?.code(11)?;
     assert!(refused.err.contains("vda.qcow2"), "{}", refused.err);
     assert_eq!(fixture.figure("snapshots")?, 0);
+    Ok(())
+}
+
+#[test]
+fn by_threads_where_io_uring_is_refused_or_not_to_be_trusted() -> Result {
+    let fixture = Fixture::new()?;
+    let (truth, path) = (fixture.path("truth.raw"), fixture.path("vda.qcow2"));
+    image::raw(&truth, 16 * MIB, &[(MIB, 5 * MIB, 1)])?;
+    image::convert(&truth, "raw", &path, "qcow2")?;
+    let (bin, tried) = (fixture.path("bin"), fixture.path("tried"));
+    fs::create_dir(&bin)?;
+    for (version, trusted) in [("7.2.22 (Debian)", true), ("7.0.0", false)] {
+        // In front of the real one: it answers as another one would, or one without io_uring.
+        let script = format!(
+            "#!/bin/sh\ncase \"$*\" in\n--version) echo 'qemu-nbd {version}';;\n\
+             *--aio=io_uring*) touch {}; echo 'Unable to use io_uring' >&2; exit 1;;\n\
+             *) exec {} \"$@\";;\nesac\n",
+            tried.display(),
+            tools::qemu("qemu-nbd")?.get_program().display()
+        );
+        let program = bin.join("qemu-nbd");
+        fs::write(&program, script)?;
+        fs::set_permissions(&program, Permissions::from_mode(0o755))?;
+        let image = format!("--image=vda={}", path.display());
+        let mut command = fixture.fleece_command(&["backup", "vm", "--full", &image])?;
+        let paths = format!("{}:{}", bin.display(), tools::search_path()?.display());
+        let finished = Running::start("backup", command.env("PATH", paths))?.finish(LONG)?;
+        let id = snapshot_id(&finished.code(0)?.printed())?;
+        assert_eq!(tried.exists(), trusted, "qemu-nbd {version}");
+        image::same(&truth, &fixture.restore(&format!("vm@{id}"), "vda")?)?;
+        if trusted {
+            fs::remove_file(&tried)?;
+        }
+    }
     Ok(())
 }
 

@@ -53,7 +53,8 @@ pub async fn offline(
     let mut found = stop.unless(prepare(engine, name, images, options)).await?;
     if options.dry_run {
         let opened = found.open(ConnectOptions::default()).await?;
-        report.send(&found.message(engine, &opened, true).await?);
+        let bytes = found.all_bytes(&opened).await?;
+        report.send(&found.message(engine, &bytes, true));
         return close(opened).await;
     }
     let identity = &found.identity;
@@ -213,6 +214,15 @@ impl Found {
         Ok(opened)
     }
 
+    /// How much is to be read of each disk. It stays so: nobody can change them.
+    async fn all_bytes(&self, opened: &[OpenImage]) -> Result<Vec<u64>> {
+        let mut all = Vec::new();
+        for (i, image) in opened.iter().enumerate() {
+            all.push(self.bytes(i, image.export()).await?);
+        }
+        Ok(all)
+    }
+
     async fn bytes(&self, i: usize, export: &Export) -> Result<u64> {
         let Some(name) = self.dirty(i) else {
             return Ok(self.disks[i].allocated.min(self.disks[i].size));
@@ -229,9 +239,9 @@ impl Found {
         Ok(dirty)
     }
 
-    async fn message(&self, engine: &Engine, opened: &[OpenImage], dry_run: bool) -> Result<Plan> {
+    fn message(&self, engine: &Engine, bytes: &[u64], dry_run: bool) -> Plan {
         let mut lines = Vec::new();
-        for (i, (disk, plan)) in self.disks.iter().zip(&self.plans).enumerate() {
+        for ((disk, plan), bytes) in self.disks.iter().zip(&self.plans).zip(bytes) {
             let id = plan.parent();
             let latest = self.latest.as_ref().filter(|latest| latest.id.0 == id);
             lines.push(DiskLine {
@@ -245,10 +255,10 @@ impl Found {
                     Base::Full { reason } => reason.clone(),
                     Base::Incremental { .. } => String::new(),
                 },
-                bytes: self.bytes(i, opened[i].export()).await?,
+                bytes: *bytes,
             });
         }
-        Ok(Plan {
+        Plan {
             vm: self.identity.name.clone(),
             uuid: self.identity.uuid,
             host: engine.info().host.clone(),
@@ -258,7 +268,7 @@ impl Found {
             disks: lines,
             skipped: Vec::new(),
             dry_run,
-        })
+        }
     }
 }
 
@@ -393,7 +403,8 @@ async fn read_and_commit(
     let in_flight = (admitted.plan.in_flight / disks).max(super::LEAST_IN_FLIGHT);
     let opened = found.open(ConnectOptions { in_flight, ..ConnectOptions::default() }).await?;
     let (since, time_ms) = (Instant::now(), now_ms());
-    report.send(&found.message(engine, &opened, false).await?);
+    let bytes = found.all_bytes(&opened).await?;
+    report.send(&found.message(engine, &bytes, false));
     report.send(&PointInTime {
         vm: found.identity.name.clone(),
         snapshot: admitted.plan.snapshot.0.clone(),
@@ -402,7 +413,7 @@ async fn read_and_commit(
         stopped_seconds: None,
     });
     let forced = found.forced.clone();
-    let mut held = HeldImages { context, found, opened, forced, bitmaps, since, time_ms };
+    let mut held = HeldImages { context, found, opened, bytes, forced, bitmaps, since, time_ms };
     let result = until_committed(context, request, &mut held, admitted).await;
     if let Err(error) = close(held.opened).await
         && result.is_ok()
@@ -417,6 +428,7 @@ struct HeldImages<'a> {
     context: &'a Context<'a>,
     found: &'a Found,
     opened: Vec<OpenImage>,
+    bytes: Vec<u64>,
     forced: Vec<Vec<std::ops::Range<u64>>>,
     bitmaps: Vec<String>,
     since: Instant,
@@ -450,7 +462,7 @@ impl HeldImages<'_> {
             let size = found.disks[i].size;
             let dirty_until = found.dirty(i).map(|_| size);
             total += match dirty_until {
-                Some(_) => found.bytes(i, image.export()).await?,
+                Some(_) => self.bytes[i],
                 None => size,
             };
             let block_size = self.context.engine.info().block_size;

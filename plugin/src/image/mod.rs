@@ -5,6 +5,7 @@
 //! holes of sparse files, which are then never read. What it need not translate, the data of a
 //! raw image, is read straight from the file ([`ImageDisk`]).
 
+mod aio;
 mod disk;
 
 use std::path::{Path, PathBuf};
@@ -21,6 +22,8 @@ use crate::nbd::{ConnectOptions, Export, NbdTarget};
 use crate::source::NbdDisk;
 
 pub use disk::ImageDisk;
+
+use aio::Aio;
 
 /// Limit on a call of qemu-img; its bitmap commands rewrite metadata only.
 const QEMU_IMG_LIMIT: Duration = Duration::from_secs(60);
@@ -192,10 +195,18 @@ impl OpenImage {
     /// Serves the image and connects. [`Kind::Busy`] if a VM or another program writes to it.
     /// Call it where the runtime's thread lives as long as the program.
     pub async fn open(info: &ImageInfo, options: &OpenOptions) -> Result<Self> {
-        once_free(async || Self::try_open(info, options).await).await
+        let open = async |aio| once_free(async || Self::try_open(info, options, aio).await).await;
+        if !options.writable && Aio::best().await == Aio::IoUring {
+            match open(Aio::IoUring).await {
+                // Kernels, containers and builds of QEMU may be without it, and say so in many ways.
+                Err(error) if error.kind() != Kind::Busy => {}
+                other => return other,
+            }
+        }
+        open(Aio::Threads).await
     }
 
-    async fn try_open(info: &ImageInfo, options: &OpenOptions) -> Result<Self> {
+    async fn try_open(info: &ImageInfo, options: &OpenOptions, aio: Aio) -> Result<Self> {
         let dir = PrivateDir::new()?;
         let socket = dir.0.join("nbd");
         let mut connect = options.connect.clone();
@@ -211,6 +222,7 @@ impl OpenImage {
         } else {
             command.arg("-r");
         }
+        command.arg(format!("--aio={}", aio.word()));
         if let Some(bitmap) = &options.bitmap {
             command.args(["-B", bitmap]);
         }

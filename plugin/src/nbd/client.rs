@@ -20,9 +20,9 @@ use crate::extents::Extent;
 
 /// Longest single read: a segment.
 pub const MAX_READ: u32 = 2 * 1024 * 1024;
-/// Longest stretch asked for in one block status request; a multiple of every block size
-/// below 2^32 so that nothing is cut within a server's block.
-const MAX_STATUS: u32 = 1 << 30;
+/// Longest stretch asked for in one block status request: below 2^32, and a multiple of every block
+/// size up to 2^30, so that nothing is cut within a server's block.
+const MAX_STATUS: u32 = 3 << 30;
 /// Longest stretch trimmed or zeroed in one request; QEMU splits larger ones itself.
 const MAX_CLEAR: u32 = 1 << 30;
 /// What is in flight is counted in these.
