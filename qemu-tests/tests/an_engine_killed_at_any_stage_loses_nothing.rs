@@ -1,11 +1,12 @@
-//! The engine, killed in every stage of a backup, before each of its durable steps, and at random
-//! moments. The plugin goes on in the next engine, or ends with a clear message where it was told not to
-//! wait; an engine started anew needs no help, the next backup is exact and reads no more than the disk
-//! holds, and what was committed comes back bit for bit.
+//! The engine, killed in every stage of a backup, before each of its durable steps, at random
+//! moments, and in a restore. The plugin goes on in the next engine, or ends with a clear message where
+//! it was told not to wait; an engine started anew needs no help, the next backup is exact and reads no
+//! more than the disk holds, and what was committed comes back bit for bit.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::ensure;
 use qemu_tests::content::mix;
 use qemu_tests::fixture::{Places, snapshot_id};
 use qemu_tests::held::{Brake, killed_at};
@@ -259,4 +260,35 @@ fn at_random_moments() -> Result {
         vm.backs_up(&fixture, "vm")?;
     }
     vm.all_restore(&fixture)
+}
+
+/// What an engine does for each piece of a restore: it reads, and writes to a raw file itself.
+const PIECE: &str = "pread64,pwrite64";
+
+#[test]
+fn in_a_restore() -> Result {
+    let mut fixture = Fixture::new()?;
+    let vm = Vm::new(&fixture, "vm")?;
+    let target = fixture.path("restored");
+    for format in ["raw", "qcow2"] {
+        println!("killed in a restore to {format}");
+        let brake = Brake::calls(fixture.engine()?.pid(), PIECE, Duration::from_millis(500))?;
+        let to = fixture.text("restored");
+        let arguments = ["restore", "vm@latest", "--to", &to, "-O", format];
+        let mut running = Running::start("restore", &mut fixture.fleece_command(&arguments)?)?;
+        let begun = fixture.path(&format!(".restored.fleece-{}", running.pid()));
+        wait_until(LONG, "the first bytes in the target", || {
+            ensure!(running.ended()?.is_none(), "it ended: {}", running.printed());
+            Ok(image::allocated(&begun).is_ok_and(|bytes| bytes > MIB))
+        })?;
+        fixture.engine()?.signal(Signal::KILL)?;
+        drop(brake);
+        fixture.kill_engine()?;
+        let finished = running.finish(LONG)?.code(13)?;
+        assert!(finished.printed().contains("engine"), "{}", finished.printed());
+        assert!(!target.exists() && !begun.exists(), "something half restored is left");
+        fixture.start_engine()?;
+        vm.newest_restores(&fixture)?;
+    }
+    Ok(())
 }

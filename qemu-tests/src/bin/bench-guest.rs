@@ -1,5 +1,5 @@
 //! The part `guest` of `ci/bench`: what fio sees in the guest without a backup, under ours, under ours that
-//! hardly reads, and under QEMU's own `blockdev-backup` to a local file.
+//! is told to take its time or hardly reads, and under QEMU's own `blockdev-backup` to a local file.
 
 use std::fs::{self, File};
 use std::io::{Write, copy};
@@ -35,14 +35,17 @@ const LIMIT: Duration = Duration::from_secs(900);
 enum Way {
     Idle,
     Ours,
+    /// Ours, with a limit that an operator might choose.
+    Slowly,
     /// Ours, reading so slowly that hardly anything of it is left but QEMU's copy-before-write.
     Copies,
     Qemu,
 }
 
-const WAYS: [(Way, &str); 4] = [
+const WAYS: [(Way, &str); 5] = [
     (Way::Idle, "no backup"),
     (Way::Ours, "fleece backup --full"),
+    (Way::Slowly, "the same with --read-limit 96M"),
     (Way::Copies, "the same with --read-limit 1M: hardly more than QEMU's copy-before-write"),
     (Way::Qemu, "QEMU's blockdev-backup"),
 ];
@@ -73,7 +76,7 @@ fn main() -> Result {
     let data = folder.path().join("data.raw");
     image::raw(&data, DISK, &[(0, written, 3), (DISK - area, area, 4)])?;
 
-    let mut runs: [Vec<Seen>; 4] = Default::default();
+    let mut runs: [Vec<Seen>; 5] = Default::default();
     for run in 0..bench.runs() {
         for step in 0..WAYS.len() {
             // Another one begins each time.
@@ -87,7 +90,7 @@ fn main() -> Result {
     report.text(&format!(
         "A guest with one processor under {} without KVM (TCG): its times are those of a slow processor, so compare \
          the rows. Its qcow2 disk of 4 GiB holds {} MiB; fio's part is written before, so it overwrites. \
-         Backups of the whole disk follow one another until fio ends; the one with a limit is stopped then. Medians of {} runs; a new guest for each.",
+         Backups of the whole disk follow one another until fio ends; the one that hardly reads is stopped then. Medians of {} runs; a new guest for each.",
         version(tools::qemu("qemu-system-x86_64")?.arg("--version"))?,
         (written + area) >> 20,
         bench.runs()
@@ -97,11 +100,23 @@ fn main() -> Result {
     report.plot("guest-latency", "latency of writes in the guest, microseconds");
     report.table(&table(&bench, &medians)?);
     report.heading("Targets");
-    let [idle, ours, _, qemu] = medians;
+    let [idle, ours, slowly, _, qemu] = medians;
     let over = |a: f64, b: f64| a / b;
     report.targets(&[
         Target::at_most("writes, p99 over idle", over(ours.write[1], idle.write[1]), TARGET, "×"),
         Target::at_most("reads, p99 over idle", over(ours.read[1], idle.read[1]), TARGET, "×"),
+        Target::at_most(
+            "writes, p99 over idle, with --read-limit 96M",
+            over(slowly.write[1], idle.write[1]),
+            TARGET,
+            "×",
+        ),
+        Target::at_most(
+            "reads, p99 over idle, with --read-limit 96M",
+            over(slowly.read[1], idle.read[1]),
+            TARGET,
+            "×",
+        ),
         Target::at_most(
             "writes, p99 over QEMU's own",
             over(ours.write[1], qemu.write[1]),
@@ -161,16 +176,21 @@ fn observe(way: Way, data: &Path, initramfs: &Path, fio: &str, seconds: u64) -> 
     guest.send(&line)?;
     let end = Instant::now() + Duration::from_secs(seconds);
     let mut seen = Seen::default();
+    let limit: &[&str] = match way {
+        Way::Slowly => &["--read-limit", "96M"],
+        Way::Copies => &["--read-limit", "1M"],
+        Way::Idle | Way::Ours | Way::Qemu => &[],
+    };
     if way == Way::Copies {
-        let mut running = fixture.backup(&machine, &["--full", "--read-limit", "1M"])?;
+        let mut running = fixture.backup(&machine, &[&["--full"], limit].concat())?;
         thread::sleep(end.saturating_duration_since(Instant::now()));
         ensure!(running.ended()?.is_none(), "it ended before fio did");
         running.signal(Signal::TERM)?;
         running.finish(LIMIT)?.code(INTERRUPTED)?;
     }
-    while matches!(way, Way::Ours | Way::Qemu) && Instant::now() < end {
-        if way == Way::Ours {
-            let running = fixture.backup(&machine, &["--full", "--json"])?;
+    while matches!(way, Way::Ours | Way::Slowly | Way::Qemu) && Instant::now() < end {
+        if way != Way::Qemu {
+            let running = fixture.backup(&machine, &[&["--full", "--json"], limit].concat())?;
             for line in running.finish(LIMIT)?.code(0)?.json()? {
                 let peak = line["scratch_peak"].as_u64().unwrap_or(0);
                 seen.scratch = seen.scratch.max(peak as f64 / MIB as f64);
@@ -233,7 +253,7 @@ fn middle(seen: &[Seen]) -> Seen {
     }
 }
 
-fn table(bench: &Bench, medians: &[Seen; 4]) -> Result<Table> {
+fn table(bench: &Bench, medians: &[Seen; 5]) -> Result<Table> {
     let columns = ["way", "write p50", "write p99", "read p50", "read p99"];
     let mut csv = bench.csv("latency", &columns)?;
     let mut table = Table::new(&[
