@@ -4,6 +4,7 @@
 //! lack snapshot-access and the copy-before-write options, and fail on an unknown enum value), so
 //! arguments are JSON here and answers keep only the fields that we look at.
 
+use crate::qmp::schema::SchemaItem;
 use qapi::qmp::QmpCommand;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -120,22 +121,6 @@ answers! {
     NameAnswer {
         /// `-name`.
         name: Option<String>,
-    }
-    /// One type, command or event of the schema.
-    SchemaItem {
-        /// A number for types, the word itself for commands.
-        name: String,
-        /// command, object, enum, …
-        meta_type: String,
-        /// Of an object: its members.
-        members: Vec<SchemaMember>,
-        /// Of an enum: its values.
-        values: Vec<String>,
-    }
-    /// A member of an object in the schema.
-    SchemaMember {
-        /// Its word.
-        name: String,
     }
     /// A device of [`QueryBlock`].
     Device {

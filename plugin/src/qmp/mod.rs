@@ -42,6 +42,7 @@ mod point;
 mod push;
 pub mod recover;
 pub mod running;
+pub mod schema;
 pub mod scratch;
 pub mod session;
 pub mod view;

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::qmp::command::{self as cmd, Event};
+use crate::qmp::schema::Features;
 use crate::qmp::wire::Tap;
 use crate::vms::Vm;
 use qapi::futures::{QapiService, QmpStreamTokio};
@@ -142,16 +143,6 @@ impl From<CallError> for Error {
 
 /// The result of a command.
 pub type Called<T> = std::result::Result<T, CallError>;
-
-/// What this QEMU can do beyond the least that we require.
-#[derive(Clone, Copy, Debug)]
-pub struct Features {
-    /// An explicit copy-before-write filter that breaks the snapshot and not the guest.
-    pub filter: bool,
-    /// NBD clients of a disk with an iothread do not end QEMU (10.0; 7.2 aborts). What it does
-    /// not bear instead: see `point::choose`.
-    pub iothread_safe: bool,
-}
 
 type Service = QapiService<QmpStreamTokio<OwnedWriteHalf>>;
 
@@ -367,27 +358,7 @@ impl Session {
 
     async fn check_features(&self) -> Result<Features> {
         let schema = self.call(cmd::QuerySchema(json!({})), "").await?;
-        let has_value =
-            |word: &str| schema.iter().any(|item| item.values.iter().any(|v| v == word));
-        let has_member =
-            |word: &str| schema.iter().any(|item| item.members.iter().any(|m| m.name == word));
-        let known =
-            |word: &&&str| schema.iter().any(|i| i.meta_type == "command" && i.name == **word);
-        // The debugging command only helps to see filters; without it the top node is the disk.
-        let optional = ["x-debug-query-block-graph"];
-        if let Some(missing) = cmd::ALL.iter().find(|word| !known(word) && !optional.contains(word))
-        {
-            return Err(self.lacks(missing));
-        }
-        if !has_value("snapshot-access") {
-            return Err(self.lacks("the driver snapshot-access"));
-        }
-        Ok(Features {
-            filter: has_value("copy-before-write")
-                && has_member("on-cbw-error")
-                && has_member("cbw-timeout"),
-            iothread_safe: self.version.major >= 10,
-        })
+        Features::of(&schema, self.version).map_err(|missing| self.lacks(&missing))
     }
 
     fn lacks(&self, what: &str) -> Error {

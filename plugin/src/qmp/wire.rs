@@ -1,9 +1,11 @@
 //! What lies between the socket and `qapi`: events go to our listeners, lines are bounded.
 //!
 //! `qapi` ends a session at an event that its generated types do not know; a newer QEMU has some.
-//! So events are taken out of the stream here, and everything else is handed on as it is.
+//! So events are taken out of the stream here, a schema becomes shorter, and everything else is
+//! handed on as it is.
 
 use crate::qmp::command::Event;
+use crate::qmp::schema;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -51,7 +53,7 @@ impl<R> Tap<R> {
             match as_event(&line) {
                 // Nobody listening is fine.
                 Some(event) => drop(self.events.send(event)),
-                None => self.ready.extend_from_slice(&line),
+                None => self.ready.extend_from_slice(&schema::looked_for(&line).unwrap_or(line)),
             }
         }
         self.partial.extend_from_slice(bytes);
