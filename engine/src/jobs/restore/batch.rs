@@ -18,6 +18,9 @@ use crate::store::recipe::{Lost, NodeSource};
 const BATCH_BYTES: usize = 2560 << 10;
 /// Pieces of a batch, some 100 bytes each with what may be lost of them: a frame that the whole disk refers to fills several batches.
 const BATCH_PIECES: usize = 8192;
+/// Frames that a thread of the pool decodes before it is given more: waking it for each took 7 % of a
+/// restore (measured).
+const FRAMES_PER_JOB: usize = 4;
 /// Containers that are read at the same time when a batch is scattered over many.
 const READERS: usize = 16;
 
@@ -153,18 +156,24 @@ impl<S: NodeSource> Fetcher<'_, S> {
             .collect();
         let missing: Vec<FrameRef> =
             wanted.iter().zip(&frames).filter(|(_, f)| f.is_none()).map(|(w, _)| *w).collect();
-        let fetched = fetch(&self.directories, &missing)?;
+        let mut fetched = missing.iter().copied().zip(fetch(&self.directories, &missing)?);
+        let mut jobs = Vec::with_capacity(missing.len().div_ceil(FRAMES_PER_JOB));
+        while fetched.len() > 0 {
+            let job: Vec<_> = fetched.by_ref().take(FRAMES_PER_JOB).collect();
+            let directories = self.directories.clone();
+            let decode = move |(frame, stored): (FrameRef, Result<Bytes>)| {
+                stored.and_then(|stored| directories.decode_frame(&frame, &stored))
+            };
+            jobs.push(self.pool.run(move || job.into_iter().map(decode).collect::<Vec<_>>()));
+        }
         let mut decoded = Vec::with_capacity(missing.len());
-        for (frame, stored) in missing.iter().zip(fetched) {
-            let (directories, frame) = (self.directories.clone(), *frame);
-            let decode =
-                move || stored.and_then(|stored| directories.decode_frame(&frame, &stored));
-            decoded.push(self.pool.run(decode));
+        for job in jobs {
+            decoded.extend(job.wait()?);
         }
         let mut decoded = decoded.into_iter();
         for (slot, at) in frames.iter_mut().zip(wanted).filter(|(slot, _)| slot.is_none()) {
-            let Some(pending) = decoded.next() else { break };
-            let bytes = match pending.wait()? {
+            let Some(result) = decoded.next() else { break };
+            let bytes = match result {
                 Ok(bytes) => Ok(Arc::new(bytes)),
                 Err(error) if is_damage(&error) => Err(Arc::new(error)),
                 Err(error) => return Err(error),

@@ -38,6 +38,8 @@ pub const MAX_WRITE: usize = 512 << 10;
 const KEEP_BY_CONTAINER: usize = 256 << 10;
 /// The same in disk order, where a frame is often needed again soon.
 const KEEP_BY_DISK: usize = 2560 << 10;
+/// Parts that are written together at most: fewer than a system call takes (1024).
+const RUN_PARTS: usize = 256;
 /// Stack of the fetching thread.
 const STACK: usize = 512 << 10;
 
@@ -203,6 +205,29 @@ impl Restorer {
     }
 }
 
+/// Bytes that follow one another on the disk.
+#[derive(Default)]
+struct Run<'b> {
+    offset: u64,
+    bytes: u64,
+    parts: Vec<&'b [u8]>,
+}
+
+impl<'b> Run<'b> {
+    /// Whether bytes at `offset` follow.
+    fn takes(&self, offset: u64) -> bool {
+        self.parts.len() < RUN_PARTS && self.offset + self.bytes == offset
+    }
+
+    fn push(&mut self, offset: u64, part: &'b [u8]) {
+        if self.parts.is_empty() {
+            self.offset = offset;
+        }
+        self.bytes += part.len() as u64;
+        self.parts.push(part);
+    }
+}
+
 /// Puts batches into the target, and keeps account of what is lost.
 struct Writer<'t> {
     target: &'t mut dyn Target,
@@ -241,6 +266,7 @@ impl<'t> Writer<'t> {
                 });
             }
         }
+        let mut run = Run::default();
         for piece in &batch.pieces {
             let count = u64::from(piece.count);
             match &piece.source {
@@ -251,20 +277,29 @@ impl<'t> Writer<'t> {
                 Source::Frame { frame, from } => match &batch.frames[*frame].bytes {
                     Err(error) => self.hole(piece.first_block, count, error)?,
                     Ok(bytes) => {
+                        let offset = piece.first_block * self.block_size;
                         let length = (count * self.block_size) as usize;
-                        self.put(piece.first_block, &bytes[*from..*from + length])?;
+                        let part = self.inside(offset, &bytes[*from..*from + length]);
+                        if !run.takes(offset) {
+                            self.put(&std::mem::take(&mut run))?;
+                        }
+                        run.push(offset, part);
                     }
                 },
             }
         }
-        Ok(())
+        self.put(&run)
     }
 
-    fn put(&mut self, first_block: u64, bytes: &[u8]) -> Result<()> {
-        let offset = first_block * self.block_size;
+    /// What of bytes lies before the disk's end.
+    fn inside<'b>(&self, offset: u64, bytes: &'b [u8]) -> &'b [u8] {
         let inside = self.size.saturating_sub(offset).min(bytes.len() as u64);
-        self.outcome.written += inside;
-        self.target.put(offset, &bytes[..inside as usize])
+        &bytes[..inside as usize]
+    }
+
+    fn put(&mut self, run: &Run<'_>) -> Result<()> {
+        self.outcome.written += run.bytes;
+        self.target.put(run.offset, &run.parts)
     }
 
     fn lose(&mut self, lost: &[Lost]) -> Result<()> {

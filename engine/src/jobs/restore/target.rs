@@ -1,8 +1,8 @@
 //! Where the bytes of a restored disk go: into messages for the client, or right into its file.
 
 use std::fs::File;
-use std::io::ErrorKind;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::io::{ErrorKind, IoSlice};
+use std::os::unix::fs::FileTypeExt;
 
 use super::MAX_WRITE;
 use crate::error::{Context, Error, Kind, Result};
@@ -12,11 +12,11 @@ const TELL: u64 = 1 << 20;
 
 /// Takes the bytes of a disk, in any order, each once.
 pub trait Target {
-    /// Takes bytes and their place.
+    /// Takes bytes that follow one another on the disk, and where they begin.
     ///
     /// # Errors
     /// Where they cannot be taken; ends the restore.
-    fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()>;
+    fn put(&mut self, offset: u64, parts: &[&[u8]]) -> Result<()>;
 
     /// Everything was put.
     ///
@@ -28,8 +28,9 @@ pub trait Target {
 /// A disk in memory.
 #[cfg(test)]
 impl Target for Vec<u8> {
-    fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+    fn put(&mut self, offset: u64, parts: &[&[u8]]) -> Result<()> {
+        let bytes = parts.concat();
+        self[offset as usize..][..bytes.len()].copy_from_slice(&bytes);
         Ok(())
     }
 
@@ -85,15 +86,17 @@ impl<S: FnMut(Scattered) -> Result<()>> Messages<S> {
 }
 
 impl<S: FnMut(Scattered) -> Result<()>> Target for Messages<S> {
-    fn put(&mut self, mut offset: u64, mut bytes: &[u8]) -> Result<()> {
-        while !bytes.is_empty() {
-            let room = MAX_WRITE - self.waiting.bytes.len();
-            let (now, later) = bytes.split_at(room.min(bytes.len()));
-            self.waiting.append(offset, now);
-            offset += now.len() as u64;
-            bytes = later;
-            if self.waiting.bytes.len() == MAX_WRITE {
-                self.finish()?;
+    fn put(&mut self, mut offset: u64, parts: &[&[u8]]) -> Result<()> {
+        for mut bytes in parts.iter().copied() {
+            while !bytes.is_empty() {
+                let room = MAX_WRITE - self.waiting.bytes.len();
+                let (now, later) = bytes.split_at(room.min(bytes.len()));
+                self.waiting.append(offset, now);
+                offset += now.len() as u64;
+                bytes = later;
+                if self.waiting.bytes.len() == MAX_WRITE {
+                    self.finish()?;
+                }
             }
         }
         Ok(())
@@ -133,18 +136,35 @@ impl<S: FnMut(u64) -> Result<()>> IntoFile<S> {
     }
 }
 
+/// Writes parts one behind the other, together: large writes cost the page cache less. Returns their bytes.
+fn write_all(file: &File, offset: u64, parts: &[&[u8]]) -> Result<u64> {
+    let mut all: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+    let (mut rest, mut at) = (&mut all[..], offset);
+    while !rest.is_empty() {
+        let wrote = match rustix::io::pwritev(file, rest, at) {
+            Ok(0) => Err(std::io::Error::from(ErrorKind::WriteZero)),
+            Ok(wrote) => Ok(wrote),
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => Err(error.into()),
+        };
+        let wrote = wrote.map_err(|error| write_error(error, at))?;
+        at += wrote as u64;
+        IoSlice::advance_slices(&mut rest, wrote);
+    }
+    Ok(at - offset)
+}
+
+fn write_error(error: std::io::Error, offset: u64) -> Error {
+    let kind = match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => Kind::Target,
+        _ => Kind::Failed,
+    };
+    Error::caused(kind, format!("cannot write to the target at {offset}"), error)
+}
+
 impl<S: FnMut(u64) -> Result<()>> Target for IntoFile<S> {
-    fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.file.write_all_at(bytes, offset).map_err(|error| {
-            let kind = match error.kind() {
-                ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
-                    Kind::Target
-                }
-                _ => Kind::Failed,
-            };
-            Error::caused(kind, format!("cannot write to the target at {offset}"), error)
-        })?;
-        self.wrote += bytes.len() as u64;
+    fn put(&mut self, offset: u64, parts: &[&[u8]]) -> Result<()> {
+        self.wrote += write_all(&self.file, offset, parts)?;
         match self.wrote < TELL {
             true => Ok(()),
             false => (self.told)(std::mem::take(&mut self.wrote)),
@@ -156,5 +176,43 @@ impl<S: FnMut(u64) -> Result<()>> Target for IntoFile<S> {
             0 => Ok(()),
             last => (self.told)(last),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_follow_one_another_in_a_file() {
+        let file = tempfile::tempfile().unwrap();
+        let mut told = Vec::new();
+        let mut target = IntoFile::new(file.try_clone().unwrap(), |bytes| {
+            told.push(bytes);
+            Ok(())
+        })
+        .unwrap();
+        let parts: Vec<Vec<u8>> = (0..300).map(|n| vec![n as u8; 4096]).collect();
+        let borrowed: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+        target.put(8192, &borrowed).unwrap();
+        target.put(0, &[b"a", b"", b"bc"]).unwrap();
+        target.put(0, &[]).unwrap();
+        target.finish().unwrap();
+        assert_eq!(told, [300 * 4096, 3]);
+        let mut expected = b"abc".to_vec();
+        expected.resize(8192, 0);
+        expected.extend(parts.concat());
+        let mut found = vec![0; expected.len()];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut found, 0).unwrap();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_full_target_is_told_with_the_place() {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let error = write_all(&full, 4096, &[&[1; 10], &[2; 10]]).unwrap_err();
+        assert_eq!(error.kind(), Kind::Target);
+        assert!(error.to_string().contains("at 4096"), "{error}");
     }
 }
