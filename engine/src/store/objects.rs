@@ -472,6 +472,7 @@ mod memory;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub(crate) mod recording;
+mod resend;
 pub mod s3;
 mod staged;
 #[cfg(test)]

@@ -14,6 +14,7 @@ use object_store::prefix::PrefixStore;
 use object_store::{BackoffConfig, ClientOptions, RetryConfig};
 use serde::{Deserialize, Serialize};
 
+use super::resend::Connector;
 use super::{Created, Objects, READS_IN_FLIGHT};
 use crate::error::{Context, Error, Kind, Result};
 use crate::store::format::random;
@@ -137,8 +138,12 @@ impl Objects {
             .with_allow_http(true);
         let backoff = BackoffConfig { max_backoff: PAUSE, ..BackoffConfig::default() };
         let retry = RetryConfig { backoff, max_retries: usize::MAX, retry_timeout: RETRY };
-        let store =
-            builder.with_client_options(options).with_retry(retry).build().map_err(|error| {
+        let store = builder
+            .with_client_options(options)
+            .with_http_connector(Connector)
+            .with_retry(retry)
+            .build()
+            .map_err(|error| {
                 Error::caused(Kind::Usage, format!("cannot use the store at {bucket}"), error)
             })?;
         if bucket.prefix.is_empty() {
