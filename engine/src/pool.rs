@@ -9,7 +9,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::error::{Error, Kind, Result};
 
-/// Jobs that wait per thread: enough to keep it busy, each holds at most a frame.
+/// Jobs that wait per thread: enough to keep it busy, each holds a few frames at most.
 const QUEUED_PER_THREAD: usize = 2;
 /// Stack of a pool thread: zstd's contexts are on the heap.
 const STACK: usize = 512 << 10;

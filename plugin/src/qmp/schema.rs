@@ -56,17 +56,21 @@ impl Features {
     /// What is missing of that which every backup needs, in words.
     pub(super) fn of(schema: &[SchemaItem], version: Version) -> Result<Features, String> {
         let command = |word: &str| schema.iter().any(|i| i.is_command() && i.name == word);
-        let value = |word: &str| schema.iter().any(|i| i.values.iter().any(|v| v == word));
-        let member = |word: &str| schema.iter().any(|i| i.members.iter().any(|m| m.name == word));
+        // A value of an enum is its member, too, and nothing else where `values` has gone.
+        let word = |word: &str| {
+            schema.iter().any(|item| {
+                item.values.iter().any(|value| value == word)
+                    || item.members.iter().any(|member| member.name == word)
+            })
+        };
         let missing = cmd::ALL.iter().find(|word| **word != OPTIONAL && !command(word));
         if let Some(missing) = missing {
             return Err((*missing).to_owned());
         }
-        if !value(VIEW) {
+        if !word(VIEW) {
             return Err(format!("the driver {VIEW}"));
         }
-        let [driver, on_error, limit] = FILTER;
-        let filter = value(driver) && member(on_error) && member(limit);
+        let filter = FILTER.into_iter().all(word);
         Ok(Features { filter, iothread_safe: version.major >= 10 })
     }
 }
@@ -96,6 +100,10 @@ struct Answer {
 
 /// The answer that carries a schema, without what nobody looks for; `None` for any other line.
 pub(super) fn looked_for(line: &[u8]) -> Option<Vec<u8>> {
+    const WORD: &[u8] = b"\"meta-type\"";
+    if !line.windows(WORD.len()).take(1 << 16).any(|w| w == WORD) {
+        return None; // Whatever else it is, it is left as it is.
+    }
     let mut answer: Answer = serde_json::from_slice(line).ok()?;
     answer.items.retain_mut(SchemaItem::keep_what_is_looked_for);
     let mut line = serde_json::to_vec(&answer).ok()?;
@@ -117,7 +125,8 @@ mod tests {
         items.extend([
             json!({"name": "quit", "meta-type": "command", "arg-type": "0", "ret-type": "1"}),
             json!({"name": "0", "meta-type": "object", "members": []}),
-            json!({"name": "1", "meta-type": "enum", "values": ["raw", "copy-before-write", VIEW]}),
+            json!({"name": "1", "meta-type": "enum", "values": ["raw", "copy-before-write", VIEW],
+                "members": [{"name": "raw"}, {"name": "copy-before-write"}, {"name": VIEW}]}),
             json!({"name": "2", "meta-type": "object", "members": [
                 {"name": "on-cbw-error", "default": null, "type": "3"},
                 {"name": "cbw-timeout", "default": null, "type": "int"}, {"name": "file", "type": "4"}]}),
@@ -170,6 +179,8 @@ mod tests {
             json!({"return": {}}),
             json!({"return": [{"node-name": "d0", "drv": "raw"}]}),
             json!({"return": [{"name": "d0"}]}),
+            json!({"return": [{"meta-type": "command"}]}),
+            json!({"return": []}),
             json!({"error": {"class": "GenericError", "desc": "no"}}),
         ] {
             assert_eq!(looked_for(other.to_string().as_bytes()), None, "{other}");

@@ -38,8 +38,9 @@ pub const MAX_WRITE: usize = 512 << 10;
 const KEEP_BY_CONTAINER: usize = 256 << 10;
 /// The same in disk order, where a frame is often needed again soon.
 const KEEP_BY_DISK: usize = 2560 << 10;
-/// Parts that are written together at most: fewer than a system call takes (1024).
-const RUN_PARTS: usize = 256;
+/// Bytes that are written together, but for the last block: a client learns of as much, and has no more
+/// parts, of a block at least, than a system call takes (1024).
+const TOGETHER: u64 = 1 << 20;
 /// Stack of the fetching thread.
 const STACK: usize = 512 << 10;
 
@@ -207,16 +208,16 @@ impl Restorer {
 
 /// Bytes that follow one another on the disk.
 #[derive(Default)]
-struct Run<'b> {
+struct Neighbours<'b> {
     offset: u64,
     bytes: u64,
     parts: Vec<&'b [u8]>,
 }
 
-impl<'b> Run<'b> {
+impl<'b> Neighbours<'b> {
     /// Whether bytes at `offset` follow.
     fn takes(&self, offset: u64) -> bool {
-        self.parts.len() < RUN_PARTS && self.offset + self.bytes == offset
+        self.bytes < TOGETHER && self.offset + self.bytes == offset
     }
 
     fn push(&mut self, offset: u64, part: &'b [u8]) {
@@ -254,8 +255,8 @@ impl<'t> Writer<'t> {
 
     fn write(&mut self, batch: &mut Batch) -> Result<()> {
         self.lose(&batch.lost)?;
-        // Neighbours on the disk come from several frames: they become one run of a message, and
-        // follow one another in a file.
+        // Neighbours on the disk come from several frames: they become one run of a message, or one
+        // write to a file.
         batch.pieces.sort_unstable_by_key(|piece| piece.first_block);
         for frame in &batch.frames {
             if let Err(error) = &frame.bytes {
@@ -266,7 +267,7 @@ impl<'t> Writer<'t> {
                 });
             }
         }
-        let mut run = Run::default();
+        let mut run = Neighbours::default();
         for piece in &batch.pieces {
             let count = u64::from(piece.count);
             match &piece.source {
@@ -297,7 +298,7 @@ impl<'t> Writer<'t> {
         &bytes[..inside as usize]
     }
 
-    fn put(&mut self, run: &Run<'_>) -> Result<()> {
+    fn put(&mut self, run: &Neighbours<'_>) -> Result<()> {
         self.outcome.written += run.bytes;
         self.target.put(run.offset, &run.parts)
     }

@@ -140,6 +140,7 @@ impl<S: FnMut(u64) -> Result<()>> IntoFile<S> {
 fn write_all(file: &File, offset: u64, parts: &[&[u8]]) -> Result<u64> {
     let mut all: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
     let (mut rest, mut at) = (&mut all[..], offset);
+    IoSlice::advance_slices(&mut rest, 0); // Lets go of what is empty.
     while !rest.is_empty() {
         let wrote = match rustix::io::pwritev(file, rest, at) {
             Ok(0) => Err(std::io::Error::from(ErrorKind::WriteZero)),
@@ -197,6 +198,7 @@ mod tests {
         let borrowed: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
         target.put(8192, &borrowed).unwrap();
         target.put(0, &[b"a", b"", b"bc"]).unwrap();
+        target.put(0, &[b""]).unwrap();
         target.put(0, &[]).unwrap();
         target.finish().unwrap();
         assert_eq!(told, [300 * 4096, 3]);
