@@ -5,6 +5,7 @@
 
 use crate::qmp::command as cmd;
 use crate::qmp::session::Version;
+use crate::qmp::wire::says;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -23,7 +24,7 @@ pub struct SchemaItem {
     pub name: String,
     /// command, object, enum, …
     pub meta_type: String,
-    /// Of an object: its members.
+    /// Of an object, an alternate or an enum.
     #[serde(default)]
     pub members: Vec<SchemaMember>,
     /// Of an enum: its values.
@@ -31,7 +32,7 @@ pub struct SchemaItem {
     pub values: Vec<String>,
 }
 
-/// A member of an object.
+/// A member of a type.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SchemaMember {
     /// Its word; those of an alternate have none.
@@ -100,9 +101,8 @@ struct Answer {
 
 /// The answer that carries a schema, without what nobody looks for; `None` for any other line.
 pub(super) fn looked_for(line: &[u8]) -> Option<Vec<u8>> {
-    const WORD: &[u8] = b"\"meta-type\"";
-    if !line.windows(WORD.len()).take(1 << 16).any(|w| w == WORD) {
-        return None; // Whatever else it is, it is left as it is.
+    if !says(line, b"\"meta-type\"") {
+        return None;
     }
     let mut answer: Answer = serde_json::from_slice(line).ok()?;
     answer.items.retain_mut(SchemaItem::keep_what_is_looked_for);

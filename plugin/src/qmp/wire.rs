@@ -17,6 +17,8 @@ use tokio::sync::broadcast;
 /// The longest line we take: the answer to query-qmp-schema has some 250 KiB, one about the nodes
 /// of a VM with a hundred disks less. Anything longer is not QEMU.
 const MAX_LINE: usize = 4 << 20;
+/// What a line is about stands within so many bytes: the long answers are not worth two parses.
+const BEGINNING: usize = 64 << 10;
 /// Read at once from the socket.
 const CHUNK: usize = 8 << 10;
 
@@ -66,12 +68,12 @@ impl<R> Tap<R> {
 
 /// An event line has the member `event`; answers have `return` or `error` instead.
 fn as_event(line: &[u8]) -> Option<Event> {
-    const WORD: &[u8] = b"\"event\"";
-    // Events are short, and the long answers are not worth two parses.
-    if !line.windows(WORD.len()).take(1 << 16).any(|w| w == WORD) {
-        return None;
-    }
-    serde_json::from_slice(line).ok()
+    if says(line, b"\"event\"") { serde_json::from_slice(line).ok() } else { None }
+}
+
+/// Whether a word stands near the beginning of a line.
+pub(super) fn says(line: &[u8], word: &[u8]) -> bool {
+    line.windows(word.len()).take(BEGINNING).any(|there| there == word)
 }
 
 impl<R: AsyncRead + Unpin> AsyncRead for Tap<R> {

@@ -23,6 +23,7 @@ pub use self::target::{IntoFile, Messages, Scattered, Target};
 use self::batch::{Batch, Fetcher, Source};
 pub(super) use self::batch::{fetch_group, is_damage};
 use self::pieces::Pieces;
+use self::target::TELL;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pool::Pool;
 use crate::store::Store;
@@ -38,9 +39,6 @@ pub const MAX_WRITE: usize = 512 << 10;
 const KEEP_BY_CONTAINER: usize = 256 << 10;
 /// The same in disk order, where a frame is often needed again soon.
 const KEEP_BY_DISK: usize = 2560 << 10;
-/// Bytes that are written together, but for the last block: a client learns of as much, and has no more
-/// parts, of a block at least, than a system call takes (1024).
-const TOGETHER: u64 = 1 << 20;
 /// Stack of the fetching thread.
 const STACK: usize = 512 << 10;
 
@@ -215,9 +213,10 @@ struct Neighbours<'b> {
 }
 
 impl<'b> Neighbours<'b> {
-    /// Whether bytes at `offset` follow.
+    /// Whether bytes at `offset` follow, and it is not yet as much as a client is told of at once; its
+    /// parts, of a block at least, are then fewer than a system call takes (1024).
     fn takes(&self, offset: u64) -> bool {
-        self.bytes < TOGETHER && self.offset + self.bytes == offset
+        self.bytes < TELL && self.offset + self.bytes == offset
     }
 
     fn push(&mut self, offset: u64, part: &'b [u8]) {

@@ -8,7 +8,7 @@ use super::MAX_WRITE;
 use crate::error::{Context, Error, Kind, Result};
 
 /// Bytes after which a client learns what is in its file, and we learn whether it is still there.
-const TELL: u64 = 1 << 20;
+pub(super) const TELL: u64 = 1 << 20;
 
 /// Takes the bytes of a disk, in any order, each once.
 pub trait Target {
