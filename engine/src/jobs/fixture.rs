@@ -13,7 +13,8 @@ use crate::store::commit::Manifests;
 use crate::store::container::{ContainerKind, Packer};
 use crate::store::manifest::{Counts, Disk, Manifest};
 use crate::store::recipe::{Placement, RecipeEditor, StoredNodes};
-use crate::store::{InitOptions, Location, Role, Store, StoreOptions};
+use crate::store::testing::init_at;
+use crate::store::{InitOptions, Location, Role, Store, StoreLevel, StoreOptions};
 
 pub(crate) struct Fixture {
     pub(crate) dir: tempfile::TempDir,
@@ -26,10 +27,14 @@ pub(crate) struct Fixture {
 
 impl Fixture {
     pub(crate) fn new(block_size: u32) -> Self {
+        Self::at(StoreLevel::NEWEST, block_size)
+    }
+
+    pub(crate) fn at(level: StoreLevel, block_size: u32) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let location = Location::Directory(dir.path().join("store"));
         let options = InitOptions { block_size, ..InitOptions::default() };
-        let key = Store::init(&location, &options, |_| Ok(())).unwrap();
+        let key = init_at(&location, &options, level);
         let mut options = StoreOptions::default();
         // Several containers from little data.
         options.budget.container_slots = 300;

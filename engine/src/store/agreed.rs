@@ -28,8 +28,10 @@ impl StoreLevel {
     pub const FIRST: Self = StoreLevel(1);
     /// There may be further encryption keys.
     pub const KEYS: Self = StoreLevel(2);
+    /// The fingerprints of a container of blocks may be in its directory's own object alone.
+    pub const COLUMN_APART: Self = StoreLevel(3);
     /// The newest that this program knows. New stores begin with it: no older engine has them.
-    pub const NEWEST: Self = Self::KEYS;
+    pub const NEWEST: Self = Self::COLUMN_APART;
 }
 
 impl Default for StoreLevel {

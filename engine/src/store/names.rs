@@ -10,7 +10,7 @@ pub const WRAPPED_KEY: &str = "key.wrapped";
 pub const WRAPPED_KEYS: &str = "keys.wrapped";
 /// Containers, a folder per incarnation.
 pub const CONTAINERS: &str = "containers";
-/// The second copy of every container's directory, a folder per incarnation.
+/// Every container's directory in an object of its own, a folder per incarnation.
 pub const DIRECTORIES: &str = "directories";
 /// What was sealed, a folder per incarnation.
 pub const JOURNAL: &str = "journal";
@@ -53,7 +53,7 @@ pub fn parse_container(key: &str) -> Option<(ContainerId, u32)> {
     parse_generation(CONTAINERS, key)
 }
 
-/// The second copy of the directory of a container in one generation.
+/// The own object of the directory of a container in one generation.
 #[must_use]
 pub fn directory(container: ContainerId, generation: u32) -> String {
     let ContainerId { incarnation, counter } = container;
@@ -66,7 +66,7 @@ pub fn directories_of(incarnation: Incarnation) -> String {
     format!("{DIRECTORIES}/{:08x}", incarnation.0)
 }
 
-/// The container and the generation that a second copy's key names.
+/// The container and the generation that a directory's key names.
 #[must_use]
 pub fn parse_directory(key: &str) -> Option<(ContainerId, u32)> {
     parse_generation(DIRECTORIES, key)

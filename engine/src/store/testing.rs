@@ -4,9 +4,27 @@ use std::path::PathBuf;
 
 use tempfile::TempDir;
 
+use super::agreed::{self, StoreLevel};
+use super::keys::StoreKey;
 use super::manifest::Manifest;
+use super::objects::Objects;
 use super::sessions::SessionRecord;
-use super::{InitOptions, Location, Store, StoreOptions};
+use super::{InitOptions, Location, Store, StoreOptions, names, objects_at};
+
+/// A store as a Fleece made it to which this level was the newest.
+pub(crate) fn init_at(location: &Location, options: &InitOptions, level: StoreLevel) -> StoreKey {
+    let key = Store::init(location, options, |_| Ok(())).unwrap();
+    let Location::Directory(path) = location else { panic!("{location} is no directory") };
+    if level < StoreLevel::NEWEST {
+        std::fs::remove_file(path.join(names::level(StoreLevel::NEWEST.0))).unwrap();
+    }
+    if level > StoreLevel::FIRST {
+        let objects: Objects = objects_at(location, &std::env::temp_dir()).unwrap();
+        let under = (&key, key.first(), options.encrypt);
+        agreed::raise(&objects, under, level, options.now_ms).unwrap();
+    }
+    key
+}
 
 /// A store, its key and an engine's state, gone when dropped.
 pub(crate) struct TestStore {
@@ -22,9 +40,13 @@ impl TestStore {
     }
 
     pub(crate) fn with(init: &InitOptions, options: StoreOptions) -> Self {
+        Self::at(StoreLevel::NEWEST, init, options)
+    }
+
+    pub(crate) fn at(level: StoreLevel, init: &InitOptions, options: StoreOptions) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let location = Location::Directory(dir.path().join("store"));
-        let key = Store::init(&location, init, |_| Ok(())).unwrap();
+        let key = init_at(&location, init, level);
         let key_text = key.to_text().to_string();
         let store =
             Store::open(&location, key, &dir.path().join("state"), options.clone()).unwrap();
@@ -37,7 +59,7 @@ impl TestStore {
 
     /// Another handle on the same store, with caches of its own, to read.
     pub(crate) fn reader(&self) -> Store {
-        let key = super::keys::StoreKey::from_text(&self.key_text).unwrap();
+        let key = StoreKey::from_text(&self.key_text).unwrap();
         Store::open_to_read(self.store.location(), key, self.options.clone()).unwrap()
     }
 }

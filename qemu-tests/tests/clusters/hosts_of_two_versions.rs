@@ -117,7 +117,7 @@ fn a_cluster_is_upgraded_host_by_host_and_backups_go_on() -> Result {
     }
     cluster.begin(0, "fleecectl", &["upgrade", "--finalize"])?.finish(LONG)?.code(0)?;
     let raised = cluster.ask(0, &["hosts"])?;
-    ensure!(raised.iter().all(|host| host["level"] == 2), "not all follow: {raised:?}");
+    ensure!(raised.iter().all(|host| host["level"] == 3), "not all follow: {raised:?}");
     stored.round(&cluster, 9)?;
     let newest = stored.snapshots.last().context("nothing was stored")?.clone();
     stored.must_come_back(&cluster)?;

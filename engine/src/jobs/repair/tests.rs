@@ -7,8 +7,8 @@ use crate::jobs::restore::{Options as RestoreOptions, Restorer};
 use crate::jobs::verify::{self, Scope};
 use crate::store::commit::SnapshotKey;
 use crate::store::manifest::Manifest;
-use crate::store::names;
 use crate::store::recipe::{Placement, RecipeReader};
+use crate::store::{StoreLevel, names};
 
 /// Repairs a store that is opened anew: its engine has cached nothing.
 fn run(f: &mut Fixture, dry_run: bool) -> (Report, Vec<Event>) {
@@ -139,8 +139,14 @@ fn lost_blocks_come_back_once_a_new_backup_stored_them_again() {
 
 #[test]
 fn a_damaged_directory_is_rewritten_from_its_own_frames() {
-    for part in ["lead", "column", "table"] {
-        let mut f = Fixture::new(4096);
+    let parts = [
+        ("lead", StoreLevel::NEWEST),
+        ("column", StoreLevel::KEYS),
+        ("table", StoreLevel::KEYS),
+        ("table", StoreLevel::NEWEST),
+    ];
+    for (part, level) in parts {
+        let mut f = Fixture::at(level, 4096);
         let bytes = image(22, 4 << 20);
         let manifest = f.backup(1, &bytes, None);
         let address = some_run(&f, &manifest);

@@ -4,7 +4,6 @@ use bytes::Bytes;
 
 use super::{Event, Reference, Scope, Verifier};
 use crate::error::{Error, Kind, Result};
-use crate::fingerprint::Fingerprinter;
 use crate::ids::{Address, ContainerId, Fingerprint, Slot};
 use crate::jobs::rebuild::{id_bytes, read_id};
 use crate::jobs::restore::{fetch_group, is_damage};
@@ -307,7 +306,7 @@ impl Verifier<'_> {
                             .collect()
                     })
                     .ok_or_else(|| Error::new(Kind::Damaged, "its list of lengths is wrong")),
-                _ => Ok(fingerprint_blocks(&frame, &raw, &fingerprinter, block_size)),
+                _ => Ok(frame.fingerprints(&raw, &fingerprinter, block_size).collect()),
             }
         })
     }
@@ -404,19 +403,4 @@ impl Verifier<'_> {
         }
         self.hand_on(&mut batch)
     }
-}
-
-fn fingerprint_blocks(
-    frame: &FrameRef,
-    raw: &[u8],
-    fingerprinter: &Fingerprinter,
-    block_size: u32,
-) -> Vec<(Slot, Fingerprint)> {
-    (0..frame.span)
-        .filter_map(|n| frame.first.0.checked_add(n).map(Slot))
-        .filter_map(|slot| {
-            let block = raw.get(frame.block_range(slot, block_size)?)?;
-            Some((slot, fingerprinter.of(block)))
-        })
-        .collect()
 }

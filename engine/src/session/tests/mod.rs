@@ -34,7 +34,8 @@ use crate::store::commit::Manifests;
 use crate::store::keys::StoreKey;
 use crate::store::manifest::Manifest;
 use crate::store::objects::Objects;
-use crate::store::{InitOptions, Location, Store, StoreOptions, objects_at};
+use crate::store::testing::init_at;
+use crate::store::{InitOptions, Location, Store, StoreLevel, StoreOptions, objects_at};
 use crate::upkeep;
 
 const BLOCK: usize = 4096;
@@ -47,9 +48,14 @@ struct Host {
 
 impl Host {
     fn new() -> Self {
+        Self::at(StoreLevel::NEWEST)
+    }
+
+    /// With a store of a level.
+    fn at(level: StoreLevel) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let location = Location::Directory(dir.path().join("store"));
-        let key = Store::init(&location, &InitOptions::default(), |_| Ok(())).unwrap();
+        let key = init_at(&location, &InitOptions::default(), level);
         let objects = objects_at(&location, dir.path()).unwrap();
         Self::open(dir, objects, key, StoreOptions::default(), DetectOptions::new)
     }

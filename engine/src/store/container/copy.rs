@@ -1,10 +1,12 @@
-//! The second copy of a container's directory: column, frame table and trailer once more, byte for
-//! byte, in an object of their own. It is read only where the container or its end is lost:
-//! then it alone says what the slots held, and so what to look for.
+//! A directory's own object: column, frame table and trailer. All of it, or all but the column, stands
+//! in the container, too; where that or its end is lost, this object alone says what the slots
+//! held, and so what to look for.
 
 use std::cmp::Reverse;
 
-use super::directory::{CHUNK_LEN, CHUNK_SLOTS, ENTRY_LEN, SlotState, TRAILER_LEN, Trailer};
+use super::directory::{
+    CHUNK_LEN, CHUNK_SLOTS, ENTRY_LEN, SlotState, TRAILER_LEN, Trailer, column_len, encode_chunk,
+};
 use super::open::{Directory, Finder, Tail};
 use super::reader::Directories;
 use super::{CONTAINER_FRAMES, CONTAINER_SLOTS};
@@ -25,7 +27,7 @@ const _: () = assert!(
         < DIRECTORY_MAX as usize
 );
 
-/// What a look at a second copy came to.
+/// What a look at a directory's own object came to.
 #[derive(Debug)]
 pub enum SecondCopy {
     /// It is there and the same.
@@ -36,7 +38,7 @@ pub enum SecondCopy {
     Missing(Error),
 }
 
-/// What a second copy says.
+/// What a directory's own object says.
 pub(super) struct Copied {
     /// The directory; its frames are in the container's own object, if that is there.
     pub(super) directory: Directory,
@@ -45,21 +47,21 @@ pub(super) struct Copied {
 }
 
 impl Directories {
-    /// Compares the second copy of a container's directory with the container's own, which the
+    /// Compares the own object of a container's directory with what the container says, which the
     /// caller has just found whole; makes it if it is missing.
     ///
     /// # Errors
-    /// [`Kind::Damaged`] when the second copy is another: it stays, as keys are never overwritten.
+    /// [`Kind::Damaged`] when the object is another: it stays, as keys are never overwritten.
     pub fn ensure_copy(&self, container: ContainerId) -> Result<SecondCopy> {
         let directory = self.present(container)?;
         let objects = &self.finder().objects;
-        let own = objects.read(&directory.object, directory.trailer.directory_range())?;
+        let said = self.said_by(&directory)?;
         let key = names::directory(container, directory.trailer.generation);
-        let differs = || damaged(&key, "it is not what its container's directory says");
-        match objects.read_all(&key, own.len() as u64) {
-            Ok(copy) if copy == own => Ok(SecondCopy::Whole),
+        let differs = || damaged(&key, "it is not what its container says");
+        match objects.read_all(&key, said.len() as u64) {
+            Ok(copy) if copy == said => Ok(SecondCopy::Whole),
             Ok(_) => Err(differs()),
-            Err(error) if error.kind() == Kind::NotFound => match objects.create(&key, own) {
+            Err(error) if error.kind() == Kind::NotFound => match objects.create(&key, said) {
                 Ok(Created::Ours) => Ok(SecondCopy::Made),
                 Ok(Created::Exists) => Err(differs()),
                 Err(error) => Ok(SecondCopy::Missing(error)),
@@ -68,7 +70,26 @@ impl Directories {
         }
     }
 
-    /// Reads a second copy by itself.
+    /// What the own object of a directory has to be. A column that is apart is sealed anew, which
+    /// gives the same bytes: of that object where it is sound, else of the frames.
+    fn said_by(&self, directory: &Directory) -> Result<Vec<u8>> {
+        let trailer = &directory.trailer;
+        let mut said = Vec::new();
+        let chunks = if trailer.column_is_apart() { trailer.chunks() } else { 0 };
+        for chunk in 0..chunks {
+            let bytes = self.read_chunks(directory, chunk..chunk + 1)?.concat();
+            let states: Option<Vec<SlotState>> = trailer.states(chunk, &bytes).collect();
+            let states = states.ok_or_else(|| {
+                damaged(&directory.object, "what some of its slots hold cannot be said")
+            })?;
+            let states = states.into_iter();
+            said.extend(encode_chunk(&directory.section, chunk, trailer.slots, states)?);
+        }
+        said.extend(self.finder().objects.read(&directory.object, trailer.directory_range())?);
+        Ok(said)
+    }
+
+    /// Reads a directory's own object by itself.
     ///
     /// # Errors
     /// [`Kind::NotFound`], [`Kind::Damaged`].
@@ -78,7 +99,7 @@ impl Directories {
 }
 
 impl Finder {
-    /// The generations of which there is a second copy: first those whose container is among
+    /// The generations of whose directory there is an own object: first those whose container is among
     /// `objects`, for its frames; the newest first.
     pub(super) fn copies(&self, container: ContainerId, objects: &[String]) -> Result<Vec<u32>> {
         let mut generations = Vec::new();
@@ -95,7 +116,7 @@ impl Finder {
         Ok(generations)
     }
 
-    /// A directory as its second copy has it.
+    /// A directory as its own object has it.
     ///
     /// # Errors
     /// [`Kind::NotFound`], [`Kind::Damaged`].
@@ -106,13 +127,15 @@ impl Finder {
         objects: &[String],
     ) -> Result<Copied> {
         let key = names::directory(container, generation);
-        let bytes = self.objects.read_all(&key, DIRECTORY_MAX)?;
+        let mut bytes = self.objects.read_all(&key, DIRECTORY_MAX)?;
         let trailer = bytes.len().checked_sub(TRAILER_LEN).map(|at| &bytes[at..]);
         let trailer = Trailer::decode(trailer.unwrap_or_default(), &key)?;
-        let range = trailer.directory_range();
-        if range.end - range.start != bytes.len() as u64 {
+        let range = trailer.table_range();
+        let column_len = column_len(trailer.slots);
+        if u64::from(column_len) + range.end - range.start != bytes.len() as u64 {
             return Err(damaged(&key, "its length is not that of the directory"));
         }
+        let sealed = bytes.split_to(column_len as usize);
         let tail = Tail { key: &key, start: range.start, bytes };
         let (trailer, section) = self.trailer(&tail, range.end)?;
         if (trailer.container, trailer.generation) != (container, generation) {
@@ -122,8 +145,8 @@ impl Finder {
         let mut column = Vec::with_capacity(trailer.slots as usize);
         for chunk in 0..trailer.chunks() {
             let place = trailer.chunk_range(chunk);
-            let sealed = (place.start - range.start) as usize..(place.end - range.start) as usize;
-            let states = directory.open_chunk(chunk, &tail.bytes[sealed])?;
+            let sealed = &sealed[place.start as usize..place.end as usize];
+            let states = directory.open_chunk(chunk, sealed)?;
             for state in trailer.states(chunk, &states) {
                 column.push(state.ok_or_else(|| damaged(&key, "a slot has no known state"))?);
             }

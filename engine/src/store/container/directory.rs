@@ -2,6 +2,8 @@
 //!
 //! Decoding believes nothing: every number is checked against the others before it is used.
 
+use std::ops::Range;
+
 use super::{
     CONTAINER_BYTES, CONTAINER_FRAMES, CONTAINER_SLOTS, ContainerKind, FRAME_RAW_MAX,
     NODES_PER_FRAME,
@@ -15,7 +17,8 @@ use crate::store::format::{
 /// Bytes of a section's lead: header, container 8, generation u32, block size u32, zero 4, crc32c u32.
 pub(crate) const LEAD_LEN: usize = HEADER_LEN + 24;
 /// Bytes of the trailer: header, container 8, generation u32, block size u32, section start u64,
-/// column offset u32, slots u32, table offset u32, frames u32, raw bytes u64, zero 16, tag 16.
+/// column offset u32, slots u32, table offset u32, frames u32, raw bytes u64, zero 16, tag 16. Where the
+/// table's offset is the column's, the column is apart.
 pub(crate) const TRAILER_LEN: usize = 160;
 /// Bytes of a frame table's entry: first slot u16, span u16, codec u8, zero 3, present u64,
 /// offset u32, stored length u32, raw length u32, zero 4.
@@ -356,8 +359,19 @@ impl Trailer {
         self.slots <= CONTAINER_SLOTS
             && self.frames <= CONTAINER_FRAMES
             && self.column_offset <= max_offset
-            && self.table_offset == self.column_offset + column_len(self.slots)
+            && (self.column_is_apart() && self.can_be_apart()
+                || self.table_offset == self.column_offset + column_len(self.slots))
             && self.section_end().is_some()
+    }
+
+    /// The column is in the directory's own object only, not in the section.
+    pub(crate) fn column_is_apart(&self) -> bool {
+        self.slots > 0 && self.table_offset == self.column_offset
+    }
+
+    /// Blocks as they were first written are all there, so their frames say what a column says.
+    fn can_be_apart(&self) -> bool {
+        self.kind == ContainerKind::Blocks && self.generation == 0
     }
 
     /// Bytes of the frame table with its tag.
@@ -375,17 +389,21 @@ impl Trailer {
         self.section_start.checked_add(self.section_len())
     }
 
-    /// Where the directory is in the object: column, frame table, trailer.
-    pub(crate) fn directory_range(&self) -> std::ops::Range<u64> {
+    /// What the section has of the directory: the column, unless it is apart, frame table, trailer.
+    pub(crate) fn directory_range(&self) -> Range<u64> {
         let start = self.section_start + u64::from(self.column_offset);
         start..self.section_start + self.section_len()
     }
 
-    /// Where a chunk of the column is in the object.
-    pub(crate) fn chunk_range(&self, chunk: u32) -> std::ops::Range<u64> {
-        let start = self.section_start
-            + u64::from(self.column_offset)
-            + u64::from(chunk) * CHUNK_LEN as u64;
+    /// Where frame table and trailer are.
+    pub(crate) fn table_range(&self) -> Range<u64> {
+        let start = self.section_start + u64::from(self.table_offset);
+        start..self.section_start + self.section_len()
+    }
+
+    /// Where a chunk is in the column.
+    pub(crate) fn chunk_range(&self, chunk: u32) -> Range<u64> {
+        let start = u64::from(chunk) * CHUNK_LEN as u64;
         let slots = self.slots.saturating_sub(chunk * CHUNK_SLOTS).min(CHUNK_SLOTS);
         start..start + chunk_len(slots)
     }

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::directory::FrameEntry;
-use crate::ids::{ContainerId, Slot};
+use crate::fingerprint::Fingerprinter;
+use crate::ids::{ContainerId, Fingerprint, Slot};
 
 /// A frame, and where to read it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,9 +41,21 @@ impl FrameRef {
         let start = self.entry.index_of(slot)? * block_size as usize;
         Some(start..start + block_size as usize)
     }
-}
 
-impl FrameRef {
+    /// The fingerprint of each slot that is there, of a decompressed frame of blocks.
+    pub fn fingerprints(
+        &self,
+        raw: &[u8],
+        fingerprinter: &Fingerprinter,
+        block_size: u32,
+    ) -> impl Iterator<Item = (Slot, Fingerprint)> {
+        (0..self.span).filter_map(move |n| {
+            let slot = self.first.0.checked_add(n).map(Slot)?;
+            let block = raw.get(self.block_range(slot, block_size)?)?;
+            Some((slot, fingerprinter.of(block)))
+        })
+    }
+
     /// A node of a frame of nodes: the lengths of all come first.
     pub(crate) fn node<'a>(&self, raw: &'a [u8], slot: Slot) -> Option<&'a [u8]> {
         let count = self.entry.count() as usize;

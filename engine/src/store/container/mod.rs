@@ -5,15 +5,19 @@
 //! section  = lead (header 80, container id, generation, block size, crc)
 //!            frames            each ciphertext ‖ tag; 64 KiB of blocks before compression
 //!            fingerprint column  4 KiB chunks, each authenticated: per slot its
-//!                                fingerprint and its state (present, dead, forward, damaged)
+//!                                fingerprint and its state (present, dead, forward, damaged);
+//!                                not of blocks as first written
 //!            frame table         readable alone: slots, offset, lengths, codec per frame
 //!            trailer 160         header again, places and sizes of the two; found by one suffix read
 //! ```
 //! A slot is for ever: rewriting makes a new generation under a new key and keeps slots.
-//! Column, table and trailer stand in an object of their own once more.
+//! Column, table and trailer stand in an object of their own, the directory's. Of blocks as first written
+//! the column is there alone: whoever has lost it computes it from the frames, and whoever
+//! has lost those needs it.
 
 mod cache;
 pub(crate) mod codec;
+mod column;
 mod copy;
 pub mod directory;
 mod frame;

@@ -10,6 +10,7 @@ use super::directory::{
 };
 use super::frame::FrameRef;
 use crate::error::{Kind, Result};
+use crate::fingerprint::Fingerprinter;
 use crate::ids::{Address, ContainerId, Fingerprint, Slot};
 use crate::store::format::{Piece, Sealer, TAG_LEN, damaged};
 use crate::store::names;
@@ -62,6 +63,15 @@ impl Directory {
         Err(damaged(&self.object, &what))
     }
 
+    /// The object in which the fingerprint column is, and where it begins there.
+    pub(super) fn column_place(&self) -> (String, u64) {
+        let trailer = &self.trailer;
+        match trailer.column_is_apart() {
+            true => (names::directory(trailer.container, trailer.generation), 0),
+            false => (self.object.clone(), trailer.directory_range().start),
+        }
+    }
+
     pub(crate) fn slot(&self, chunk: &[u8], slot: Slot) -> Result<SlotInfo> {
         match SlotState::nth(chunk, (u32::from(slot.0) % CHUNK_SLOTS) as usize) {
             Some(SlotState::Present(fingerprint)) => Ok(SlotInfo::Present(fingerprint)),
@@ -75,6 +85,13 @@ impl Directory {
     pub(crate) fn frame_of(&self, slot: Slot) -> Option<FrameRef> {
         let number = self.frames.partition_point(|entry| entry.first <= slot.0).checked_sub(1)?;
         self.frames[number].index_of(slot).map(|_| self.frame(number))
+    }
+
+    /// The numbers of the frames that hold any of these slots.
+    pub(super) fn frames_of(&self, slots: &Range<u32>) -> Range<usize> {
+        let end = |entry: &FrameEntry| u32::from(entry.first) + u32::from(entry.span);
+        let first = self.frames.partition_point(|entry| end(entry) <= slots.start);
+        first..self.frames.partition_point(|entry| u32::from(entry.first) < slots.end)
     }
 
     pub(crate) fn frame(&self, number: usize) -> FrameRef {
@@ -97,6 +114,7 @@ impl Directory {
 pub(crate) struct Finder {
     pub(crate) objects: Objects,
     pub(crate) sealer: Sealer,
+    pub(crate) fingerprinter: Fingerprinter,
     pub(crate) block_size: u32,
 }
 
@@ -224,7 +242,7 @@ impl Finder {
         if trailer.kind == ContainerKind::Blocks && trailer.block_size != self.block_size {
             return Err(damaged(tail.key, "its block size is not the store's"));
         }
-        let start = trailer.section_start + u64::from(trailer.table_offset);
+        let start = trailer.table_range().start;
         let table = self.within(tail, start..start + u64::from(trailer.table_len()))?;
         let frames = decode_table(&section, &trailer, &table)
             .or_else(|| tolerant.then(Vec::new))

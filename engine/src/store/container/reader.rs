@@ -1,6 +1,5 @@
 //! Reading containers: what a slot holds, frames, blocks and nodes, through bounded caches.
 
-use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -101,7 +100,8 @@ impl Directories {
             damage: Arc::default(),
             last_chunk: (None, 0),
         };
-        let finder = Finder { objects, sealer, block_size };
+        let fingerprinter = sealer.key().fingerprinter(block_size);
+        let finder = Finder { objects, sealer, fingerprinter, block_size };
         let inner = Inner { finder, codecs, state: Mutex::new(state) };
         Directories { inner: Arc::new(inner) }
     }
@@ -301,13 +301,23 @@ impl Directories {
         self.inflate(&directory, frame, &bytes)
     }
 
-    /// Authenticates and decrypts a frame of a directory.
-    pub(super) fn unseal(
+    /// A frame of a directory, as it was compressed and decompressed; `None` when it is damaged.
+    pub(super) fn sound_frame(
         &self,
         directory: &Directory,
         frame: &FrameRef,
-        stored: &[u8],
-    ) -> Result<Vec<u8>> {
+    ) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
+        let stored = self.finder().objects.read(&directory.object, frame.range());
+        let Some(stored) = sound(stored)? else { return Ok(None) };
+        let Some(compressed) = sound(self.unseal(directory, frame, &stored))? else {
+            return Ok(None);
+        };
+        let raw = sound(self.inflate(directory, frame, &compressed))?;
+        Ok(raw.map(|raw| (compressed, raw)))
+    }
+
+    /// Authenticates and decrypts a frame of a directory.
+    fn unseal(&self, directory: &Directory, frame: &FrameRef, stored: &[u8]) -> Result<Vec<u8>> {
         let mut bytes = stored.to_vec();
         let extra = Section::frame_extra(&frame.entry);
         if directory.section.open(Piece::Frame, frame.number, &extra, &mut bytes) {
@@ -318,12 +328,7 @@ impl Directories {
     }
 
     /// Decompresses a frame of a directory.
-    pub(super) fn inflate(
-        &self,
-        directory: &Directory,
-        frame: &FrameRef,
-        bytes: &[u8],
-    ) -> Result<Vec<u8>> {
+    fn inflate(&self, directory: &Directory, frame: &FrameRef, bytes: &[u8]) -> Result<Vec<u8>> {
         let raw_len = frame.raw_len as usize;
         match frame.entry.codec {
             Codec::Raw if bytes.len() == raw_len => Ok(bytes.to_vec()),
@@ -526,28 +531,6 @@ impl Directories {
         }
         wanted.ok_or_else(|| damaged(&directory.object, "a chunk of its column is missing"))
     }
-
-    /// Reads and authenticates chunks of the column.
-    pub(super) fn read_chunks(
-        &self,
-        directory: &Directory,
-        chunks: Range<u32>,
-    ) -> Result<Vec<Vec<u8>>> {
-        if chunks.is_empty() {
-            return Ok(Vec::new());
-        }
-        let trailer = &directory.trailer;
-        let whole =
-            trailer.chunk_range(chunks.start).start..trailer.chunk_range(chunks.end - 1).end;
-        let bytes = self.inner.finder.objects.read(&directory.object, whole.clone())?;
-        chunks
-            .map(|chunk| {
-                let range = trailer.chunk_range(chunk);
-                let (from, to) = (range.start - whole.start, range.end - whole.start);
-                directory.open_chunk(chunk, &bytes[from as usize..to as usize])
-            })
-            .collect()
-    }
 }
 
 /// Remembers one more, and forgets the oldest beyond the limit.
@@ -556,6 +539,15 @@ fn keep<T>(kept: &mut Vec<T>, one: T) {
         kept.remove(0);
     }
     kept.push(one);
+}
+
+/// Takes damage for nothing.
+pub(super) fn sound<T>(read: Result<T>) -> Result<Option<T>> {
+    match read {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 fn bad_frame(directory: &Directory, frame: &FrameRef, what: &str) -> Error {

@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::directory::{FrameEntry, Section, SlotState, encode_lead};
 use super::frame::FrameRef;
-use super::writer::{RawFrame, block_size_of, frame_max, pack, write_directory};
+use super::writer::{Column, RawFrame, block_size_of, frame_max, pack, write_directory};
 use super::{CONTAINER_BYTES, CONTAINER_FRAMES, ContainerKind};
 use crate::error::Result;
 use crate::ids::{ContainerId, Fingerprint};
@@ -146,9 +146,8 @@ impl Rewriter {
             &self.store,
             &mut self.writer,
             (self.kind, &self.header, &self.section),
-            &self.table,
-            self.raw_bytes,
-            self.states.iter().copied(),
+            (&self.table, self.raw_bytes),
+            (Column::Within, self.states.iter().copied()),
         )?;
         let (container, generation) = (self.section.container, self.section.generation);
         let copy = copy.finish_in_background()?;

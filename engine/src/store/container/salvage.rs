@@ -7,15 +7,15 @@ use super::copy::Copied;
 use super::directory::SlotState;
 use super::frame::FrameRef;
 use super::open::Directory;
-use super::reader::Directories;
-use crate::error::{Kind, Result};
+use super::reader::{Directories, sound};
+use crate::error::Result;
 use crate::ids::ContainerId;
 use crate::store::names;
 
 /// A container that is open as far as it can be.
 pub struct Salvage {
     directory: Arc<Directory>,
-    /// What each slot is; `None` where the column is damaged, and its second copy, too.
+    /// What each slot is; `None` where nothing says it any more.
     pub column: Vec<Option<SlotState>>,
     /// Something beside the frames is damaged: lead, frame table or column.
     pub flawed: bool,
@@ -121,22 +121,6 @@ impl Directories {
         salvage: &Salvage,
         frame: &FrameRef,
     ) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
-        let directory = &salvage.directory;
-        let stored = self.finder().objects.read(&directory.object, frame.range());
-        let Some(stored) = sound(stored)? else { return Ok(None) };
-        let Some(compressed) = sound(self.unseal(directory, frame, &stored))? else {
-            return Ok(None);
-        };
-        let raw = sound(self.inflate(directory, frame, &compressed))?;
-        Ok(raw.map(|raw| (compressed, raw)))
-    }
-}
-
-/// Takes damage for nothing.
-fn sound<T>(read: Result<T>) -> Result<Option<T>> {
-    match read {
-        Ok(value) => Ok(Some(value)),
-        Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => Ok(None),
-        Err(error) => Err(error),
+        self.sound_frame(&salvage.directory, frame)
     }
 }

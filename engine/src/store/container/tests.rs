@@ -15,7 +15,7 @@ use crate::error::{Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint, Incarnation, Slot};
 use crate::store::format::{Piece, TAG_LEN};
 use crate::store::testing::TestStore;
-use crate::store::{InitOptions, Store, StoreBudget, StoreOptions, names};
+use crate::store::{InitOptions, Store, StoreBudget, StoreLevel, StoreOptions, names};
 
 /// A block of one of several kinds: noise, text that compresses, nearly zero.
 fn block(rng: &mut StdRng, size: usize) -> Vec<u8> {
@@ -34,9 +34,19 @@ fn block(rng: &mut StdRng, size: usize) -> Vec<u8> {
 }
 
 fn small(block_size: u32, encrypt: bool, container_slots: u32, container_bytes: u32) -> TestStore {
+    small_at(StoreLevel::NEWEST, block_size, encrypt, container_slots, container_bytes)
+}
+
+fn small_at(
+    level: StoreLevel,
+    block_size: u32,
+    encrypt: bool,
+    container_slots: u32,
+    container_bytes: u32,
+) -> TestStore {
     let budget = StoreBudget { container_slots, container_bytes, ..StoreBudget::default() };
     let options = StoreOptions { budget, ..StoreOptions::default() };
-    TestStore::with(&InitOptions { block_size, encrypt, ..InitOptions::default() }, options)
+    TestStore::at(level, &InitOptions { block_size, encrypt, ..InitOptions::default() }, options)
 }
 
 /// Packs blocks and checks what comes out against what went in.
@@ -117,6 +127,8 @@ fn blocks_of_every_size_and_protection_come_back() {
         let seed = u64::from(block_size);
         round_trip(&small(block_size, encrypt, 200, 16 << 20), count, count / 2, seed);
         round_trip(&small(block_size, encrypt, 65_535, 1 << 20), count, 1000, 7);
+        let before = StoreLevel::KEYS;
+        round_trip(&small_at(before, block_size, encrypt, 65_535, 1 << 20), count, 1000, 7);
     }
 }
 
@@ -216,8 +228,13 @@ fn use_all(store: &Store, id: ContainerId, slots: u32) -> Vec<Result<Vec<u8>>> {
 
 #[test]
 fn a_changed_byte_anywhere_is_an_error_and_never_a_wrong_block() {
-    for encrypt in [true, false] {
-        let test = small(4096, encrypt, 65_535, 16 << 20);
+    for (encrypt, level) in [
+        (true, StoreLevel::KEYS),
+        (false, StoreLevel::KEYS),
+        (true, StoreLevel::COLUMN_APART),
+        (false, StoreLevel::COLUMN_APART),
+    ] {
+        let test = small_at(level, 4096, encrypt, 65_535, 16 << 20);
         let mut rng = StdRng::seed_from_u64(5);
         let mut packer = Packer::new(&test.store, ContainerKind::Blocks, "test");
         for n in 0..20_u8 {
@@ -244,7 +261,8 @@ fn a_changed_byte_anywhere_is_an_error_and_never_a_wrong_block() {
             }
         };
         // All of what is not frames, some of the frames.
-        let frames = whole.len() - 160 - 48 - 20 * 21 - TAG_LEN;
+        let column = if level < StoreLevel::COLUMN_APART { 20 * 21 + TAG_LEN } else { 0 };
+        let frames = whole.len() - 160 - 48 - column;
         let places = (0..104)
             .step_by(3)
             .chain((104..frames).step_by(1997))
@@ -295,6 +313,83 @@ fn marked_slots_are_damaged_and_missing_ones_missing() {
     assert_eq!(directories.read_block(addresses[1], &mut out).unwrap_err().kind(), Kind::Damaged);
     directories.read_block(addresses[3], &mut out).unwrap();
     assert_eq!(out, [3; 4096]);
+}
+
+/// What every slot holds, as a reader without anything in its caches hears it.
+fn column_of(test: &TestStore, id: ContainerId) -> Result<Vec<SlotInfo>> {
+    let mut column = Vec::new();
+    test.reader().directories().each_slot(id, |_, info| {
+        column.push(info);
+        Ok(())
+    })?;
+    Ok(column)
+}
+
+#[test]
+fn a_column_that_is_lost_is_computed_from_the_frames() {
+    let test = small(4096, true, 65_535, 16 << 20);
+    let mut rng = StdRng::seed_from_u64(6);
+    let mut packer = Packer::new(&test.store, ContainerKind::Blocks, "test");
+    let blocks: Vec<Vec<u8>> = (0..500).map(|_| block(&mut rng, 4096)).collect();
+    for block in &blocks {
+        packer.push(test.store.fingerprinter().of(block), block).unwrap();
+    }
+    packer.seal().unwrap();
+    let id = packer.take_sealed().unwrap()[0].id;
+    let at = |slot| Address { container: id, slot: Slot(slot) };
+    let present = |block: &Vec<u8>| SlotInfo::Present(test.store.fingerprinter().of(block));
+    let column: Vec<SlotInfo> = blocks.iter().map(present).collect();
+    let (own, object) = (test.path(&names::directory(id, 0)), test.path(&names::container(id, 0)));
+    let (sound, container) = (fs::read(&own).unwrap(), fs::read(&object).unwrap());
+    assert_eq!(column_of(&test, id).unwrap(), column);
+    // A chunk of it, its end, all of it: nobody who reads misses anything, and it is made again.
+    let mut flipped = sound.clone();
+    flipped[4096 + 30] ^= 4;
+    for bytes in [Some(&flipped[..]), Some(&sound[..5000]), Some(b""), None] {
+        fs::remove_file(&own).unwrap();
+        if let Some(bytes) = bytes {
+            fs::write(&own, bytes).unwrap();
+        }
+        assert_eq!(column_of(&test, id).unwrap(), column);
+        assert_eq!(test.reader().directories().slot(at(200)).unwrap(), column[200]);
+        let copy = test.reader().directories().ensure_copy(id);
+        match bytes {
+            Some(_) => assert_eq!(copy.unwrap_err().kind(), Kind::Damaged),
+            None => assert!(matches!(copy.unwrap(), SecondCopy::Made)),
+        }
+    }
+    assert!(fs::read(&own).unwrap() == sound);
+    // A frame is damaged, too: nothing is said of its slots, and nothing of others is wrong.
+    let frame = test.reader().directories().frame_of(at(250)).unwrap().unwrap();
+    fs::remove_file(&own).unwrap();
+    let mut damaged = container.clone();
+    damaged[frame.offset as usize + 5] ^= 1;
+    fs::write(&object, damaged).unwrap();
+    let reader = test.reader();
+    for (slot, info) in column.iter().enumerate() {
+        let found = reader.directories().slot(at(slot as u16));
+        match (frame.first.0..frame.first.0 + frame.span).contains(&(slot as u16)) {
+            true => assert_eq!(found.unwrap_err().kind(), Kind::Damaged),
+            false => assert_eq!(found.unwrap(), *info),
+        }
+    }
+    assert_eq!(column_of(&test, id).unwrap_err().kind(), Kind::Damaged);
+    assert_eq!(reader.directories().ensure_copy(id).unwrap_err().kind(), Kind::Damaged);
+    assert!(!own.exists(), "what is not known whole is not made");
+    let salvage = reader.directories().salvage(id).unwrap().unwrap();
+    let said: Vec<Option<SlotInfo>> = salvage
+        .column
+        .iter()
+        .map(|state| match state {
+            Some(SlotState::Present(fingerprint)) => Some(SlotInfo::Present(*fingerprint)),
+            _ => None,
+        })
+        .collect();
+    let hole = usize::from(frame.first.0)..usize::from(frame.first.0 + frame.span);
+    assert!(said.iter().enumerate().all(|(n, said)| match hole.contains(&n) {
+        true => said.is_none(),
+        false => *said == Some(column[n]),
+    }));
 }
 
 /// What a later Fleece will write: several containers in one object, with holes.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::directory::{
-    CHUNK_SLOTS, Codec, FrameEntry, Section, SlotState, Trailer, column_len, encode_chunk,
-    encode_lead, encode_table,
+    CHUNK_SLOTS, Codec, FrameEntry, Section, SlotState, Trailer, encode_chunk, encode_lead,
+    encode_table,
 };
 use super::{
     CONTAINER_BYTES, CONTAINER_FRAMES, CONTAINER_SLOTS, ContainerKind, FRAME_BYTES,
@@ -15,11 +15,11 @@ use super::{
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, ContainerId, Fingerprint, Slot};
 use crate::pool::InOrder;
-use crate::store::Store;
 use crate::store::format::{Header, Piece, TAG_LEN};
 use crate::store::journal::{Entry, Position};
 use crate::store::names;
 use crate::store::objects::{Finishing, ObjectWriter};
+use crate::store::{Store, StoreLevel};
 
 /// Bytes of the column that are written at once when a container is sealed.
 const COLUMN_PIECE: usize = 64 << 10;
@@ -315,13 +315,18 @@ impl Packer {
         }
         let Some(mut open) = self.open.take() else { return Ok(()) };
         let states = open.fingerprints.iter().map(|fingerprint| SlotState::Present(*fingerprint));
+        let column = match self.kind {
+            ContainerKind::Blocks if self.store.agreed().level >= StoreLevel::COLUMN_APART => {
+                Column::Apart
+            }
+            _ => Column::Within,
+        };
         let copy = write_directory(
             &self.store,
             &mut open.writer,
             (self.kind, &open.header, &open.section),
-            &open.table,
-            open.raw_bytes,
-            states,
+            (&open.table, open.raw_bytes),
+            (column, states),
         )?;
         // One at a time is made durable while the next one is filled.
         self.settle_finishing()?;
@@ -406,30 +411,38 @@ impl RawFrame {
     }
 }
 
-/// Writes column, table and trailer behind the frames, and once more into their second copy,
-/// which is left to be finished.
+/// Where a container's fingerprint column is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Column {
+    /// Into the container and into the directory's own object.
+    Within,
+    /// Into the directory's own object alone: the frames say the same.
+    Apart,
+}
+
+/// Writes column, table and trailer behind the frames, and into an object of their own, which is
+/// left to be finished.
 pub(super) fn write_directory(
     store: &Store,
     writer: &mut ObjectWriter,
     (kind, header, section): (ContainerKind, &Header, &Section),
-    table: &[FrameEntry],
-    raw_bytes: u64,
-    mut states: impl ExactSizeIterator<Item = SlotState>,
+    (table, raw_bytes): (&[FrameEntry], u64),
+    (column, mut states): (Column, impl ExactSizeIterator<Item = SlotState>),
 ) -> Result<ObjectWriter> {
-    let mut copy =
+    let mut own =
         store.objects().writer(&names::directory(section.container, section.generation))?;
     let slots = states.len() as u32;
     let column_offset = writer.written() as u32;
-    let mut write = |piece: Bytes| {
-        writer.write(piece.clone())?;
-        copy.write(piece)
-    };
     let mut piece = Vec::with_capacity(COLUMN_PIECE);
     for number in 0..slots.div_ceil(CHUNK_SLOTS) {
         let chunk = states.by_ref().take(CHUNK_SLOTS as usize);
         piece.extend_from_slice(&encode_chunk(section, number, slots, chunk)?);
-        if piece.len() >= COLUMN_PIECE {
-            write(Bytes::copy_from_slice(&piece))?;
+        if piece.len() >= COLUMN_PIECE || states.len() == 0 {
+            let written = Bytes::copy_from_slice(&piece);
+            if column == Column::Within {
+                writer.write(written.clone())?;
+            }
+            own.write(written)?;
             piece.clear();
         }
     }
@@ -442,14 +455,16 @@ pub(super) fn write_directory(
         section_start: 0,
         column_offset,
         slots,
-        table_offset: column_offset + column_len(slots),
+        table_offset: writer.written() as u32,
         frames: table.len() as u32,
         raw_bytes,
     };
-    piece.extend_from_slice(&encode_table(section, table)?);
-    piece.extend_from_slice(&trailer.encode(section)?);
-    write(piece.into())?;
-    Ok(copy)
+    let mut rest = encode_table(section, table)?;
+    rest.extend_from_slice(&trailer.encode(section)?);
+    let rest = Bytes::from(rest);
+    writer.write(rest.clone())?;
+    own.write(rest)?;
+    Ok(own)
 }
 
 /// What a lead and a trailer say of the size of blocks.

@@ -37,7 +37,8 @@ pub(super) fn directories(objects: &Objects, sealer: &Sealer, block_size: u32) -
 }
 
 /// A container's object. Bit 0 of the first byte: the block size (4 or 8 KiB); bit 1: numbers of
-/// the trailer that follow from others are made to; bit 2: nothing is sealed.
+/// the trailer that follow from others are made to; bit 2: nothing is sealed; bit 3: columns that
+/// can be apart are.
 pub fn container(data: &[u8]) {
     let Some((how, data)) = data.split_first() else { return };
     let block_size = 4096 << (how & 1);
@@ -45,14 +46,11 @@ pub fn container(data: &[u8]) {
     let mut bytes = data.to_vec();
     let mut containers = BTreeSet::from([LAST]);
     if how & 4 == 0 {
-        containers.extend(make_good(&mut bytes, &sealer, how & 2 != 0));
+        containers.extend(make_good(&mut bytes, &sealer, (how & 2 != 0, how & 8 != 0)));
     }
-    // The object's last directory is its own second copy, too.
-    let trailer = bytes.len().checked_sub(TRAILER_LEN).map(|at| Trailer::decode(&bytes[at..], "x"));
-    let start = trailer.and_then(|trailer| trailer.ok()).map_or(0, |t| t.directory_range().start);
-    let copy = bytes.get(start as usize..).unwrap_or(&bytes);
+    let own = own_directory(&bytes, &sealer).unwrap_or_else(|| bytes.clone());
     if objects.replace(&names::container(LAST, 0), &bytes).is_err()
-        || objects.replace(&names::directory(LAST, 0), copy).is_err()
+        || objects.replace(&names::directory(LAST, 0), &own).is_err()
     {
         return;
     }
@@ -65,6 +63,22 @@ pub fn container(data: &[u8]) {
             let _ = read(&directories, container, block_size);
         }
     }
+}
+
+/// What stands in an object of its own of the last directory of an object. A column that is apart is the
+/// object's first bytes, made good.
+fn own_directory(bytes: &[u8], sealer: &Sealer) -> Option<Vec<u8>> {
+    let at = bytes.len().checked_sub(TRAILER_LEN)?;
+    let trailer = Trailer::decode(&bytes[at..], "x").ok()?;
+    let rest = bytes.get(trailer.directory_range().start as usize..)?;
+    if !trailer.column_is_apart() {
+        return Some(rest.to_vec());
+    }
+    let mut own = bytes.get(..column_len(trailer.slots) as usize)?.to_vec();
+    let section = section(bytes, at, &trailer.header, sealer)?;
+    sign_column(&section, &trailer, &mut own, 0);
+    own.extend_from_slice(rest);
+    Some(own)
 }
 
 /// Everything that readers do with a container.
@@ -113,7 +127,11 @@ fn read(directories: &Directories, container: ContainerId, block_size: u32) -> R
 
 /// Seals an object's sections as a writer of the store would have, from the last one back;
 /// returns the containers that they are.
-fn make_good(bytes: &mut [u8], sealer: &Sealer, consistent: bool) -> Vec<ContainerId> {
+fn make_good(
+    bytes: &mut [u8],
+    sealer: &Sealer,
+    (consistent, apart): (bool, bool),
+) -> Vec<ContainerId> {
     let mut containers = Vec::new();
     let mut end = bytes.len();
     while containers.len() < SECTIONS && end >= TRAILER_LEN {
@@ -123,7 +141,7 @@ fn make_good(bytes: &mut [u8], sealer: &Sealer, consistent: bool) -> Vec<Contain
         let header = fixed_header(kind, false);
         bytes[at..at + HEADER_LEN].copy_from_slice(&header.encode());
         if consistent {
-            make_consistent(&mut bytes[at..end], end);
+            make_consistent(&mut bytes[at..end], end, apart);
         }
         let Some(section) = section(bytes, at, &header, sealer) else { break };
         containers.push(section.container);
@@ -140,10 +158,10 @@ fn make_good(bytes: &mut [u8], sealer: &Sealer, consistent: bool) -> Vec<Contain
 }
 
 /// Makes the places in a trailer follow from its counts, where that is possible.
-fn make_consistent(trailer: &mut [u8], end: usize) {
+fn make_consistent(trailer: &mut [u8], end: usize, apart: bool) {
     let (column, slots, frames) = (le32(trailer, 104), le32(trailer, 108), le32(trailer, 116));
     let (column, slots, frames) = (column % (1 << 20), slots % (1 << 16), frames % (1 << 12));
-    let table = column + column_len(slots);
+    let table = column + if apart { 0 } else { column_len(slots) };
     let length = table as usize + frames as usize * 32 + TAG_LEN + TRAILER_LEN;
     let start = end.saturating_sub(length) as u64;
     trailer[96..104].copy_from_slice(&start.to_le_bytes());
@@ -169,10 +187,8 @@ fn sign_pieces(section: &Section, trailer: &Trailer, bytes: &mut [u8]) {
     if let Some(place) = bytes.get_mut(start..start + LEAD_LEN) {
         place.copy_from_slice(&lead);
     }
-    for chunk in 0..trailer.chunks() {
-        let range = trailer.chunk_range(chunk);
-        let extra = Section::chunk_extra(trailer.slots);
-        sign(section, Piece::Chunk, chunk, &extra, bytes, range.start as usize..range.end as usize);
+    if !trailer.column_is_apart() {
+        sign_column(section, trailer, bytes, start + trailer.column_offset as usize);
     }
     let table = start + trailer.table_offset as usize;
     let table = table..table + trailer.table_len() as usize;
@@ -182,6 +198,15 @@ fn sign_pieces(section: &Section, trailer: &Trailer, bytes: &mut [u8]) {
         let FrameEntry { offset, stored_len, .. } = *entry;
         let frame = start + offset as usize..start + offset as usize + stored_len as usize;
         sign(section, Piece::Frame, number as u32, &Section::frame_extra(entry), bytes, frame);
+    }
+}
+
+/// Seals a column that begins at `start`.
+fn sign_column(section: &Section, trailer: &Trailer, bytes: &mut [u8], start: usize) {
+    for chunk in 0..trailer.chunks() {
+        let range = trailer.chunk_range(chunk);
+        let range = start + range.start as usize..start + range.end as usize;
+        sign(section, Piece::Chunk, chunk, &Section::chunk_extra(trailer.slots), bytes, range);
     }
 }
 

@@ -10,7 +10,7 @@ use crate::store::manifest::Tombstone;
 use crate::store::recipe::{Placement, RecipeEditor, Shape, fingerprint};
 use crate::store::sessions::SessionRecord;
 use crate::store::testing::TestStore;
-use crate::store::{InitOptions, StoreOptions, damage, journal, names, shards};
+use crate::store::{InitOptions, StoreLevel, StoreOptions, damage, journal, names, shards};
 
 type Seeds = Vec<(&'static str, Vec<u8>)>;
 
@@ -117,9 +117,13 @@ fn name_of(vm: &VmId) -> String {
 /// For `container`: of a store that does not encrypt, so that a fuzzer sees what it changes.
 pub(crate) fn containers() -> Seeds {
     let options = InitOptions { encrypt: false, ..InitOptions::default() };
-    let test = TestStore::with(&options, StoreOptions::default());
     let mut packed = Vec::new();
-    for kind in [ContainerKind::Blocks, ContainerKind::Nodes] {
+    for (kind, level) in [
+        (ContainerKind::Blocks, StoreLevel::KEYS),
+        (ContainerKind::Nodes, StoreLevel::NEWEST),
+        (ContainerKind::Blocks, StoreLevel::COLUMN_APART),
+    ] {
+        let test = TestStore::at(level, &options, StoreOptions::default());
         let mut packer = Packer::new(&test.store, kind, "test");
         for n in 0..40_u8 {
             let length = if kind == ContainerKind::Blocks { 4096 } else { 30 + usize::from(n) };
@@ -134,12 +138,13 @@ pub(crate) fn containers() -> Seeds {
         let object = names::container(packer.take_sealed().unwrap()[0].id, 0);
         packed.push(std::fs::read(test.path(&object)).unwrap());
     }
-    let both = packed.concat();
+    let both = packed[..2].concat();
     vec![
         ("blocks", with(0, &packed[0])),
         ("nodes", with(0, &packed[1])),
         ("two-sections", with(2, &both)),
         ("as-it-comes", with(4, &packed[0])),
+        ("column-apart", with(8, &packed[2])),
     ]
 }
 
