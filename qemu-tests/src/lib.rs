@@ -35,3 +35,5 @@ pub type Result<T = ()> = anyhow::Result<T>;
 
 /// Units that make sizes readable.
 pub const MIB: u64 = 1 << 20;
+/// The newest level of a store that this version knows.
+pub const NEWEST_LEVEL: u64 = 3;

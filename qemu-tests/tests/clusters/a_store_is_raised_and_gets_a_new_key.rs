@@ -11,7 +11,7 @@ use qemu_tests::cluster::{Cluster, images, snapshot};
 use qemu_tests::fixture::Fixture;
 use qemu_tests::process::Finished;
 use qemu_tests::wait::{LONG, SOON, wait_until};
-use qemu_tests::{MIB, Result, image};
+use qemu_tests::{MIB, NEWEST_LEVEL, Result, image};
 
 /// Three hosts are the fewest of which one can be away, and one have something, while a third lacks it.
 const HOSTS: usize = 3;
@@ -102,7 +102,8 @@ fn is_raised_once_all_answer(cluster: &mut Cluster) -> Result {
     cluster.start(0)?;
     cluster.start(1)?;
     let shown = fleecectl(cluster, &["upgrade"])?.code(0)?.printed();
-    ensure!(shown.contains("at level 1") && shown.contains("levels up to 2"), "{shown}");
+    let newest = format!("levels up to {NEWEST_LEVEL}");
+    ensure!(shown.contains("at level 1") && shown.contains(&newest), "{shown}");
     let refused = fleecectl(cluster, &["key", "rotate"])?.code(2)?.printed();
     ensure!(refused.contains("upgrade --finalize first"), "{refused}");
     let refused = fleecectl(cluster, &["upgrade", "--finalize"])?.code(1)?.printed();
@@ -111,8 +112,9 @@ fn is_raised_once_all_answer(cluster: &mut Cluster) -> Result {
 
     cluster.start(2)?;
     let done = fleecectl(cluster, &["upgrade", "--finalize"])?.code(0)?.printed();
-    ensure!(done.contains("at level 2") && done.contains("all hosts go by that"), "{done}");
-    ensure!(everywhere(cluster, "level", 2)?, "not all follow");
+    let raised = format!("at level {NEWEST_LEVEL}");
+    ensure!(done.contains(&raised) && done.contains("all hosts go by that"), "{done}");
+    ensure!(everywhere(cluster, "level", NEWEST_LEVEL)?, "not all follow");
     // Once more changes nothing.
     fleecectl(cluster, &["upgrade", "--finalize", "--json"])?.code(0).map(drop)
 }
@@ -239,8 +241,11 @@ fn an_engine_that_cannot_go_by_what_the_others_do_ends_by_name() -> Result {
     let mut fixture = Fixture::new()?;
     let (config, key) = (fixture.text("engine.toml"), fixture.text("engine.key"));
     // As a later Fleece makes the one, and hosts that have a newer key file the other: their names are enough.
+    let later = NEWEST_LEVEL + 1;
+    let (higher, refusal) =
+        (format!("agreed/level-{later:08x}"), format!("is at level {later}, and this Fleece"));
     for (name, code, said) in [
-        ("agreed/level-00000003", 10, "is at level 3, and this Fleece"),
+        (&*higher, 10, &*refusal),
         ("agreed/key-00000002", 12, "needs the encryption key 2, which the key file"),
     ] {
         let object = fixture.store().join(name);

@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use qemu_tests::cluster::{Cluster, snapshot};
 use qemu_tests::process::{Finished, Running};
 use qemu_tests::wait::{LONG, wait_until};
-use qemu_tests::{MIB, Result, image, tools};
+use qemu_tests::{MIB, NEWEST_LEVEL, Result, image, tools};
 
 /// The fewest of which some time two of the one version talk to one another, some time two of the other.
 const HOSTS: usize = 3;
@@ -117,7 +117,7 @@ fn a_cluster_is_upgraded_host_by_host_and_backups_go_on() -> Result {
     }
     cluster.begin(0, "fleecectl", &["upgrade", "--finalize"])?.finish(LONG)?.code(0)?;
     let raised = cluster.ask(0, &["hosts"])?;
-    ensure!(raised.iter().all(|host| host["level"] == 3), "not all follow: {raised:?}");
+    ensure!(raised.iter().all(|host| host["level"] == NEWEST_LEVEL), "not all follow: {raised:?}");
     stored.round(&cluster, 9)?;
     let newest = stored.snapshots.last().context("nothing was stored")?.clone();
     stored.must_come_back(&cluster)?;
