@@ -15,7 +15,6 @@ use crate::error::{Error, Kind, Result};
 use crate::jobs::restore::is_damage;
 use crate::store::Store;
 use crate::store::commit::{Manifests, SnapshotKey};
-use crate::store::container::SecondCopy;
 use crate::store::manifest::Record;
 use crate::store::objects::Keeper;
 use crate::store::shards::{self, CheckpointId};
@@ -202,7 +201,7 @@ impl Tidier<'_> {
         })
     }
 
-    /// Second copies of directories, where the container's own is sound.
+    /// Own objects of directories, where what they have to be is known without them.
     fn directories(&mut self) -> Result<()> {
         let (store, directories) = (self.store, self.store.directories());
         store.objects().list(names::DIRECTORIES, |object, _| {
@@ -218,17 +217,13 @@ impl Tidier<'_> {
             directories.forget(container);
             let own = directories.summary(container).and_then(|own| match own {
                 Some(own) if own.generation == generation => {
-                    directories.each_slot(container, |_, _| Ok(())).map(|()| true)
+                    directories.own_object(container).map(Some)
                 }
-                _ => Ok(false),
+                _ => Ok(None),
             });
-            if readable(own)? != Some(true) {
-                return Ok(());
-            }
-            self.replace(object, damaged, || match directories.ensure_copy(container)? {
-                SecondCopy::Missing(error) => Err(error),
-                SecondCopy::Whole | SecondCopy::Made => Ok(()),
-            })
+            // Read before it goes: a part of it that is sound may be said by nothing else.
+            let Some(Some(bytes)) = readable(own)? else { return Ok(()) };
+            self.replace(object, damaged, || store.objects().create(object, bytes).map(drop))
         })
     }
 
@@ -241,7 +236,7 @@ impl Tidier<'_> {
     ) -> Result<()> {
         match error.kind() {
             Kind::Damaged => {
-                let why = "it is damaged, and made again from the other copy, which is sound";
+                let why = "it is damaged, and made again from what says the same and is sound";
                 self.say(object, why)?;
                 self.remove(object)?;
             }

@@ -2,13 +2,15 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use crate::ids::Slot;
 use crate::jobs::fixture::{Fixture, image};
 use crate::jobs::restore::{Options as RestoreOptions, Restorer};
+use crate::jobs::tidy;
 use crate::jobs::verify::{self, Scope};
 use crate::store::commit::SnapshotKey;
 use crate::store::manifest::Manifest;
 use crate::store::recipe::{Placement, RecipeReader};
-use crate::store::{StoreLevel, names};
+use crate::store::{Role, StoreLevel, names};
 
 /// Repairs a store that is opened anew: its engine has cached nothing.
 fn run(f: &mut Fixture, dry_run: bool) -> (Report, Vec<Event>) {
@@ -273,7 +275,7 @@ fn a_second_copy_of_a_directory_is_made_again_and_never_believed_under_another_n
 
 #[test]
 fn a_slot_whose_frame_and_column_are_damaged_is_told_by_the_second_copy() {
-    let mut f = Fixture::new(4096);
+    let mut f = Fixture::at(StoreLevel::KEYS, 4096);
     let bytes = image(28, 4 << 20);
     let old = f.backup(1, &bytes, None);
     let address = some_run(&f, &old);
@@ -293,6 +295,42 @@ fn a_slot_whose_frame_and_column_are_damaged_is_told_by_the_second_copy() {
     assert!(restore(&f, &new).unwrap() == bytes);
     let (report, said) = verify_all(&f);
     assert!(report.clean(), "{said}");
+}
+
+#[test]
+fn a_column_of_which_a_part_is_lost_with_a_frame_of_another_part_loses_no_more() {
+    for lost in [None, Some(40), Some(4096 + 40)] {
+        let mut f = Fixture::new(4096);
+        let bytes = image(29, 6 << 20);
+        let old = f.backup(1, &bytes, None);
+        let address = some_run(&f, &old);
+        // In the second chunk, without slots of the first.
+        let later = Address { slot: Slot(250), ..address };
+        let second = f.store.directories().frame_of(later).unwrap().unwrap();
+        assert!(second.first.0 >= 194);
+        f.flip(&f.object(address), second.offset + 9);
+        let own = f.path(&names::directory(address.container, 0));
+        match lost {
+            None => std::fs::remove_file(&own).unwrap(),
+            Some(at) => f.flip(&names::directory(address.container, 0), at),
+        }
+        let left = std::fs::read(&own).ok();
+        let known = lost == Some(40);
+        // Only the frame is lost; the others come back.
+        let (report, said) = verify_all(&f);
+        assert_eq!(report.damaged_slots, u64::from(second.span), "{lost:?}: {said}");
+        let keeper = f.opened_by(Role::Keeper);
+        let options = Options { dry_run: false, scratch: f.scratch(), now_ms: 99 };
+        tidy::tidy(&keeper, &options, &mut |_| Ok(())).unwrap();
+        drop(keeper);
+        let after = std::fs::read(&own).ok();
+        assert_eq!(after == left, !known, "{lost:?}: replaced where all of it is known");
+        let new = backup_afresh(&mut f, &bytes, Some(&old));
+        let (report, events) = run(&mut f, false);
+        assert_eq!(report.whole(), known, "{lost:?}: {events:?}");
+        assert!(restore(&f, &new).unwrap() == bytes, "{lost:?}");
+        assert_eq!(restore(&f, &old).is_ok_and(|restored| restored == bytes), known, "{lost:?}");
+    }
 }
 
 #[test]

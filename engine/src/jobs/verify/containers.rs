@@ -199,7 +199,7 @@ impl Verifier<'_> {
         }
     }
 
-    /// The second copy of a directory that was just found whole. No restore needs it.
+    /// The own object of a directory that was just read. Nothing that is read needs it while the container is sound.
     fn check_copy(&mut self, id: ContainerId) -> Result<()> {
         match self.store.directories().ensure_copy(id) {
             Ok(SecondCopy::Whole) => Ok(()),

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::directory::{CHUNK_SLOTS, SLOT_LEN, SlotState};
 use super::open::Directory;
 use super::reader::{Directories, sound};
-use crate::error::Result;
+use crate::error::{Kind, Result};
 
 /// A byte of a slot whose frame is damaged: no state has this code.
 const UNKNOWN: u8 = u8::MAX;
@@ -49,7 +49,11 @@ impl Directories {
         let finder = self.finder();
         for number in directory.frames_of(&slots) {
             let frame = directory.frame(number);
-            let Some((_, raw)) = self.sound_frame(directory, &frame)? else { continue };
+            let raw = match self.read_parts(directory, &frame) {
+                Ok((_, raw)) => raw,
+                Err(error) if error.kind() == Kind::Damaged => continue,
+                Err(error) => return Err(error),
+            };
             for (slot, fingerprint) in
                 frame.fingerprints(&raw, &finder.fingerprinter, finder.block_size)
             {

@@ -8,7 +8,7 @@ use super::directory::{
     CHUNK_LEN, CHUNK_SLOTS, ENTRY_LEN, SlotState, TRAILER_LEN, Trailer, column_len, encode_chunk,
 };
 use super::open::{Directory, Finder, Tail};
-use super::reader::Directories;
+use super::reader::{Directories, SWEEP_CHUNKS};
 use super::{CONTAINER_FRAMES, CONTAINER_SLOTS};
 use crate::error::{Error, Kind, Result};
 use crate::ids::ContainerId;
@@ -53,11 +53,16 @@ impl Directories {
     /// # Errors
     /// [`Kind::Damaged`] when the object is another: it stays, as keys are never overwritten.
     pub fn ensure_copy(&self, container: ContainerId) -> Result<SecondCopy> {
-        let directory = self.present(container)?;
         let objects = &self.finder().objects;
-        let said = self.said_by(&directory)?;
+        let directory = self.present(container)?;
         let key = names::directory(container, directory.trailer.generation);
         let differs = || damaged(&key, "it is not what its container says");
+        let said = match self.said_by(&directory) {
+            Err(error) if error.kind() == Kind::Damaged && !objects.exists(&key)? => {
+                return Ok(SecondCopy::Missing(error));
+            }
+            said => said?,
+        };
         match objects.read_all(&key, said.len() as u64) {
             Ok(copy) if copy == said => Ok(SecondCopy::Whole),
             Ok(_) => Err(differs()),
@@ -70,20 +75,32 @@ impl Directories {
         }
     }
 
+    /// What the own object of a container's directory has to be, all of which is known.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`], [`Kind::NotFound`] when not all of it is.
+    pub fn own_object(&self, container: ContainerId) -> Result<Vec<u8>> {
+        self.each_slot(container, |_, _| Ok(()))?;
+        self.said_by(&*self.present(container)?)
+    }
+
     /// What the own object of a directory has to be. A column that is apart is sealed anew, which
-    /// gives the same bytes: of that object where it is sound, else of the frames.
+    /// gives the same bytes, as it says the same: of that object where it is sound, else of the frames.
     fn said_by(&self, directory: &Directory) -> Result<Vec<u8>> {
         let trailer = &directory.trailer;
         let mut said = Vec::new();
         let chunks = if trailer.column_is_apart() { trailer.chunks() } else { 0 };
-        for chunk in 0..chunks {
-            let bytes = self.read_chunks(directory, chunk..chunk + 1)?.concat();
-            let states: Option<Vec<SlotState>> = trailer.states(chunk, &bytes).collect();
-            let states = states.ok_or_else(|| {
-                damaged(&directory.object, "what some of its slots hold cannot be said")
-            })?;
-            let states = states.into_iter();
-            said.extend(encode_chunk(&directory.section, chunk, trailer.slots, states)?);
+        for first in (0..chunks).step_by(SWEEP_CHUNKS as usize) {
+            let last = (first + SWEEP_CHUNKS).min(chunks);
+            for (chunk, bytes) in (first..last).zip(self.read_chunks(directory, first..last)?) {
+                let states: Option<Vec<SlotState>> = trailer.states(chunk, &bytes).collect();
+                let states = states.ok_or_else(|| {
+                    let what = "what some of its slots hold is not known: fleecectl repair first";
+                    damaged(&directory.object, what)
+                })?;
+                let states = states.into_iter();
+                said.extend(encode_chunk(&directory.section, chunk, trailer.slots, states)?);
+            }
         }
         said.extend(self.finder().objects.read(&directory.object, trailer.directory_range())?);
         Ok(said)

@@ -30,7 +30,7 @@ pub enum SlotInfo {
     Dead,
     /// What it held stands elsewhere.
     Forward(Address),
-    /// It is known to be damaged.
+    /// It is damaged, or what it held is not known any more.
     Damaged,
     /// There is no such container or slot.
     Missing,
@@ -78,6 +78,8 @@ impl Directory {
             Some(SlotState::Dead) => Ok(SlotInfo::Dead),
             Some(SlotState::Forward(there)) => Ok(SlotInfo::Forward(there)),
             Some(SlotState::Damaged(_)) => Ok(SlotInfo::Damaged),
+            // Neither its frame nor the column says any more what it held.
+            None if self.trailer.column_is_apart() => Ok(SlotInfo::Damaged),
             None => Err(damaged(&self.object, &format!("slot {} has no known state", slot.0))),
         }
     }

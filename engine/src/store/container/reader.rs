@@ -19,7 +19,7 @@ use crate::store::objects::Objects;
 /// Chunks read at once when look-ups go through a column in order.
 const READ_AHEAD: u32 = 4;
 /// Chunks read at once by [`Directories::each_slot`].
-const SWEEP_CHUNKS: u32 = 32;
+pub(super) const SWEEP_CHUNKS: u32 = 32;
 /// Absent and broken containers that are remembered, so that a wrong hint costs one listing.
 const ABSENT_KEPT: usize = 64;
 
@@ -301,19 +301,16 @@ impl Directories {
         self.inflate(&directory, frame, &bytes)
     }
 
-    /// A frame of a directory, as it was compressed and decompressed; `None` when it is damaged.
-    pub(super) fn sound_frame(
+    /// A frame of a directory, as it was compressed and decompressed.
+    pub(super) fn read_parts(
         &self,
         directory: &Directory,
         frame: &FrameRef,
-    ) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
-        let stored = self.finder().objects.read(&directory.object, frame.range());
-        let Some(stored) = sound(stored)? else { return Ok(None) };
-        let Some(compressed) = sound(self.unseal(directory, frame, &stored))? else {
-            return Ok(None);
-        };
-        let raw = sound(self.inflate(directory, frame, &compressed))?;
-        Ok(raw.map(|raw| (compressed, raw)))
+    ) -> Result<(Vec<u8>, Vec<u8>)> {
+        let stored = self.finder().objects.read(&directory.object, frame.range())?;
+        let compressed = self.unseal(directory, frame, &stored)?;
+        let raw = self.inflate(directory, frame, &compressed)?;
+        Ok((compressed, raw))
     }
 
     /// Authenticates and decrypts a frame of a directory.
@@ -388,18 +385,7 @@ impl Directories {
 
     /// The frame of a slot that is there, after at most one forward.
     fn locate(&self, address: Address, kind: ContainerKind) -> Result<(Address, FrameRef)> {
-        let address = match self.unsuspected(address)? {
-            SlotInfo::Present(_) => address,
-            SlotInfo::Forward(there)
-                if matches!(self.unsuspected(there)?, SlotInfo::Present(_)) =>
-            {
-                there
-            }
-            SlotInfo::Damaged => {
-                return Err(damaged(&address.to_string(), "the block was found damaged before"));
-            }
-            _ => return Err(gone(address)),
-        };
+        let address = if self.is_as_written(address)? { address } else { self.standing(address)? };
         let directory = self.present(address.container)?;
         if directory.trailer.kind != kind {
             let what = format!("it holds {:?}, not {kind:?}", directory.trailer.kind);
@@ -409,6 +395,32 @@ impl Directories {
             damaged(&directory.object, &format!("no frame holds {address}, which is present"))
         })?;
         Ok((address, frame))
+    }
+
+    /// Whether it is one of blocks as first written, which are all there: no column has to be asked.
+    fn is_as_written(&self, address: Address) -> Result<bool> {
+        if self.damage().has(address) {
+            return Ok(false);
+        }
+        Ok(self.directory(address.container)?.is_some_and(|directory| {
+            directory.trailer.column_is_apart() && directory.frame_of(address.slot).is_some()
+        }))
+    }
+
+    /// Where what an address names stands, as columns say it; a forward is followed once.
+    fn standing(&self, address: Address) -> Result<Address> {
+        match self.unsuspected(address)? {
+            SlotInfo::Present(_) => Ok(address),
+            SlotInfo::Forward(there)
+                if matches!(self.unsuspected(there)?, SlotInfo::Present(_)) =>
+            {
+                Ok(there)
+            }
+            SlotInfo::Damaged => {
+                Err(damaged(&address.to_string(), "the block was found damaged before"))
+            }
+            _ => Err(gone(address)),
+        }
     }
 
     fn cached_frame(&self, frame: &FrameRef) -> Result<Arc<Vec<u8>>> {

@@ -1,6 +1,6 @@
 //! Rewriting: the next generation of a container, under a new key, with every slot in its place.
 //!
-//! Order: object and second copy of its directory durable → journal entry durable. Nothing of the older generation changes,
+//! Order: object and its directory's own object durable → journal entry durable. Nothing of the older generation changes,
 //! and it is read until a mark names the new one; a crash before leaves an object too many.
 
 use bytes::Bytes;

@@ -43,8 +43,8 @@ impl Salvage {
 }
 
 impl Directories {
-    /// Opens the newest generation of a container of which anything can be opened: its own
-    /// directory, or the second copy; `None` when there is neither: then it is not known what its
+    /// Opens the newest generation of a container of which anything can be opened: the directory in
+    /// it, or the directory's own object; `None` when there is neither: then it is not known what its
     /// slots held.
     ///
     /// # Errors
@@ -100,7 +100,7 @@ impl Directories {
         Ok(Salvage { directory: Arc::new(directory), column, flawed, newest })
     }
 
-    /// What the container itself says of each slot; `None` where that is damaged.
+    /// What its column says of each slot, wherever that is; `None` where nothing says it.
     fn own_column(&self, directory: &Directory) -> Result<Vec<Option<SlotState>>> {
         let trailer = &directory.trailer;
         let mut column = Vec::with_capacity(trailer.slots as usize);
@@ -121,6 +121,6 @@ impl Directories {
         salvage: &Salvage,
         frame: &FrameRef,
     ) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
-        self.sound_frame(&salvage.directory, frame)
+        sound(self.read_parts(&salvage.directory, frame))
     }
 }
