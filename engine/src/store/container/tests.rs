@@ -325,22 +325,27 @@ fn column_of(test: &TestStore, id: ContainerId) -> Result<Vec<SlotInfo>> {
     Ok(column)
 }
 
-#[test]
-fn a_column_that_is_lost_is_computed_from_the_frames() {
-    let test = small(4096, true, 65_535, 16 << 20);
+/// A container of blocks as first written, and what each of its slots holds.
+fn written(test: &TestStore) -> (ContainerId, Vec<Vec<u8>>, Vec<SlotInfo>) {
     let mut rng = StdRng::seed_from_u64(6);
     let mut packer = Packer::new(&test.store, ContainerKind::Blocks, "test");
     let blocks: Vec<Vec<u8>> = (0..500).map(|_| block(&mut rng, 4096)).collect();
+    let mut column = Vec::new();
     for block in &blocks {
-        packer.push(test.store.fingerprinter().of(block), block).unwrap();
+        let fingerprint = test.store.fingerprinter().of(block);
+        packer.push(fingerprint, block).unwrap();
+        column.push(SlotInfo::Present(fingerprint));
     }
     packer.seal().unwrap();
-    let id = packer.take_sealed().unwrap()[0].id;
-    let at = |slot| Address { container: id, slot: Slot(slot) };
-    let present = |block: &Vec<u8>| SlotInfo::Present(test.store.fingerprinter().of(block));
-    let column: Vec<SlotInfo> = blocks.iter().map(present).collect();
-    let (own, object) = (test.path(&names::directory(id, 0)), test.path(&names::container(id, 0)));
-    let (sound, container) = (fs::read(&own).unwrap(), fs::read(&object).unwrap());
+    (packer.take_sealed().unwrap()[0].id, blocks, column)
+}
+
+#[test]
+fn a_column_that_is_lost_is_computed_from_the_frames() {
+    let test = small(4096, true, 65_535, 16 << 20);
+    let (id, _, column) = written(&test);
+    let own = test.path(&names::directory(id, 0));
+    let sound = fs::read(&own).unwrap();
     assert_eq!(column_of(&test, id).unwrap(), column);
     // A chunk of it, its end, all of it: nobody who reads misses anything, and it is made again.
     let mut flipped = sound.clone();
@@ -351,7 +356,8 @@ fn a_column_that_is_lost_is_computed_from_the_frames() {
             fs::write(&own, bytes).unwrap();
         }
         assert_eq!(column_of(&test, id).unwrap(), column);
-        assert_eq!(test.reader().directories().slot(at(200)).unwrap(), column[200]);
+        let address = Address { container: id, slot: Slot(200) };
+        assert_eq!(test.reader().directories().slot(address).unwrap(), column[200]);
         let copy = test.reader().directories().ensure_copy(id);
         match bytes {
             Some(_) => assert_eq!(copy.unwrap_err().kind(), Kind::Damaged),
@@ -359,49 +365,44 @@ fn a_column_that_is_lost_is_computed_from_the_frames() {
         }
     }
     assert!(fs::read(&own).unwrap() == sound);
-    // A frame is damaged, too: nothing is said of its slots, and nothing of others is wrong.
+}
+
+#[test]
+fn of_a_lost_column_only_the_slots_of_a_damaged_frame_are_not_known() {
+    let test = small(4096, true, 65_535, 16 << 20);
+    let (id, blocks, column) = written(&test);
+    let (own, object) = (test.path(&names::directory(id, 0)), test.path(&names::container(id, 0)));
+    let at = |slot| Address { container: id, slot: Slot(slot) };
     let frame = test.reader().directories().frame_of(at(250)).unwrap().unwrap();
+    let hole = frame.first.0..frame.first.0 + frame.span;
     fs::remove_file(&own).unwrap();
-    let mut damaged = container.clone();
+    let mut damaged = fs::read(&object).unwrap();
     damaged[frame.offset as usize + 5] ^= 1;
     fs::write(&object, damaged).unwrap();
     let reader = test.reader();
-    for (slot, info) in column.iter().enumerate() {
-        let found = reader.directories().slot(at(slot as u16));
-        match (frame.first.0..frame.first.0 + frame.span).contains(&(slot as u16)) {
-            true => assert_eq!(found.unwrap(), SlotInfo::Damaged),
-            false => assert_eq!(found.unwrap(), *info),
-        }
-    }
-    let copy = reader.directories().ensure_copy(id).unwrap();
-    assert!(matches!(copy, SecondCopy::Missing(_)) && !own.exists(), "{copy:?}");
-    let salvage = reader.directories().salvage(id).unwrap().unwrap();
-    let said: Vec<Option<SlotInfo>> = salvage
-        .column
-        .iter()
-        .map(|state| match state {
-            Some(SlotState::Present(fingerprint)) => Some(SlotInfo::Present(*fingerprint)),
-            _ => None,
-        })
-        .collect();
-    // All that is not lost can be read.
+    let directories = reader.directories();
+    let salvage = directories.salvage(id).unwrap().unwrap();
     let mut out = vec![0; 4096];
-    for (slot, block) in blocks.iter().enumerate() {
-        let read = reader.directories().read_block(at(slot as u16), &mut out);
-        match (frame.first.0..frame.first.0 + frame.span).contains(&(slot as u16)) {
-            true => assert_eq!(read.unwrap_err().kind(), Kind::Damaged),
-            false => assert!(read.is_ok() && out == *block),
+    for slot in 0..column.len() as u16 {
+        let n = usize::from(slot);
+        let (said, read) = (salvage.column[n], directories.read_block(at(slot), &mut out));
+        if hole.contains(&slot) {
+            assert_eq!(directories.slot(at(slot)).unwrap(), SlotInfo::Damaged);
+            assert!(said.is_none() && read.unwrap_err().kind() == Kind::Damaged);
+        } else {
+            assert_eq!(directories.slot(at(slot)).unwrap(), column[n]);
+            assert!(
+                matches!(said, Some(SlotState::Present(f)) if column[n] == SlotInfo::Present(f))
+            );
+            assert!(read.is_ok() && out == blocks[n]);
         }
     }
+    let copy = directories.ensure_copy(id).unwrap();
+    assert!(matches!(copy, SecondCopy::Missing(_)) && !own.exists(), "{copy:?}");
     // A container that is gone is not taken for damaged.
     fs::remove_file(&object).unwrap();
-    let read = reader.directories().each_slot(id, |_, _| Ok(()));
+    let read = directories.each_slot(id, |_, _| Ok(()));
     assert_eq!(read.unwrap_err().kind(), Kind::NotFound);
-    let hole = usize::from(frame.first.0)..usize::from(frame.first.0 + frame.span);
-    assert!(said.iter().enumerate().all(|(n, said)| match hole.contains(&n) {
-        true => said.is_none(),
-        false => *said == Some(column[n]),
-    }));
 }
 
 /// What a later Fleece will write: several containers in one object, with holes.
