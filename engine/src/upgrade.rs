@@ -107,7 +107,7 @@ mod tests {
     use super::*;
     use crate::store::format::{Header, ObjectKind};
     use crate::store::testing::TestStore;
-    use crate::store::{StoreOptions, names};
+    use crate::store::{InitOptions, StoreOptions};
 
     fn host(name: &str, state: &str, newest_level: StoreLevel) -> HostReport {
         let (name, state) = (name.to_owned(), state.to_owned());
@@ -116,11 +116,10 @@ mod tests {
 
     /// A store as an older Fleece made it.
     fn of_level_1() -> TestStore {
-        let test = TestStore::new();
-        std::fs::remove_file(test.path(&names::level(StoreLevel::NEWEST.0))).unwrap();
-        let store = test.reader();
-        assert_eq!(store.agreed().level, StoreLevel::FIRST);
-        TestStore { store, ..test }
+        let (init, options) = (InitOptions::default(), StoreOptions::default());
+        let test = TestStore::at(StoreLevel::FIRST, &init, options);
+        assert_eq!(test.store.agreed().level, StoreLevel::FIRST);
+        test
     }
 
     /// A key file with these keys.

@@ -7,7 +7,6 @@ use tempfile::TempDir;
 use super::agreed::{self, StoreLevel};
 use super::keys::StoreKey;
 use super::manifest::Manifest;
-use super::objects::Objects;
 use super::sessions::SessionRecord;
 use super::{InitOptions, Location, Store, StoreOptions, names, objects_at};
 
@@ -19,7 +18,7 @@ pub(crate) fn init_at(location: &Location, options: &InitOptions, level: StoreLe
         std::fs::remove_file(path.join(names::level(StoreLevel::NEWEST.0))).unwrap();
     }
     if level > StoreLevel::FIRST {
-        let objects: Objects = objects_at(location, &std::env::temp_dir()).unwrap();
+        let objects = objects_at(location, &std::env::temp_dir()).unwrap();
         let under = (&key, key.first(), options.encrypt);
         agreed::raise(&objects, under, level, options.now_ms).unwrap();
     }

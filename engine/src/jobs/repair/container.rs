@@ -76,10 +76,7 @@ fn contents<'a>(
 ) -> Vec<(Slot, &'a [u8])> {
     match kind {
         ContainerKind::Nodes => Directories::nodes_of(frame, raw).unwrap_or_default(),
-        ContainerKind::Blocks => (0..frame.span)
-            .filter_map(|n| frame.first.0.checked_add(n).map(Slot))
-            .filter_map(|slot| Some((slot, raw.get(frame.block_range(slot, store.block_size())?)?)))
-            .collect(),
+        ContainerKind::Blocks => frame.blocks(raw, store.block_size()).collect(),
     }
 }
 

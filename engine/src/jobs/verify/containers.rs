@@ -306,7 +306,10 @@ impl Verifier<'_> {
                             .collect()
                     })
                     .ok_or_else(|| Error::new(Kind::Damaged, "its list of lengths is wrong")),
-                _ => Ok(frame.fingerprints(&raw, &fingerprinter, block_size).collect()),
+                _ => {
+                    let blocks = frame.blocks(&raw, block_size);
+                    Ok(blocks.map(|(slot, block)| (slot, fingerprinter.of(block))).collect())
+                }
             }
         })
     }

@@ -54,12 +54,11 @@ impl Directories {
                 Err(error) if error.kind() == Kind::Damaged => continue,
                 Err(error) => return Err(error),
             };
-            for (slot, fingerprint) in
-                frame.fingerprints(&raw, &finder.fingerprinter, finder.block_size)
-            {
+            for (slot, block) in frame.blocks(&raw, finder.block_size) {
                 let n = u32::from(slot.0).checked_sub(first).map(|n| n as usize * SLOT_LEN);
                 let entry = n.and_then(|n| bytes.get_mut(n..n + SLOT_LEN));
                 if let Some(entry) = entry {
+                    let fingerprint = finder.fingerprinter.of(block);
                     entry.copy_from_slice(&SlotState::Present(fingerprint).encode());
                 }
             }

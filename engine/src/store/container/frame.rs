@@ -3,8 +3,7 @@
 use std::ops::Range;
 
 use super::directory::FrameEntry;
-use crate::fingerprint::Fingerprinter;
-use crate::ids::{ContainerId, Fingerprint, Slot};
+use crate::ids::{ContainerId, Slot};
 
 /// A frame, and where to read it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,17 +41,15 @@ impl FrameRef {
         Some(start..start + block_size as usize)
     }
 
-    /// The fingerprint of each slot that is there, of a decompressed frame of blocks.
-    pub fn fingerprints(
+    /// The block of each slot that is there, of a decompressed frame of blocks of `block_size`.
+    pub fn blocks<'a>(
         &self,
-        raw: &[u8],
-        fingerprinter: &Fingerprinter,
+        raw: &'a [u8],
         block_size: u32,
-    ) -> impl Iterator<Item = (Slot, Fingerprint)> {
+    ) -> impl Iterator<Item = (Slot, &'a [u8])> {
         (0..self.span).filter_map(move |n| {
             let slot = self.first.0.checked_add(n).map(Slot)?;
-            let block = raw.get(self.block_range(slot, block_size)?)?;
-            Some((slot, fingerprinter.of(block)))
+            Some((slot, raw.get(self.block_range(slot, block_size)?)?))
         })
     }
 
