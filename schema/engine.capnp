@@ -172,6 +172,15 @@ interface BackupSession {
   commit @5 (pointInTimeMs :Int64, bitmaps :List(Text)) -> (snapshot :Snapshot);
   abort @6 (reason :Text) -> ();
   progress @7 () -> (counts :Counts, stage :Text);
+
+  lend @8 (disk :UInt16, file :UInt32) -> (taken :Bool);
+  # file: one that this connection handed over, numbered as in DiskImage.stream, which holds the disk's
+  # bytes at their offsets and is written to by nobody while the session lives. Granted blocks of the
+  # disk need not be sent then. Not taken: it did not arrive.
+
+  writeLent @9 (runs :List(Grant)) -> ();
+  # As `write`, of disks that were lent: the engine reads the blocks itself. At most MaxLent bytes;
+  # one call at a time.
 }
 
 const blocksPerWindow :UInt32 = 4194304;
@@ -179,6 +188,9 @@ const grantsPerCall :UInt32 = 4096;
 const maxWrite :UInt32 = 524288;
 const maxRuns :UInt32 = 128;
 # As many as MaxWrite holds of the smallest blocks.
+const maxLent :UInt32 = 4194304;
+# A call's way there and back is short beside it, and whoever else has a word for the session waits
+# for no more than that.
 const blocksPerSubmit :UInt32 = 8192;
 
 struct Extent {

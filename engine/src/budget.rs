@@ -47,7 +47,8 @@ impl Budget {
                 format!("memory_budget is {} MiB; the engine needs at least 24M", total >> 20),
             ));
         }
-        // Fixed: 5 MiB runtime, 2.5 MiB LMDB transaction, 3 MiB memtable, 3 MiB peers.
+        // Fixed: 5 MiB runtime, 2.5 MiB LMDB transaction, 3 MiB memtable, 3 MiB peers, and half a MiB of
+        // frames on the pool beyond those of the packers.
         let free = total - (14 << 20);
         let share = |parts: u64| usize::try_from(free * parts / 18).unwrap_or(usize::MAX);
         let sessions = (share(5) / PACKERS).clamp(1, MAX_SESSIONS);

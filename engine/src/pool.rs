@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -11,6 +12,9 @@ use crate::error::{Error, Kind, Result};
 
 /// Jobs that wait per thread: enough to keep it busy, each holds a few frames at most.
 const QUEUED_PER_THREAD: usize = 2;
+/// Jobs that queues may have at a time beyond their limits, all of them together: one that is alone
+/// keeps all threads busy whichever of its jobs take longest, and many need no more than their limits.
+const BEYOND: usize = 4;
 /// Stack of a pool thread: zstd's contexts are on the heap.
 const STACK: usize = 512 << 10;
 
@@ -21,6 +25,8 @@ type Job = Box<dyn FnOnce() + Send>;
 pub struct Pool {
     jobs: Arc<Sender<Job>>,
     threads: usize,
+    /// What is left of [`BEYOND`].
+    beyond: Arc<AtomicUsize>,
 }
 
 impl Pool {
@@ -39,7 +45,7 @@ impl Pool {
                 .spawn(move || queue.iter().for_each(|job| job()))
                 .map_err(|error| Error::caused(Kind::Failed, "cannot start the CPU pool", error))?;
         }
-        Ok(Pool { jobs: Arc::new(jobs), threads })
+        Ok(Pool { jobs: Arc::new(jobs), threads, beyond: Arc::new(AtomicUsize::new(BEYOND)) })
     }
 
     /// Its threads.
@@ -87,7 +93,8 @@ impl<T> Pending<T> {
     }
 }
 
-/// Jobs whose results come out in the order in which they went in, at most `limit` at a time.
+/// Jobs whose results come out in the order in which they went in, at most `limit` at a time, and
+/// some more while other queues of the pool do not have them.
 pub struct InOrder<T> {
     pool: Pool,
     limit: usize,
@@ -102,12 +109,14 @@ impl<T: Send + 'static> InOrder<T> {
         InOrder { pool, limit, pending: VecDeque::with_capacity(limit) }
     }
 
-    /// Gives a job to the pool; when the limit was reached, waits for the oldest and returns its result.
+    /// Gives a job to the pool; when no more may be there, waits for the oldest and returns its result.
     ///
     /// # Errors
     /// When that one panicked.
     pub fn push(&mut self, job: impl FnOnce() -> T + Send + 'static) -> Result<Option<T>> {
-        let oldest = if self.pending.len() >= self.limit { self.next()? } else { None };
+        let full = self.pending.len() >= self.limit && !self.go_beyond();
+        // The new one has the place of the oldest, whichever that was.
+        let oldest = if full { self.pop()? } else { None };
         let pending = self.pool.run(job);
         self.pending.push_back(pending);
         Ok(oldest)
@@ -119,7 +128,20 @@ impl<T: Send + 'static> InOrder<T> {
     /// When its job panicked.
     #[allow(clippy::should_implement_trait, reason = "it is fallible and waits")]
     pub fn next(&mut self) -> Result<Option<T>> {
+        if self.pending.len() > self.limit {
+            self.pool.beyond.fetch_add(1, Ordering::Relaxed);
+        }
+        self.pop()
+    }
+
+    fn pop(&mut self) -> Result<Option<T>> {
         self.pending.pop_front().map(Pending::wait).transpose()
+    }
+
+    /// Takes one of the places that all queues share.
+    fn go_beyond(&self) -> bool {
+        let take = |left: usize| left.checked_sub(1);
+        self.pool.beyond.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
     }
 
     /// The oldest result, if it is there.
@@ -143,6 +165,13 @@ impl<T: Send + 'static> InOrder<T> {
     }
 }
 
+impl<T> Drop for InOrder<T> {
+    fn drop(&mut self) {
+        let beyond = self.pending.len().saturating_sub(self.limit);
+        self.pool.beyond.fetch_add(beyond, Ordering::Relaxed);
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -157,12 +186,48 @@ mod tests {
             let work =
                 move || (0..(n * 7919) % 20_000).fold(n, |a, b| std::hint::black_box(a ^ b ^ b));
             results.extend(jobs.push(work).unwrap());
-            assert!(jobs.len() <= 4);
+            assert!(jobs.len() <= 4 + BEYOND);
         }
         while let Some(result) = jobs.next().unwrap() {
             results.push(result);
         }
         assert_eq!(results, (0..200).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn places_beyond_the_limits_are_shared_and_come_back() {
+        let pool = Pool::new(1).unwrap();
+        let (go, wait) = bounded::<()>(0);
+        let mut first = InOrder::new(pool.clone(), 1);
+        let mut second = InOrder::new(pool.clone(), 1);
+        // Nothing is done before the word: no queue gets a place back.
+        let job = |wait: &Receiver<()>| {
+            let wait = wait.clone();
+            move || {
+                let _ = wait.recv();
+            }
+        };
+        // As many as the pool takes without waiting.
+        let most = 1 + QUEUED_PER_THREAD;
+        for n in 0..most {
+            assert!(first.push(job(&wait)).unwrap().is_none());
+            assert_eq!(pool.beyond.load(Ordering::Relaxed), BEYOND - n);
+        }
+        drop(go);
+        while first.next().unwrap().is_some() {}
+        assert_eq!(pool.beyond.load(Ordering::Relaxed), BEYOND);
+        // What is dropped with them gives them back, too.
+        for _ in 0..most {
+            second.push(job(&wait)).unwrap();
+        }
+        drop(second);
+        assert_eq!(pool.beyond.load(Ordering::Relaxed), BEYOND);
+        // Where others have them all, the limit is the limit.
+        pool.beyond.store(0, Ordering::Relaxed);
+        for n in 0..5 {
+            assert_eq!(first.push(job(&wait)).unwrap().is_some(), n > 0);
+            assert_eq!(first.len(), 1);
+        }
     }
 
     #[test]

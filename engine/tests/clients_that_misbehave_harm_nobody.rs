@@ -309,6 +309,65 @@ fn files_that_nobody_wants_or_can_write_to() {
     });
 }
 
+/// Lends a file for a disk; whether it was taken.
+async fn lend(
+    session: &fleece_schema::engine_capnp::backup_session::Client,
+    disk: u16,
+    file: u32,
+) -> Result<bool, capnp::Error> {
+    let mut request = session.lend_request();
+    request.get().set_disk(disk);
+    request.get().set_file(file);
+    Ok(request.send().promise.await?.get()?.get_taken())
+}
+
+/// Has granted blocks read from what was lent.
+async fn write_lent(
+    session: &fleece_schema::engine_capnp::backup_session::Client,
+    (disk, first, blocks): (u16, u64, u32),
+) -> Result<(), capnp::Error> {
+    let mut request = session.write_lent_request();
+    let mut run = request.get().init_runs(1).get(0);
+    run.set_disk(disk);
+    run.set_first_block(first);
+    run.set_blocks(blocks);
+    request.send().promise.await.map(drop)
+}
+
+#[test]
+fn images_that_are_lent_and_are_not_the_disk() {
+    let engine = Engine::start();
+    on_local(async {
+        engine.serves_others(1).await;
+        let before = engine.open_files();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&image(9, 100)).unwrap();
+        // As it should be; and one that never came, which is no reason to end.
+        let client = Client::connect(&engine).await;
+        let (_, session) = client.open(8, 100).await.unwrap();
+        assert!(!lend(&session, 0, 7).await.unwrap());
+        client.files.borrow_mut().push(file.try_clone().unwrap());
+        assert!(lend(&session, 0, 1).await.unwrap());
+        scan(&engine, &session, &image(9, 100)).await.unwrap();
+        session.end_scan_request().send().promise.await.unwrap();
+        let answer = session.grants_request().send().promise.await.unwrap();
+        for grant in answer.get().unwrap().get_extents().unwrap() {
+            let run = (0, grant.get_first_block(), grant.get_blocks());
+            write_lent(&session, run).await.unwrap();
+        }
+        session.commit_request().send().promise.await.unwrap();
+        drop((answer, session, client));
+        lets_go(&engine, before, "an image that was lent stays open").await;
+        broken(&engine, "usage", "nothing was lent", async |s| write_lent(s, (0, 0, 1)).await)
+            .await;
+        broken(&engine, "usage", "nothing was lent", async |s| write_lent(s, (9, 0, 1)).await)
+            .await;
+        broken(&engine, "usage", "no blocks", async |s| write_lent(s, (0, 0, 0)).await).await;
+        broken(&engine, "usage", "at most", async |s| write_lent(s, (0, 0, u32::MAX)).await).await;
+        engine.serves_others(2).await;
+    });
+}
+
 #[test]
 fn a_client_that_stops_reading_is_not_waited_for() {
     let engine = Engine::start();

@@ -24,6 +24,11 @@ use crate::source::{DiskSource, READ_SIZE, Scan};
 /// looks at a slow scan shall see it go on.
 const SUBMIT_AFTER: Duration = Duration::from_millis(500);
 
+/// Blocks of data in the first window, each further one has twice as many: so the writing begins soon
+/// and has about as much to do as the scan beside it, and the largest have few before them. What is
+/// smaller, as most increments are, is detected at once.
+const FIRST_WINDOW: u64 = 64 << 10;
+
 /// What scanning and writing share.
 pub struct Shared {
     /// Bytes of a block.
@@ -38,10 +43,19 @@ pub struct Shared {
     pub cache: RefCell<Cache>,
     /// The operator's limit.
     pub limit: ReadLimit,
+    /// Which disks were lent to the engine: it reads itself what it wants to have of them.
+    pub lent: Vec<bool>,
     /// Bytes of disk looked at so far.
     pub scanned: Cell<u64>,
     /// Bytes read from the source so far, again or for the first time.
     pub read: Cell<u64>,
+}
+
+impl Shared {
+    /// Whether the engine has this disk's image.
+    pub(crate) fn is_lent(&self, disk: DiskIndex) -> bool {
+        self.lent.get(usize::from(disk.0)).is_some_and(|lent| *lent)
+    }
 }
 
 /// How many reads the scan and the writing may each have in flight under a lease.
@@ -165,6 +179,9 @@ async fn read_and_hash<S: DiskSource>(
         .context(|| format!("cannot read {length} bytes at {offset}"))?;
     shared.read.set(shared.read.get() + length);
     let (data, hashed) = shared.pool.hash(data, work.first_block).await?;
+    if shared.is_lent(index) {
+        return Ok(hashed);
+    }
     let mut cache = shared.cache.borrow_mut();
     for run in hashed.extents.iter().filter(|run| !run.zero) {
         let from = (run.first - work.first_block) as usize * shared.block_size as usize;
@@ -221,8 +238,10 @@ struct Batch<'a, B> {
     told: Instant,
     /// Blocks of data in the open window.
     window: u64,
-    /// Blocks of data that a window holds.
+    /// Blocks of data that the open window may hold.
     most: u64,
+    /// And those of the largest.
+    largest: u64,
     /// Most blocks of data that one addition can bring.
     piece: usize,
 }
@@ -236,7 +255,8 @@ impl<'a, B: BackupSession> Batch<'a, B> {
             fingerprints: Vec::with_capacity(BLOCKS_PER_SUBMIT * FINGERPRINT_LEN),
             told: Instant::now(),
             window: 0,
-            most: shared.window,
+            most: FIRST_WINDOW.min(shared.window),
+            largest: shared.window,
             piece: (READ_SIZE / shared.block_size) as usize,
         }
     }
@@ -247,6 +267,7 @@ impl<'a, B: BackupSession> Batch<'a, B> {
             self.flush().await?;
             self.session.end_window().await?;
             self.window = 0;
+            self.most = (2 * self.most).min(self.largest);
         }
         self.window += blocks;
         extents.iter().for_each(|extent| push(&mut self.extents, *extent));

@@ -1,5 +1,6 @@
 //! Where a backup reads a disk from, and the scan over it: maps in, work out.
 
+use std::fs::File;
 use std::future::Future;
 
 use crate::error::{Error, Kind};
@@ -33,6 +34,11 @@ pub trait DiskSource {
     /// what is not wanted may not be read.
     fn gap(&self) -> u64 {
         0
+    }
+
+    /// What whoever is on this host can read the disk's bytes from, at their offsets.
+    fn file(&self) -> Option<&File> {
+        None
     }
 
     /// What is allocated, from `wanted.from` on: extents without gaps, at least one; flags as

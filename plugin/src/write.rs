@@ -1,11 +1,12 @@
-//! Reads again what the engine wants to have, and sends it, in the order of the grants.
+//! Reads again what the engine wants to have, and sends it, in the order of the grants; or has it read
+//! by the engine, from images that were lent.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 use bytes::Bytes;
 
-use crate::engine::{BackupSession, DiskIndex, Grant};
+use crate::engine::{BackupSession, DiskIndex, Grant, MAX_LENT};
 use crate::error::{Context, Error, Kind, Result};
 use crate::nbd::Buffer;
 use crate::scan::{AbortOnDrop, Shared};
@@ -22,11 +23,52 @@ where
 {
     loop {
         let (grants, done) = session.grants().await?;
-        serve(shared, session, sources, &grants).await?;
+        let ways = |a: &Grant, b: &Grant| shared.is_lent(a.disk) == shared.is_lent(b.disk);
+        for grants in grants.chunk_by(ways) {
+            match shared.is_lent(grants[0].disk) {
+                true => write_lent(shared, session, grants).await?,
+                false => serve(shared, session, sources, grants).await?,
+            }
+        }
         if done {
             return Ok(());
         }
     }
+}
+
+/// Has the engine read what it wants of disks that were lent to it.
+async fn write_lent<B: BackupSession>(
+    shared: &Shared,
+    session: &B,
+    mut grants: &[Grant],
+) -> Result<()> {
+    let mut skip = 0;
+    loop {
+        let call = next_call(&mut grants, &mut skip, MAX_LENT / shared.block_size);
+        if call.is_empty() {
+            return Ok(());
+        }
+        session.write_lent(&call).await?;
+        let blocks: u64 = call.iter().map(|grant| u64::from(grant.blocks)).sum();
+        shared.read.set(shared.read.get() + blocks * u64::from(shared.block_size));
+    }
+}
+
+/// The next `most` blocks of the grants, of whose first one `skip` blocks were taken before.
+fn next_call(grants: &mut &[Grant], skip: &mut u32, most: u32) -> Vec<Grant> {
+    let (mut call, mut room) = (Vec::new(), most);
+    while let Some((grant, behind)) = grants.split_first().filter(|_| room > 0) {
+        let left = grant.blocks - *skip;
+        let blocks = left.min(room);
+        call.push(Grant { first: grant.first + u64::from(*skip), blocks, ..*grant });
+        room -= blocks;
+        if blocks == left {
+            (*grants, *skip) = (behind, 0);
+        } else {
+            *skip += blocks;
+        }
+    }
+    call
 }
 
 async fn serve<S, B>(
@@ -232,5 +274,28 @@ impl<'a> Pieces<'a> {
     fn take(&mut self, piece: &Grant) {
         self.first += u64::from(piece.blocks);
         self.blocks -= u64::from(piece.blocks);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_name_every_granted_block_once_and_never_too_many() {
+        let disk = DiskIndex(1);
+        let all = [(0, 5), (7, 20), (30, 1), (40, 8)];
+        let grants = all.map(|(first, blocks)| Grant { disk, first, blocks });
+        let (mut rest, mut skip, mut calls) = (&grants[..], 0, Vec::new());
+        loop {
+            let call = next_call(&mut rest, &mut skip, 8);
+            if call.is_empty() {
+                break;
+            }
+            calls.push(call.iter().map(|grant| (grant.first, grant.blocks)).collect::<Vec<_>>());
+        }
+        let expected: [&[(u64, u32)]; 5] =
+            [&[(0, 5), (7, 3)], &[(10, 8)], &[(18, 8)], &[(26, 1), (30, 1), (40, 6)], &[(46, 2)]];
+        assert_eq!(calls, expected);
     }
 }

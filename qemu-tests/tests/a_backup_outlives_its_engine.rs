@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use qemu_tests::guest::Guest;
 use qemu_tests::held::Brake;
 use qemu_tests::process::Running;
@@ -167,6 +167,37 @@ fn by_the_other_ways_too() -> Result {
         guest.obey(&format!("write vdb {} {} 3", 8 * MIB, 20 * MIB))?;
     }
     guest.power_off()
+}
+
+/// The engine has a raw image open while it reads from it what is new; the next engine gets it anew.
+#[test]
+fn a_raw_image_is_lent_to_each_engine() -> Result {
+    let mut fixture = Fixture::new()?;
+    let path = fixture.path("lent.raw");
+    // More than the first window, so that the write stage meets the scan of the next one.
+    image::raw(&path, 384 * MIB, &[(0, 380 * MIB, 1)])?;
+    let of = format!("--image=vda={}", path.display());
+    let arguments = ["backup", "lent", &of];
+    let mut running = Running::start("lent", &mut fixture.fleece_command(&arguments)?)?;
+    for _ in 0..2 {
+        let some = |s: &Value| s["new"].as_u64().is_some_and(|n| n > 2 * MIB);
+        fixture.wait_stage(("lent", &mut running), "write", some)?;
+        ensure!(has_open(fixture.engine()?.pid(), &path)?, "the image is not lent");
+        fixture.engine()?.signal(Signal::KILL)?;
+        fixture.kill_engine()?;
+        running.wait_printed(SOON, GONE)?;
+        fixture.start_engine()?;
+    }
+    let finished = running.finish(LONG)?.code(0)?;
+    ensure!(finished.printed().contains("undetected 0"), "{}", finished.printed());
+    ensure!(!has_open(fixture.engine()?.pid(), &path)?, "the engine keeps the image open");
+    image::same(&path, &fixture.restore("lent@latest", "vda")?)
+}
+
+/// Whether a process has a file open.
+fn has_open(process: u32, path: &Path) -> Result<bool> {
+    let open = fs::read_dir(format!("/proc/{process}/fd"))?.flatten();
+    Ok(open.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|target| target == path))
 }
 
 /// One call for two VMs: the first one is switched off while it waits for an engine, then it is the other one's turn.

@@ -12,6 +12,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::convert;
+use super::flow::Flow;
 use super::to_wire;
 use crate::error::{Error, Kind, Result};
 use crate::session::begin::ClientEnd;
@@ -28,6 +29,8 @@ pub(super) struct BackupServer {
     progress: Arc<Progress>,
     /// KiB of blocks that may be on their way, of all sessions.
     messages: Arc<Semaphore>,
+    /// The connection's messages, and the files that came with them.
+    flow: Rc<Flow>,
     held: Rc<Held>,
     /// Ends the session when its client has said nothing for too long.
     watch: JoinHandle<()>,
@@ -52,6 +55,7 @@ impl BackupServer {
         client: ClientEnd,
         progress: Arc<Progress>,
         messages: Arc<Semaphore>,
+        flow: Rc<Flow>,
         place: OwnedSemaphorePermit,
     ) -> Self {
         client.hand_over();
@@ -59,7 +63,7 @@ impl BackupServer {
         let held = Rc::new(Held { place, last_call: Cell::new(Instant::now()) });
         let watch = end_when_idle(Rc::clone(&held), client.events.clone(), IDLE);
         let watch = tokio::task::spawn_local(watch);
-        BackupServer { client, progress, messages, held, watch }
+        BackupServer { client, progress, messages, flow, held, watch }
     }
 
     fn called(&self) {
@@ -168,6 +172,29 @@ impl backup_session::Server for BackupServer {
         let _share = self.messages.acquire_many(kib).await.map_err(|_| to_wire(&ended()))?;
         let data = data.to_vec();
         self.call(|reply| Event::Write { runs, data, reply }).await
+    }
+
+    async fn lend(
+        self: Rc<Self>,
+        params: backup_session::LendParams,
+        mut results: backup_session::LendResults,
+    ) -> std::result::Result<(), capnp::Error> {
+        let params = params.get()?;
+        let disk = params.get_disk();
+        // One that did not arrive is no error: the client sends data, too.
+        let Some(file) = self.flow.files.take(params.get_file()) else { return Ok(()) };
+        self.call(|reply| Event::Lend { disk, file, reply }).await?;
+        results.get().set_taken(true);
+        Ok(())
+    }
+
+    async fn write_lent(
+        self: Rc<Self>,
+        params: backup_session::WriteLentParams,
+        _: backup_session::WriteLentResults,
+    ) -> std::result::Result<(), capnp::Error> {
+        let runs = convert::grants(params.get()?.get_runs()?);
+        self.call(|reply| Event::WriteLent { runs, reply }).await
     }
 
     async fn commit(

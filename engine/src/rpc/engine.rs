@@ -105,7 +105,8 @@ impl EngineServer {
             convert::set_disk_plan(disks.reborrow().get(i as u32), disk);
         }
         let messages = Arc::clone(&self.services.messages);
-        let server = BackupServer::new(begun.client, begun.progress, messages, place.permit);
+        let flow = Rc::clone(&self.flow);
+        let server = BackupServer::new(begun.client, begun.progress, messages, flow, place.permit);
         capnp_rpc::new_client(server)
     }
 

@@ -287,6 +287,7 @@ fn plan_disk(
         parent_shape: shape,
         root: None,
         covered: 0,
+        lent: None,
     };
     let mut plan = DiskPlan { incremental: false, reason: String::new(), forced: Vec::new() };
     let Some(before) = before else {

@@ -1,5 +1,7 @@
 //! What can happen to a session: calls of the plugin, and words of other sessions.
 
+use std::fs::File;
+
 use tokio::sync::oneshot;
 
 use super::spool::Position;
@@ -77,6 +79,22 @@ pub enum Event {
         runs: Vec<GrantExtent>,
         /// Whole blocks, those of all runs.
         data: Vec<u8>,
+        /// Answered when they are taken in.
+        reply: Reply<()>,
+    },
+    /// A file that holds a disk's bytes.
+    Lend {
+        /// The disk's number in the session.
+        disk: u16,
+        /// As the plugin handed it over.
+        file: File,
+        /// Answered when it is looked at.
+        reply: Reply<()>,
+    },
+    /// Granted blocks of disks that were lent: to be read there.
+    WriteLent {
+        /// Which, in the order in which they were granted.
+        runs: Vec<GrantExtent>,
         /// Answered when they are taken in.
         reply: Reply<()>,
     },

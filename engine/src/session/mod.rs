@@ -8,6 +8,7 @@ pub mod answers;
 pub mod begin;
 pub mod event;
 mod handover;
+mod lent;
 mod met;
 mod publish;
 pub mod registry;
@@ -17,6 +18,7 @@ mod submit;
 #[cfg(test)]
 mod tests;
 mod window;
+mod write;
 
 pub(crate) use stages::position;
 

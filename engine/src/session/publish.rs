@@ -1,5 +1,6 @@
 //! The end of the way: places into recipes, recipes and the rest into the manifest.
 
+use super::lent::LentImage;
 use super::spool::Position;
 use super::stages::Session;
 use super::window::{Placed, Window};
@@ -20,6 +21,8 @@ pub(super) struct DiskState {
     pub(super) root: Option<NodeRef>,
     /// The block after the last one that the scan reported.
     pub(super) covered: u64,
+    /// Where its bytes can be read.
+    pub(super) lent: Option<LentImage>,
 }
 
 /// Puts a settled window into the recipes of its disks.

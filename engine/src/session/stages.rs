@@ -10,22 +10,21 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
+use super::Context;
 use super::answers::Answers;
 use super::begin::Request;
-use super::event::{Event, GrantExtent, Grants, Reply};
+use super::event::{Event, Grants, Reply};
 use super::handover::Patience;
 use super::met::Met;
 use super::publish::{DiskState, place_window};
 use super::registry::{Progress, StageName};
-use super::spool::Position;
-use super::window::{Question, Settled, Window};
-use super::{Context, GRANTS_PER_CALL};
+use super::window::{Settled, Window};
 use crate::detect::{JournalPosition, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{Address, Fingerprint, Sequence, SessionId, SnapshotId};
 use crate::store::Store;
 use crate::store::commit::Ending;
-use crate::store::container::{ContainerKind, Packer, SealedContainer, SlotInfo};
+use crate::store::container::{Packer, SlotInfo};
 use crate::store::manifest::Tombstone;
 use crate::store::recipe::StoredNodes;
 
@@ -70,7 +69,7 @@ pub(super) struct Session {
 #[derive(Default)]
 pub(super) struct Calls {
     end_window: Option<Reply<()>>,
-    grants: Option<Reply<Grants>>,
+    pub(super) grants: Option<Reply<Grants>>,
 }
 
 impl Session {
@@ -109,6 +108,14 @@ impl Session {
             }
             Event::Write { runs, data, reply } => {
                 let outcome = self.guarded(|s| s.write(&runs, &data));
+                let _ = reply.send(outcome);
+            }
+            Event::Lend { disk, file, reply } => {
+                let outcome = self.guarded(|s| s.lend(disk, file));
+                let _ = reply.send(outcome);
+            }
+            Event::WriteLent { runs, reply } => {
+                let outcome = self.guarded(|s| s.write_lent(&runs));
                 let _ = reply.send(outcome);
             }
             Event::EndWindow(reply) => match self.guarded(Session::end_window) {
@@ -324,112 +331,6 @@ impl Session {
         })
     }
 
-    /// Takes in blocks that were granted, in the order of the grants.
-    fn write(&mut self, runs: &[GrantExtent], data: &[u8]) -> Result<()> {
-        let block_size = self.context.store.block_size() as usize;
-        let blocks: u64 = runs.iter().map(|run| u64::from(run.blocks)).sum();
-        let empty = runs.is_empty() || runs.iter().any(|run| run.blocks == 0);
-        if empty || data.len() as u64 != blocks.saturating_mul(block_size as u64) {
-            return Err(Error::new(
-                Kind::Usage,
-                format!("{} bytes written, which are not {blocks} whole blocks", data.len()),
-            ));
-        }
-        let places = runs.iter().flat_map(|run| {
-            let block = |n: u32| run.at.block.saturating_add(u64::from(n));
-            (0..run.blocks).map(move |n| Position { block: block(n), ..run.at })
-        });
-        for (here, block) in places.zip(data.chunks_exact(block_size)) {
-            let Some(window) = self.windows.front_mut() else { return Err(not_granted(here)) };
-            let granted =
-                window.written(here).map_err(|e| e.unwrap_or_else(|| not_granted(here)))?;
-            if let Some(question) = granted {
-                self.pack(&question, block)?;
-            }
-        }
-        self.learn_sealed(false)
-    }
-
-    /// Fingerprints a block afresh before it enters: a wrong one must never be found
-    /// under a right name.
-    fn pack(&mut self, question: &Question, block: &[u8]) -> Result<()> {
-        if self.context.store.fingerprinter().of(block) != question.fingerprint {
-            return Err(Error::new(
-                Kind::Failed,
-                format!(
-                    "block {} of disk {} is not what the scan saw: the view changed under the \
-                     backup, or the plugin's memory is bad",
-                    question.at.block,
-                    self.disks[usize::from(question.at.disk)].spec.name
-                ),
-            ));
-        }
-        let address = self.blocks.push(question.fingerprint, block)?;
-        Progress::add(&self.progress.new, block.len() as u64);
-        match self.windows.front_mut() {
-            Some(window) => window.place(question.sequence, address),
-            None => Ok(()),
-        }
-    }
-
-    pub(super) fn seal_blocks(&mut self) -> Result<()> {
-        self.blocks.seal()?;
-        self.learn_sealed(false)
-    }
-
-    pub(super) fn seal_nodes(&mut self) -> Result<()> {
-        self.nodes.seal()?;
-        self.learn_sealed(true)
-    }
-
-    /// Tells the owner of the containers that became durable. Those of nodes hold no
-    /// blocks, but the journal that the index follows has no gaps.
-    fn learn_sealed(&mut self, nodes: bool) -> Result<()> {
-        let sealed = if nodes { self.nodes.take_sealed() } else { self.blocks.take_sealed() }?;
-        sealed.iter().try_for_each(|container| self.learn(container))
-    }
-
-    fn learn(&self, container: &SealedContainer) -> Result<()> {
-        Progress::add(&self.progress.stored, container.stored_bytes);
-        let mut entries = Vec::new();
-        if container.kind == ContainerKind::Blocks {
-            let at = |slot| Address { container: container.id, slot };
-            entries.extend(container.entries().map(|(fingerprint, slot)| (fingerprint, at(slot))));
-        }
-        self.context.owners.learn(entries, position(container.position))
-    }
-
-    /// Answers a waiting call for grants if there is an answer.
-    fn answer_grants(&mut self) -> Result<()> {
-        if self.calls.grants.is_none() {
-            return Ok(());
-        }
-        let mut grants = Grants::default();
-        if let Some(window) = self.windows.front_mut() {
-            while grants.extents.len() < GRANTS_PER_CALL {
-                let Some(question) = window.next_grant()? else { break };
-                let at = question.at;
-                match grants.extents.last_mut() {
-                    Some(last)
-                        if last.at.disk == at.disk
-                            && last.at.block + u64::from(last.blocks) == at.block =>
-                    {
-                        last.blocks += 1;
-                    }
-                    _ => grants.extents.push(GrantExtent { at, blocks: 1 }),
-                }
-            }
-        } else {
-            grants.done = self.scan_ended;
-        }
-        if (grants.done || !grants.extents.is_empty())
-            && let Some(reply) = self.calls.grants.take()
-        {
-            let _ = reply.send(Ok(grants));
-        }
-        Ok(())
-    }
-
     fn finish_front(&mut self) -> Result<()> {
         let Some(window) = self.windows.pop_front() else { return Ok(()) };
         self.answers.close_oldest();
@@ -518,14 +419,4 @@ impl Drop for Session {
     fn drop(&mut self) {
         self.leave();
     }
-}
-
-fn not_granted(at: Position) -> Error {
-    Error::new(
-        Kind::Usage,
-        format!(
-            "block {} of disk number {} was written, but is not granted now",
-            at.block, at.disk
-        ),
-    )
 }

@@ -16,7 +16,8 @@ use uuid::Uuid;
 use crate::cache::Cache;
 use crate::engine::BLOCKS_PER_WINDOW;
 use crate::engine::{
-    self, BackupPlan, BackupRequest, DiskRequest, Engine, Session, Snapshot, SnapshotId,
+    self, BackupPlan, BackupRequest, BackupSession, DiskIndex, DiskRequest, Engine, Session,
+    Snapshot, SnapshotId,
 };
 use crate::error::{Error, Kind, Result};
 use crate::fingerprint::Fingerprinter;
@@ -214,6 +215,7 @@ async fn transfer<S: DiskSource + 'static>(
         pool: HashPool::start(&fingerprinter, info.block_size)?,
         cache: RefCell::new(Cache::new(plan.cache as usize, info.block_size)),
         limit: ReadLimit::new(options.read_limit),
+        lent: lend(session, &disks, options).await?,
         scanned: Cell::new(0),
         read: Cell::new(0),
     });
@@ -234,6 +236,29 @@ async fn transfer<S: DiskSource + 'static>(
         result = work => result.map(drop),
         () = watch => Ok(()),
     }
+}
+
+/// Lends to the engine the disks whose bytes are in files, so that it reads itself what it wants to
+/// have of them; which it took. Under a limit all reads are ours.
+async fn lend<S: DiskSource>(
+    session: &Session,
+    disks: &[ScanDisk<S>],
+    options: &Options,
+) -> Result<Vec<bool>> {
+    let mut lent = Vec::with_capacity(disks.len());
+    for (index, disk) in (0..).zip(disks) {
+        let Some(image) = disk.source.file().filter(|_| options.read_limit.is_none()) else {
+            lent.push(false);
+            continue;
+        };
+        let taken = session.lend(DiskIndex(index), image).await?;
+        lent.push(taken);
+        if !taken {
+            // It will take none, and those that no call took wait in it.
+            break;
+        }
+    }
+    Ok(lent)
 }
 
 /// Work that holds a view or the images, until they were held for as long as the operator allows.

@@ -43,6 +43,9 @@ pub const BLOCKS_PER_SUBMIT: usize = wire::BLOCKS_PER_SUBMIT as usize;
 /// Bytes of data in one call.
 pub const MAX_WRITE: u32 = wire::MAX_WRITE;
 
+/// Bytes of disks that were lent, in one call.
+pub const MAX_LENT: u32 = wire::MAX_LENT;
+
 /// Words (8 bytes) that one message may make us look at, and so allocate: the longest
 /// answers are lists of snapshots, a few hundred bytes each.
 const MESSAGE_WORDS: usize = 1 << 20;
@@ -173,11 +176,12 @@ impl Engine {
     pub async fn open_backup(&self, wanted: &BackupRequest) -> Result<(BackupPlan, Session)> {
         let mut request = self.connection.borrow().client.open_backup_request();
         session::fill(request.get().init_request(), wanted);
+        let files = self.connection.borrow().files.clone();
         let decode = async {
             let response = request.send().promise.await?;
             let response = response.get()?;
             let plan = convert::backup_plan(response.get_plan()?, wanted.disks.len())?;
-            Ok((plan, Session::new(response.get_session()?)))
+            Ok((plan, Session::new(response.get_session()?, files)))
         };
         decode.await.map_err(|error| {
             engine_error(&error, &format!("cannot begin a backup of {}", wanted.vm_name))
@@ -196,6 +200,7 @@ impl Engine {
         let mut request = self.connection.borrow().client.resume_backup_request();
         request.get().set_snapshot(snapshot.0.as_str());
         session::fill(request.get().init_request(), wanted);
+        let files = self.connection.borrow().files.clone();
         let decode = async {
             let response = request.send().promise.await?;
             let response = response.get()?;
@@ -207,7 +212,7 @@ impl Engine {
             if plan.snapshot != *snapshot {
                 return Err(capnp::Error::failed("the plan is another snapshot's".into()));
             }
-            Ok(Resumed::Session(plan, Session::new(response.get_session()?)))
+            Ok(Resumed::Session(plan, Session::new(response.get_session()?, files)))
         };
         decode.await.map_err(|error| {
             engine_error(&error, &format!("cannot go on with the backup of {}", wanted.vm_name))

@@ -1,12 +1,17 @@
 //! One backup of one VM, as the engine keeps it.
 
+use std::fs::File;
+use std::rc::Rc;
+
 use bytes::Bytes;
+use capnp::ErrorKind;
 use fleece_schema::engine_capnp as wire;
 
-use super::convert::{self, engine_error};
+use super::convert::{self, Wire, engine_error};
 use super::count;
+use super::files::Files;
 use super::types::{BackupRequest, BlockExtent, Counts, DiskIndex, Grant, Snapshot};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 
 /// What scan and write need of a session; a model stands in for the engine in tests.
 #[allow(async_fn_in_trait)]
@@ -32,16 +37,26 @@ pub trait BackupSession {
     /// Granted blocks in the order of the grants; whole blocks, at most [`super::MAX_WRITE`]
     /// bytes together. Waits while the engine has enough to do.
     async fn write(&self, blocks: &[(Grant, Bytes)]) -> Result<()>;
+
+    /// Lends a disk's image to the engine: a file that has the disk's bytes at their offsets, and that
+    /// nobody writes to while the session lives. `false`: it does not take it, the blocks must be sent.
+    async fn lend(&self, disk: DiskIndex, image: &File) -> Result<bool>;
+
+    /// Has the engine read granted blocks of disks that were lent, in the order of the grants; at most
+    /// [`super::MAX_LENT`] bytes together. Returns when it has them.
+    async fn write_lent(&self, grants: &[Grant]) -> Result<()>;
 }
 
 /// A session of the real engine. Dropping it ends the session without a snapshot.
 pub struct Session {
     client: wire::backup_session::Client,
+    /// Where files may be handed over.
+    files: Option<Rc<Files>>,
 }
 
 impl Session {
-    pub(super) fn new(client: wire::backup_session::Client) -> Session {
-        Session { client }
+    pub(super) fn new(client: wire::backup_session::Client, files: Option<Rc<Files>>) -> Session {
+        Session { client, files }
     }
 
     /// Publishes the snapshot: from here on it can be restored.
@@ -148,14 +163,41 @@ impl BackupSession for Session {
             here.copy_from_slice(data);
             rest = behind;
         }
-        let mut runs = request.get().init_runs(count(blocks.len()));
-        for (i, (grant, _)) in blocks.iter().enumerate() {
-            let mut run = runs.reborrow().get(count(i));
-            run.set_disk(grant.disk.0);
-            run.set_first_block(grant.first);
-            run.set_blocks(grant.blocks);
-        }
+        let runs = request.get().init_runs(count(blocks.len()));
+        set_runs(runs, blocks.iter().map(|(grant, _)| grant));
         done(request.send().await, "cannot hand over new blocks")
+    }
+
+    async fn lend(&self, disk: DiskIndex, image: &File) -> Result<bool> {
+        let Some(files) = &self.files else { return Ok(false) };
+        let file = files.hand_over(image).context(|| "the engine gets no file".into())?;
+        let mut request = self.client.lend_request();
+        request.get().set_disk(disk.0);
+        request.get().set_file(file);
+        let decode = async { Wire::Ok(request.send().promise.await?.get()?.get_taken()) };
+        match decode.await {
+            // An engine of the version before.
+            Err(error) if error.kind == ErrorKind::Unimplemented => Ok(false),
+            taken => taken.map_err(|error| engine_error(&error, "cannot lend a disk's image")),
+        }
+    }
+
+    async fn write_lent(&self, grants: &[Grant]) -> Result<()> {
+        let mut request = self.client.write_lent_request();
+        set_runs(request.get().init_runs(count(grants.len())), grants.iter());
+        done(request.send().promise.await, "cannot have new blocks read")
+    }
+}
+
+fn set_runs<'a>(
+    mut runs: capnp::struct_list::Builder<'_, wire::grant::Owned>,
+    grants: impl Iterator<Item = &'a Grant>,
+) {
+    for (i, grant) in grants.enumerate() {
+        let mut run = runs.reborrow().get(count(i));
+        run.set_disk(grant.disk.0);
+        run.set_first_block(grant.first);
+        run.set_blocks(grant.blocks);
     }
 }
 
@@ -177,13 +219,14 @@ pub(super) fn fill(mut request: wire::backup_request::Builder<'_>, wanted: &Back
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod refusing {
     use std::cell::RefCell;
     use std::path::Path;
     use std::rc::Rc;
 
-    use super::super::{Connection, Engine, EngineInfo};
-    use super::{Session, wire};
+    use super::super::{Connection, DiskIndex, Engine, EngineInfo};
+    use super::{BackupSession, Session, wire};
 
     /// An engine that answers a commit with these words, or goes away.
     struct Refusing(Option<&'static str>);
@@ -225,10 +268,21 @@ mod refusing {
         }
     }
 
+    #[test]
+    fn an_engine_that_cannot_be_lent_images_does_not_take_them() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let image = tempfile::tempfile().unwrap();
+        for files in [None, Some(Rc::default())] {
+            let session = Session::new(capnp_rpc::new_client(Refusing(None)), files);
+            let taken = runtime.block_on(session.lend(DiskIndex(0), &image)).unwrap();
+            assert!(!taken);
+        }
+    }
+
     impl Session {
         /// A session whose engine does not commit.
         pub(crate) fn that_cannot_commit(answer: Option<&'static str>) -> Session {
-            Session::new(capnp_rpc::new_client(Refusing(answer)))
+            Session::new(capnp_rpc::new_client(Refusing(answer)), None)
         }
     }
 }

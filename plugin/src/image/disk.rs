@@ -81,6 +81,10 @@ impl DiskSource for ImageDisk {
         GAP
     }
 
+    fn file(&self) -> Option<&File> {
+        self.raw.as_ref().map(|raw| &*raw.file)
+    }
+
     async fn allocation(&self, wanted: Wanted) -> std::result::Result<Vec<Extent>, NbdError> {
         self.export.allocation(wanted).await
     }

@@ -3,13 +3,14 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::File;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::Notify;
 
 use super::*;
-use crate::engine::{Grant, MAX_WRITE};
+use crate::engine::{Grant, MAX_LENT, MAX_WRITE};
 use crate::extents::{Extent, Flags, Wanted};
 use crate::fingerprint::{Fingerprinter, is_zero};
 use crate::nbd::{Buffer, NbdError, NbdErrorKind, wire};
@@ -126,6 +127,8 @@ impl DiskSource for Memory {
 struct Model {
     state: RefCell<State>,
     news: Notify,
+    /// What it can read itself, of disks that are lent.
+    images: Vec<Rc<Memory>>,
 }
 
 #[derive(Default)]
@@ -144,6 +147,9 @@ struct State {
     windows: u64,
     ended: bool,
     writes: usize,
+    /// Blocks that it read itself.
+    read: usize,
+    granted: Vec<(u16, u64)>,
 }
 
 impl Model {
@@ -206,6 +212,8 @@ impl BackupSession for Model {
                 if !grants.is_empty() || state.ended {
                     state.expected =
                         grants.iter().map(|grant| (grant.disk.0, grant.first)).collect();
+                    let granted = state.expected.clone();
+                    state.granted.extend(granted);
                     return Ok((grants, state.ended));
                 }
             }
@@ -214,11 +222,39 @@ impl BackupSession for Model {
     }
 
     async fn write(&self, blocks: &[(Grant, Bytes)]) -> Result<()> {
-        let fingerprinter = Fingerprinter::from_state(STATE, BLOCK as u32);
-        let mut state = self.state.borrow_mut();
         let length: usize = blocks.iter().map(|(_, data)| data.len()).sum();
         assert!(length <= MAX_WRITE as usize);
-        state.writes += 1;
+        self.state.borrow_mut().writes += 1;
+        self.take(blocks);
+        Ok(())
+    }
+
+    async fn lend(&self, _: DiskIndex, _: &File) -> Result<bool> {
+        unreachable!("memory is no file")
+    }
+
+    async fn write_lent(&self, grants: &[Grant]) -> Result<()> {
+        tokio::time::sleep(Duration::from_micros(100)).await;
+        let read = |grant: &Grant| {
+            let image = &self.images[usize::from(grant.disk.0)].bytes;
+            let (from, length) = (grant.first as usize * BLOCK, grant.blocks as usize * BLOCK);
+            let mut data = image[from..image.len().min(from + length)].to_vec();
+            data.resize(length, 0);
+            (*grant, Bytes::from(data))
+        };
+        let blocks: Vec<_> = grants.iter().map(read).collect();
+        let length: usize = blocks.iter().map(|(_, data)| data.len()).sum();
+        assert!(length <= MAX_LENT as usize);
+        self.state.borrow_mut().read += length / BLOCK;
+        self.take(&blocks);
+        Ok(())
+    }
+}
+
+impl Model {
+    fn take(&self, blocks: &[(Grant, Bytes)]) {
+        let fingerprinter = Fingerprinter::from_state(STATE, BLOCK as u32);
+        let mut state = self.state.borrow_mut();
         for (grant, data) in blocks {
             assert_eq!(data.len(), grant.blocks as usize * BLOCK);
             for (i, block) in data.chunks(BLOCK).enumerate() {
@@ -229,7 +265,6 @@ impl BackupSession for Model {
                 state.blocks.insert(print, block.to_vec());
             }
         }
-        Ok(())
     }
 }
 
@@ -242,14 +277,15 @@ fn shared(cache: usize, depth: usize) -> Rc<Shared> {
         pool: HashPool::start(&fingerprinter, BLOCK as u32).unwrap(),
         cache: RefCell::new(Cache::new(cache, BLOCK as u32)),
         limit: ReadLimit::new(None),
+        lent: Vec::new(),
         scanned: Cell::new(0),
         read: Cell::new(0),
     })
 }
 
 fn back_up(shared: &Rc<Shared>, disks: &[ScanDisk<Memory>]) -> State {
-    let model = Model::default();
     let sources: Vec<Rc<Memory>> = disks.iter().map(|disk| Rc::clone(&disk.source)).collect();
+    let model = Model { images: sources.clone(), ..Model::default() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let local = tokio::task::LocalSet::new();
     local
@@ -312,6 +348,24 @@ fn everything_arrives_in_order_whatever_the_order_of_reads() {
         let blocks = state.blocks.len();
         assert!(state.writes < blocks / 2, "{} messages of {blocks} blocks", state.writes);
         assert_eq!(shared.scanned.get() % BLOCK as u64, 0);
+    }
+}
+
+#[test]
+fn disks_that_are_lent_are_read_by_the_engine_and_others_are_sent() {
+    for lent in [[true, true], [true, false], [false, true]] {
+        // The first one is too small to have every content.
+        let disks = [disk(250, 1536, 3, false), disk(3000, 512, 4, true)];
+        let mut shared = shared(8 << 20, 4);
+        Rc::get_mut(&mut shared).unwrap().lent = lent.to_vec();
+        let state = back_up(&shared, &disks);
+        check(&state, &disks);
+        assert_eq!(state.writes > 0, lent != [true, true]);
+        let of =
+            |disk: usize| state.granted.iter().filter(|(d, _)| usize::from(*d) == disk).count();
+        assert!(of(0) > 0 && of(1) > 0);
+        let expected: usize = (0..2).filter(|disk| lent[*disk]).map(of).sum();
+        assert_eq!(state.read, expected);
     }
 }
 

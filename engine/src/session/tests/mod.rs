@@ -5,6 +5,7 @@
 mod checkpoints;
 mod cluster;
 mod damage;
+mod lent;
 mod power_cut;
 mod resume;
 mod shards;
