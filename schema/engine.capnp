@@ -79,7 +79,7 @@ struct EngineInfo {
   host @5 :Text;
   encrypted @6 :Bool;
   takesFiles @7 :Bool;
-  # Files may be handed over (see DiskImage.stream). To another engine they must not be: its
+  # Files may be handed over (see DiskImage.stream, BackupSession.lend). To another engine they must not be: its
   # reading of the socket may stop at one for ever.
 }
 
@@ -176,11 +176,11 @@ interface BackupSession {
   lend @8 (disk :UInt16, file :UInt32) -> (taken :Bool);
   # file: one that this connection handed over, numbered as in DiskImage.stream, which holds the disk's
   # bytes at their offsets and is written to by nobody while the session lives. Granted blocks of the
-  # disk need not be sent then. Not taken: it did not arrive.
+  # disk need not be sent then. Not taken: it did not arrive, or the session has eight of them.
 
   writeLent @9 (runs :List(Grant)) -> ();
-  # As `write`, of disks that were lent: the engine reads the blocks itself. At most MaxLent bytes;
-  # one call at a time.
+  # As `write`, of disks that were lent: the engine reads the blocks itself. At most MaxLent bytes.
+  # Of this and `lend` one call at a time.
 }
 
 const blocksPerWindow :UInt32 = 4194304;

@@ -116,7 +116,7 @@ impl<T: Send + 'static> InOrder<T> {
     pub fn push(&mut self, job: impl FnOnce() -> T + Send + 'static) -> Result<Option<T>> {
         let full = self.pending.len() >= self.limit && !self.go_beyond();
         // The new one has the place of the oldest, whichever that was.
-        let oldest = if full { self.pop()? } else { None };
+        let oldest = if full { self.make_room()? } else { None };
         let pending = self.pool.run(job);
         self.pending.push_back(pending);
         Ok(oldest)
@@ -132,6 +132,16 @@ impl<T: Send + 'static> InOrder<T> {
             self.pool.beyond.fetch_add(1, Ordering::Relaxed);
         }
         self.pop()
+    }
+
+    /// The oldest result, whose place is kept for another job; given back if there will be none.
+    fn make_room(&mut self) -> Result<Option<T>> {
+        let beyond = self.pending.len() > self.limit;
+        let oldest = self.pop();
+        if oldest.is_err() && beyond {
+            self.pool.beyond.fetch_add(1, Ordering::Relaxed);
+        }
+        oldest
     }
 
     fn pop(&mut self) -> Result<Option<T>> {
@@ -221,6 +231,15 @@ mod tests {
             second.push(job(&wait)).unwrap();
         }
         drop(second);
+        assert_eq!(pool.beyond.load(Ordering::Relaxed), BEYOND);
+        // So do those whose jobs panic.
+        let mut third = InOrder::new(pool.clone(), 1);
+        let mut panicked = 0;
+        for _ in 0..20 {
+            panicked += usize::from(third.push(|| panic!("on purpose")).is_err());
+        }
+        assert!(panicked > 0, "nothing was waited for");
+        drop(third);
         assert_eq!(pool.beyond.load(Ordering::Relaxed), BEYOND);
         // Where others have them all, the limit is the limit.
         pool.beyond.store(0, Ordering::Relaxed);

@@ -47,7 +47,7 @@ pub struct Shared {
     pub lent: Vec<bool>,
     /// Bytes of disk looked at so far.
     pub scanned: Cell<u64>,
-    /// Bytes read from the source so far, again or for the first time.
+    /// Bytes read from the source so far, again or for the first time, by us or by the engine.
     pub read: Cell<u64>,
 }
 

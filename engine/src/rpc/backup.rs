@@ -7,14 +7,16 @@ use std::time::Duration;
 
 use crossbeam_channel::TrySendError;
 use fleece_schema::engine_capnp::{self as wire, backup_session};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::convert;
+use super::files;
 use super::flow::Flow;
 use super::to_wire;
 use crate::error::{Error, Kind, Result};
+use crate::session::MAX_LENT;
 use crate::session::begin::ClientEnd;
 use crate::session::event::{Event, Reply};
 use crate::session::registry::Progress;
@@ -22,6 +24,10 @@ use crate::session::registry::Progress;
 /// How long the client of a session may say nothing: it keeps a place from others. Ours ask for
 /// the progress twice a second, but for a commit, which they give ten minutes.
 const IDLE: Duration = Duration::from_secs(900);
+
+/// As many as the bytes of one call hold of the smallest blocks.
+const MAX_LENT_RUNS: u32 = wire::MAX_LENT / 4096;
+const _: () = assert!(MAX_LENT == wire::MAX_LENT as u64);
 
 /// A session; the plugin's end of it is the session's end.
 pub(super) struct BackupServer {
@@ -31,6 +37,8 @@ pub(super) struct BackupServer {
     messages: Arc<Semaphore>,
     /// The connection's messages, and the files that came with them.
     flow: Rc<Flow>,
+    /// Held by a call about images that were lent.
+    lent: Mutex<()>,
     held: Rc<Held>,
     /// Ends the session when its client has said nothing for too long.
     watch: JoinHandle<()>,
@@ -63,7 +71,7 @@ impl BackupServer {
         let held = Rc::new(Held { place, last_call: Cell::new(Instant::now()) });
         let watch = end_when_idle(Rc::clone(&held), client.events.clone(), IDLE);
         let watch = tokio::task::spawn_local(watch);
-        BackupServer { client, progress, messages, flow, held, watch }
+        BackupServer { client, progress, messages, flow, lent: Mutex::new(()), held, watch }
     }
 
     fn called(&self) {
@@ -77,12 +85,18 @@ impl BackupServer {
     ) -> std::result::Result<T, capnp::Error> {
         self.called();
         let (reply, answer) = oneshot::channel();
-        self.client.events.try_send(event(reply)).map_err(|error| {
-            to_wire(&match error {
-                TrySendError::Full(_) => Error::new(Kind::Usage, "too many calls at once"),
-                TrySendError::Disconnected(_) => ended(),
-            })
-        })?;
+        if let Err(refused) = self.client.events.try_send(event(reply)) {
+            let (event, error) = match refused {
+                TrySendError::Full(event) => {
+                    (event, Error::new(Kind::Usage, "too many calls at once"))
+                }
+                TrySendError::Disconnected(event) => (event, ended()),
+            };
+            if let Event::Lend { file, .. } = event {
+                files::close(file);
+            }
+            return Err(to_wire(&error));
+        }
         let outcome: Result<T> = answer.await.unwrap_or_else(|_| Err(ended()));
         outcome.map_err(|e| to_wire(&e))
     }
@@ -105,6 +119,10 @@ async fn end_when_idle(held: Rc<Held>, events: crossbeam_channel::Sender<Event>,
     // An error means that its thread has ended, too.
     let _ = ended.await;
     drop(held.place.take());
+}
+
+fn one_at_a_time() -> Error {
+    Error::new(Kind::Usage, "images are lent, and read from, by one call at a time")
 }
 
 fn ended() -> Error {
@@ -181,10 +199,10 @@ impl backup_session::Server for BackupServer {
     ) -> std::result::Result<(), capnp::Error> {
         let params = params.get()?;
         let disk = params.get_disk();
+        let _alone = self.lent.try_lock().map_err(|_| to_wire(&one_at_a_time()))?;
         // One that did not arrive is no error: the client sends data, too.
         let Some(file) = self.flow.files.take(params.get_file()) else { return Ok(()) };
-        self.call(|reply| Event::Lend { disk, file, reply }).await?;
-        results.get().set_taken(true);
+        results.get().set_taken(self.call(|reply| Event::Lend { disk, file, reply }).await?);
         Ok(())
     }
 
@@ -193,7 +211,14 @@ impl backup_session::Server for BackupServer {
         params: backup_session::WriteLentParams,
         _: backup_session::WriteLentResults,
     ) -> std::result::Result<(), capnp::Error> {
-        let runs = convert::grants(params.get()?.get_runs()?);
+        let _alone = self.lent.try_lock().map_err(|_| to_wire(&one_at_a_time()))?;
+        let runs = params.get()?.get_runs()?;
+        if runs.len() > MAX_LENT_RUNS {
+            let message =
+                format!("{} runs to be read at once; at most {MAX_LENT_RUNS}", runs.len());
+            return Err(to_wire(&Error::new(Kind::Usage, message)));
+        }
+        let runs = convert::grants(runs);
         self.call(|reply| Event::WriteLent { runs, reply }).await
     }
 

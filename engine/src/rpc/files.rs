@@ -1,5 +1,5 @@
 //! Files that clients hand over with their calls (`SCM_RIGHTS`, unix(7)): what is restored goes
-//! right into them, instead of through the socket.
+//! right into them, and what is new is read from them, instead of through the socket.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -53,12 +53,16 @@ impl Drop for Files {
     fn drop(&mut self) {
         let left = std::mem::take(self.waiting.get_mut());
         if !left.is_empty() {
-            // To close a file may take as long as its file system likes: not on the thread of all
-            // connections.
-            let close = std::thread::Builder::new().name("close".into()).stack_size(STACK);
-            drop(close.spawn(move || drop(left)));
+            close(left);
         }
     }
+}
+
+/// Closes files. That may take as long as their file systems like: not on the thread of all
+/// connections.
+pub(super) fn close(files: impl Send + 'static) {
+    let thread = std::thread::Builder::new().name("close".into()).stack_size(STACK);
+    drop(thread.spawn(move || drop(files)));
 }
 
 /// The reading half of a client's socket: files that come with the bytes go to the connection's.

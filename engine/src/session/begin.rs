@@ -288,6 +288,7 @@ fn plan_disk(
         root: None,
         covered: 0,
         lent: None,
+        owed: Vec::new(),
     };
     let mut plan = DiskPlan { incremental: false, reason: String::new(), forced: Vec::new() };
     let Some(before) = before else {

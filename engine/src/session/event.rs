@@ -88,8 +88,8 @@ pub enum Event {
         disk: u16,
         /// As the plugin handed it over.
         file: File,
-        /// Answered when it is looked at.
-        reply: Reply<()>,
+        /// Whether it is taken.
+        reply: Reply<bool>,
     },
     /// Granted blocks of disks that were lent: to be read there.
     WriteLent {

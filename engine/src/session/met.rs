@@ -60,7 +60,8 @@ impl Session {
     /// A recipe could not be changed, because a node of it is damaged that nobody had marked:
     /// all such nodes are marked, so that the next backup, by whatever engine, reads what is
     /// below them again and builds them anew.
-    pub(super) fn note_lost_nodes(&mut self) {
+    pub(super) fn recipe_is_lost(&mut self) {
+        self.context.registry.mistrust(self.request.vm);
         for state in &self.disks {
             for (root, shape) in
                 [(state.root, state.shape), (state.parent_root, state.parent_shape)]

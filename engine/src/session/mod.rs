@@ -21,6 +21,7 @@ mod window;
 mod write;
 
 pub(crate) use stages::position;
+pub use write::MAX_LENT;
 
 use std::sync::Arc;
 

@@ -7,7 +7,7 @@ use super::window::{Placed, Window};
 use crate::error::{Error, Kind, Result};
 use crate::store::commit::{Commit, Ending, Manifests};
 use crate::store::manifest::{Counts, Disk, Manifest};
-use crate::store::recipe::{NodeRef, NodeStore, Placement, RecipeEditor, Shape};
+use crate::store::recipe::{NodeRef, NodeStore, Owed, Placement, RecipeEditor, Shape};
 
 /// A disk of the session on its way into the manifest.
 pub(super) struct DiskState {
@@ -19,6 +19,8 @@ pub(super) struct DiskState {
     pub(super) parent_shape: Shape,
     /// The recipe as far as it is built.
     pub(super) root: Option<NodeRef>,
+    /// What the windows to come must bring, because nodes of the parent's recipe are lost.
+    pub(super) owed: Vec<Owed>,
     /// The block after the last one that the scan reported.
     pub(super) covered: u64,
     /// Where its bytes can be read.
@@ -42,9 +44,13 @@ pub(super) fn place_window<N: NodeStore>(
                 Placed::At(address, count) => (count, Placement::At(address)),
             };
             editor.put(at.block, count, placement)?;
+            state.owed.iter_mut().for_each(|owed| owed.pay(at.block..at.block + count));
             next = placements.next()?;
         }
-        state.root = editor.finish()?;
+        let (root, owed) = editor.finish_part()?;
+        state.root = root;
+        state.owed.retain(|owed| !owed.is_paid());
+        state.owed.extend(owed);
     }
     Ok(())
 }
@@ -71,6 +77,10 @@ impl Session {
                     ),
                 ));
             }
+        }
+        if let Some(owed) = self.disks.iter_mut().find_map(|state| state.owed.pop()) {
+            self.recipe_is_lost();
+            return Err(owed.why);
         }
         self.seal_nodes()?;
         let manifest = self.manifest(point_in_time_ms, bitmaps);

@@ -92,6 +92,7 @@ impl Session {
                 break;
             }
         }
+        self.give_back();
         self.record_met();
         // Its client lives, and goes on with it in the next engine.
         if self.failed_by_itself || !self.context.registry.is_closed() {
@@ -135,6 +136,7 @@ impl Session {
             },
             Event::Commit { point_in_time_ms, bitmaps, reply } => {
                 self.progress.enter(StageName::Publish);
+                self.give_back();
                 let outcome = self.guarded(|s| s.commit(point_in_time_ms, bitmaps));
                 let ended = outcome.is_ok();
                 if ended {
@@ -146,6 +148,7 @@ impl Session {
             }
             Event::Abort { reason, reply } => {
                 self.failure.get_or_insert((Kind::Failed, reason));
+                self.give_back();
                 self.end_in_store();
                 self.leave();
                 let _ = reply.send(Ok(()));
@@ -181,6 +184,7 @@ impl Session {
     fn fail(&mut self, error: &Error) {
         let message = format!("{}@{}: {error}", self.request.vm_name, self.snapshot);
         eprintln!("fleece-engine: {message}");
+        self.give_back();
         if let Some(reply) = self.calls.grants.take() {
             let _ = reply.send(Err(Error::new(error.kind(), message.clone())));
         }
@@ -338,8 +342,7 @@ impl Session {
         let mut nodes = StoredNodes::new(directories, &mut self.nodes);
         if let Err(error) = place_window(window, &mut self.disks, &mut nodes) {
             if matches!(error.kind(), Kind::Damaged | Kind::NotFound) {
-                self.context.registry.mistrust(self.request.vm);
-                self.note_lost_nodes();
+                self.recipe_is_lost();
             }
             return Err(error);
         }

@@ -18,7 +18,9 @@ use crate::store::container::{ContainerKind, SealedContainer};
 /// while it is fingerprinted and packed.
 const LENT_READ: u64 = 64 << 10;
 /// Bytes of such an image that one call may name.
-pub(super) const MAX_LENT: u64 = 4 << 20;
+pub const MAX_LENT: u64 = 4 << 20;
+/// Images that a session takes: each is a descriptor of this process. VMs hardly have more disks.
+pub(super) const MAX_IMAGES: usize = 8;
 
 impl Session {
     /// Takes in blocks that were granted, in the order of the grants.
@@ -39,14 +41,23 @@ impl Session {
         self.learn_sealed(false)
     }
 
-    /// Takes over the file that a disk's bytes are in.
-    pub(super) fn lend(&mut self, disk: u16, file: File) -> Result<()> {
+    /// Takes over the file that a disk's bytes are in, unless it has enough of them.
+    pub(super) fn lend(&mut self, disk: u16, file: File) -> Result<bool> {
+        let has = self.disks.iter().filter(|state| state.lent.is_some()).count();
         let Some(state) = self.disks.get_mut(usize::from(disk)) else {
             let what = format!("a file was lent for disk number {disk}, which there is not");
             return Err(Error::new(Kind::Usage, what));
         };
+        if has >= MAX_IMAGES {
+            return Ok(false);
+        }
         state.lent = Some(LentImage::new(file)?);
-        Ok(())
+        Ok(true)
+    }
+
+    /// Closes what was lent: whoever hears of the session's end may want to take it away.
+    pub(super) fn give_back(&mut self) {
+        self.disks.iter_mut().for_each(|state| state.lent = None);
     }
 
     /// Takes in blocks that were granted, in the order of the grants, from images that were lent.
@@ -116,8 +127,8 @@ impl Session {
             return Err(Error::new(
                 Kind::Failed,
                 format!(
-                    "block {} of disk {} is not what the scan saw: the view changed under the \
-                     backup, or the plugin's memory is bad",
+                    "block {} of disk {} is not what the scan saw: the view or the image changed \
+                     under the backup, or the plugin's memory is bad",
                     question.at.block,
                     self.disks[usize::from(question.at.disk)].spec.name
                 ),

@@ -1,5 +1,6 @@
 //! Files that are handed over to the engine with a call (`SCM_RIGHTS`, unix(7)), so that what it
-//! restores goes right into them, instead of through the socket.
+//! restores goes right into them, and what it wants of a disk it reads there, instead of through
+//! the socket.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;

@@ -168,6 +168,49 @@ fn a_damaged_node_that_nobody_marked_fails_one_backup_at_most_on_any_engine() {
     host.must_restore(&healed, &image);
 }
 
+/// Scans in windows that end there, and writes meanwhile.
+fn in_windows(client: &Client, ends: &[u64]) {
+    std::thread::scope(|scope| {
+        scope.spawn(|| client.write_all().unwrap());
+        let mut first = 0;
+        for end in ends {
+            client.scan(first..*end).unwrap();
+            client.call(Event::EndWindow).unwrap();
+            first = *end;
+        }
+        client.call(Event::EndScan).unwrap();
+    });
+}
+
+#[test]
+fn a_recipe_that_is_lost_is_built_anew_over_several_windows_or_not_at_all() {
+    // Neither windows nor nodes end where the others do; the first client leaves a part out.
+    for (full_read, ends, whole) in [
+        (false, &[700, 1500][..], false),
+        (false, &[700, 1500, 3000], true),
+        (true, &[1, 2999, 3000], true),
+    ] {
+        let host = Host::new();
+        let image = different(1, 3000);
+        let before = host.begin(1, "", &image).unwrap().run().unwrap();
+        let root = before.disk("").unwrap().root.unwrap();
+        let frame = host.context.store.directories().frame_of(root.address).unwrap().unwrap();
+        flip(&host.path(&host.object_of(root.address)), frame.offset + 5);
+        host.forget();
+        let container = root.address.container;
+        let found = damage::Found { container, slots: (0, u16::MAX), how: "flipped".into() };
+        host.context.damage.met(&host.context.store, &[found], "the test");
+        let parent = if full_read { "" } else { before.snapshot.as_str() };
+        let client = host.begin(1, parent, &image).unwrap();
+        in_windows(&client, ends);
+        match client.commit() {
+            Ok(manifest) if whole => host.must_restore(&manifest, &image),
+            Ok(_) => panic!("a recipe with a hole is committed"),
+            Err(error) => assert!(!whole && error.kind() == Kind::Damaged, "{whole}: {error}"),
+        }
+    }
+}
+
 /// What is done to an object.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Harm {

@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 
 use super::*;
 use crate::error::Error;
-use crate::session::write::MAX_LENT;
+use crate::session::write::{MAX_IMAGES, MAX_LENT};
 
 fn file_of(image: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
@@ -14,7 +15,7 @@ fn file_of(image: &[u8]) -> File {
 }
 
 impl Client {
-    fn lend(&self, disk: u16, file: File) -> Result<()> {
+    fn lend(&self, disk: u16, file: File) -> Result<bool> {
         self.call(|reply| Event::Lend { disk, file, reply })
     }
 
@@ -41,7 +42,7 @@ fn a_lent_image_is_read_by_the_session() {
     let host = Host::new();
     let full = image(11, 3000, 700);
     let client = host.begin(1, "", &full).unwrap();
-    client.lend(0, file_of(&full)).unwrap();
+    assert!(client.lend(0, file_of(&full)).unwrap());
     client.scan_all().unwrap();
     client.write_all_lent().unwrap();
     let manifest = client.commit().unwrap();
@@ -81,6 +82,38 @@ fn blocks_may_come_either_way() {
     }
     host.must_restore(&client.commit().unwrap(), &image);
     host.must_be_exact(&[&image]);
+}
+
+fn is_open(path: &Path) -> bool {
+    let open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    open.filter_map(|fd| std::fs::read_link(fd.path()).ok()).any(|target| target == path)
+}
+
+#[test]
+fn a_session_has_so_many_images_and_gives_them_back() {
+    let host = Host::new();
+    let image = image(15, 10, 5);
+    let mut request = request(1, "", image.len() as u64);
+    let one = request.disks.remove(0);
+    let disk = |n: u16| DiskSpec {
+        uuid: DiskId(Uuid::from_u128(n.into())),
+        name: format!("vd{n}"),
+        ..one.clone()
+    };
+    request.disks = (0..=MAX_IMAGES as u16).map(disk).collect();
+    let begun = begin(&host.context, request, 0).unwrap();
+    let client = Client { begun, image, context: host.context.clone() };
+    let mut paths = Vec::new();
+    for disk in 0..=MAX_IMAGES as u16 {
+        let (file, path) = tempfile::NamedTempFile::new().unwrap().into_parts();
+        let taken = client.lend(disk, file).unwrap();
+        assert_eq!(taken, usize::from(disk) < MAX_IMAGES, "{disk}");
+        paths.push(path);
+    }
+    let open = || paths.iter().filter(|path| is_open(path)).count();
+    assert_eq!(open(), MAX_IMAGES);
+    client.call(|reply| Event::Abort { reason: "enough".into(), reply }).unwrap();
+    assert_eq!(open(), 0, "they are closed before the answer");
 }
 
 /// What becomes of a session whose image is another one by the time of its writing.
@@ -129,13 +162,13 @@ fn what_makes_no_sense_is_refused() {
         error.to_string()
     };
     let run = |disk, block, blocks| GrantExtent { at: Position { disk, block }, blocks };
-    let said = refused(&|client| client.lend(1, file_of(&image)));
+    let said = refused(&|client| client.lend(1, file_of(&image)).map(drop));
     assert!(said.contains("disk number 1"), "{said}");
-    let said = refused(&|client| client.lend(0, File::open("/").unwrap()));
+    let said = refused(&|client| client.lend(0, File::open("/").unwrap()).map(drop));
     assert!(said.contains("neither a file nor"), "{said}");
     let (read, _write) = std::io::pipe().unwrap();
     let read = std::sync::Mutex::new(Some(File::from(std::os::fd::OwnedFd::from(read))));
-    let said = refused(&|client| client.lend(0, read.lock().unwrap().take().unwrap()));
+    let said = refused(&|client| client.lend(0, read.lock().unwrap().take().unwrap()).map(drop));
     assert!(said.contains("neither a file nor"), "{said}");
     let said = refused(&|client| client.write_lent(&[]));
     assert!(said.contains("no blocks"), "{said}");

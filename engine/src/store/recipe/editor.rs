@@ -1,8 +1,39 @@
 //! Makes a disk's tree from its parent's tree and what changed.
 
+use std::ops::Range;
+
 use super::node::{Children, Node, NodeRef, SegmentRun, decode, encode_index, encode_segment, tag};
 use super::{FAN_OUT, FAN_OUT_BITS, NodeSource, NodeStore, Placement, Shape};
 use crate::error::{Error, Kind, Result};
+
+/// Nodes that one editor may find lost and not build anew. An edit that ends in the middle of a disk
+/// leaves one of each level; who leaves more does not put what is below them.
+const MAX_OWED: usize = 64;
+
+/// Blocks whose place in the parent's tree is lost, and of which an editor was given a part only: the
+/// tree is whole once the rest is put.
+pub struct Owed {
+    /// All blocks below the lost node.
+    pub blocks: Range<u64>,
+    /// Of these, how many were put.
+    put: u64,
+    /// Why the node cannot be read.
+    pub why: Error,
+}
+
+impl Owed {
+    /// Counts blocks that were put, none of them for the second time.
+    pub fn pay(&mut self, blocks: Range<u64>) {
+        let (from, to) = (blocks.start.max(self.blocks.start), blocks.end.min(self.blocks.end));
+        self.put += to.saturating_sub(from);
+    }
+
+    /// Whether all were put.
+    #[must_use]
+    pub fn is_paid(&self) -> bool {
+        self.put >= self.blocks.end - self.blocks.start
+    }
+}
 
 /// Edits in ascending order; holds one open node per level and one open segment.
 pub struct RecipeEditor<'a, S: NodeStore + ?Sized> {
@@ -13,6 +44,7 @@ pub struct RecipeEditor<'a, S: NodeStore + ?Sized> {
     /// From the node above the root (its child 0 is the root) down.
     open: Vec<OpenNode>,
     segment: Option<OpenSegment>,
+    owed: Vec<Owed>,
     written: u64,
 }
 
@@ -54,7 +86,8 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
         children[0] = parent;
         let top =
             OpenNode { level: height + 1, index: 0, children, old: None, lost: None, covered: 0 };
-        Ok(RecipeEditor { nodes, shape, next: 0, open: vec![top], segment: None, written: 0 })
+        let (open, owed) = (vec![top], Vec::new());
+        Ok(RecipeEditor { nodes, shape, next: 0, open, segment: None, owed, written: 0 })
     }
 
     /// Sets `count` blocks from `first_block` on; everything that is not put stays as in the
@@ -90,13 +123,38 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
     }
 
     /// The new root; `None` for a disk of zeros.
-    pub fn finish(mut self) -> Result<Option<NodeRef>> {
+    ///
+    /// # Errors
+    /// Also where a node of the parent's is lost, and not all below it was put.
+    pub fn finish(self) -> Result<Option<NodeRef>> {
+        let (root, owed) = self.finish_part()?;
+        match owed.into_iter().next() {
+            Some(owed) => Err(owed.why),
+            None => Ok(root),
+        }
+    }
+
+    /// The root as far as it is built, and what must still be put for it to be a whole disk's: the
+    /// editor was given a part of the changes.
+    ///
+    /// # Errors
+    /// When nodes cannot be read, for another reason than damage, or written.
+    pub fn finish_part(mut self) -> Result<(Option<NodeRef>, Vec<Owed>)> {
         self.close_segment()?;
         while self.open.len() > 1 {
             self.close_node()?;
         }
         let root = self.open.first().and_then(|top| top.children[0]);
-        root.map(|root| self.lift(root, self.shape.height())).transpose()
+        let root = root.map(|root| self.lift(root, self.shape.height())).transpose()?;
+        Ok((root, self.owed))
+    }
+
+    fn owe(&mut self, blocks: Range<u64>, put: u64, why: Error) -> Result<()> {
+        if self.owed.len() >= MAX_OWED {
+            return Err(why);
+        }
+        self.owed.push(Owed { blocks, put, why });
+        Ok(())
     }
 
     /// Puts what lies in one segment, or in one subtree of zeros; returns how many blocks.
@@ -198,7 +256,7 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
         let below = self.shape.blocks_below(node.index * Shape::span(node.level), node.level);
         if let Some(lost) = node.lost {
             if node.covered < below.end - below.start {
-                return Err(lost);
+                self.owe(below, node.covered, lost)?;
             }
             node.old = None; // Not to be named again, even if the new one is equal.
         }
@@ -224,9 +282,18 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
         if segment.covered < self.shape.blocks_of(segment.index)
             && let Some(old) = segment.old
         {
-            match read(self.nodes, &old, &self.shape)? {
-                Node::Segment(old) => old_runs = old,
-                Node::Index(_) => return Err(misplaced(&old)),
+            let read = match read(self.nodes, &old, &self.shape) {
+                Ok(Node::Segment(runs)) => Ok(runs),
+                Ok(Node::Index(_)) => Err(misplaced(&old)),
+                Err(error) => Err(error),
+            };
+            match read {
+                Ok(runs) => old_runs = runs,
+                Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {
+                    let below = self.shape.blocks_below(segment.index, 0);
+                    self.owe(below, segment.covered.into(), error)?;
+                }
+                Err(error) => return Err(error),
             }
         }
         overlay(&old_runs, &segment.puts, &mut runs);

@@ -14,7 +14,7 @@ mod stored;
 #[cfg(test)]
 mod tests;
 
-pub use editor::RecipeEditor;
+pub use editor::{Owed, RecipeEditor};
 #[cfg(any(test, fuzzing))]
 pub(crate) use node::decode_node;
 pub use node::{NodeRef, fingerprint};

@@ -273,6 +273,20 @@ fn a_node_beyond_the_disks_end_is_said_to_be_one() {
     assert_eq!(blocks, shorter.blocks());
 }
 
+/// Loses the last node that was written of a level (of level 2 that is the root); the blocks below it.
+fn lose_one(nodes: &mut Memory, root: Option<NodeRef>, shape: Shape, level: u8) -> Range<u64> {
+    let of = |bytes: &[u8]| if bytes[0] == b'S' { 0 } else { bytes[2] };
+    let of_level = nodes.nodes.iter().filter(|(_, bytes)| of(bytes) == level);
+    let victim = *of_level.map(|(address, _)| address).max_by_key(|a| a.to_string()).unwrap();
+    nodes.nodes.remove(&victim);
+    let reader = RecipeReader::new(&*nodes, root, shape).unwrap();
+    let mut runs = reader.all_runs().tolerant();
+    while runs.next().unwrap().is_some() {}
+    let lost = runs.take_lost();
+    assert_eq!(lost.len(), 1);
+    lost[0].first_block..lost[0].first_block + lost[0].count
+}
+
 #[test]
 fn a_damaged_node_is_healed_by_putting_all_below_it() {
     let shape = Shape::new((3 << 30) + 5000, 4096);
@@ -280,19 +294,7 @@ fn a_damaged_node_is_healed_by_putting_all_below_it() {
         let (mut nodes, mut model) = (Memory::default(), Model::new());
         let mut rng = StdRng::seed_from_u64(u64::from(damaged_level));
         let old = edit(&mut rng, &mut nodes, &mut model, None, shape);
-        // The last one written of a level: of level 2 that is the root.
-        let magic = |bytes: &[u8]| if bytes[0] == b'S' { 0 } else { bytes[2] };
-        let of_level = nodes.nodes.iter().filter(|(_, bytes)| magic(bytes) == damaged_level);
-        let victim = *of_level.map(|(address, _)| address).max_by_key(|a| a.to_string()).unwrap();
-        nodes.nodes.remove(&victim);
-        let lost = {
-            let reader = RecipeReader::new(&nodes, old, shape).unwrap();
-            let mut runs = reader.all_runs().tolerant();
-            while runs.next().unwrap().is_some() {}
-            runs.take_lost()
-        };
-        assert_eq!(lost.len(), 1);
-        let below = lost[0].first_block..lost[0].first_block + lost[0].count;
+        let below = lose_one(&mut nodes, old, shape, damaged_level);
         // One block less is not enough.
         for missing in [1, 0] {
             let mut editor = RecipeEditor::new(&mut nodes, old, shape).unwrap();
@@ -305,6 +307,36 @@ fn a_damaged_node_is_healed_by_putting_all_below_it() {
                 assert!(read_all(reader.all_runs()) == expected(&model, 0..shape.blocks()));
             }
         }
+    }
+}
+
+#[test]
+fn what_is_put_in_parts_heals_a_damaged_node_too() {
+    let shape = Shape::new((3 << 30) + 5000, 4096);
+    for (damaged_level, tenths) in (0..3).flat_map(|level| [0, 3, 10].map(|cut| (level, cut))) {
+        let (mut nodes, mut model) = (Memory::default(), Model::new());
+        let mut rng = StdRng::seed_from_u64(u64::from(damaged_level));
+        let old = edit(&mut rng, &mut nodes, &mut model, None, shape);
+        let below = lose_one(&mut nodes, old, shape, damaged_level);
+        let blocks = below.end - below.start;
+        let cut = below.start + (blocks * tenths / 10).clamp(1, blocks - 1);
+        let (mut root, mut owed): (_, Vec<Owed>) = (old, Vec::new());
+        for part in [below.start..cut, cut..below.end] {
+            let last = part.end == below.end;
+            let mut editor = RecipeEditor::new(&mut nodes, root, shape).unwrap();
+            for run in expected(&model, part) {
+                editor.put(run.first_block, run.count, run.placement).unwrap();
+                let put = run.first_block..run.first_block + run.count;
+                owed.iter_mut().for_each(|owed| owed.pay(put.clone()));
+            }
+            let more;
+            (root, more) = editor.finish_part().unwrap();
+            owed.retain(|owed| !owed.is_paid());
+            owed.extend(more);
+            assert_eq!(owed.is_empty(), last, "level {damaged_level}, {tenths} tenths");
+        }
+        let reader = RecipeReader::new(&nodes, root, shape).unwrap();
+        assert!(read_all(reader.all_runs()) == expected(&model, 0..shape.blocks()));
     }
 }
 
