@@ -364,6 +364,13 @@ fn images_that_are_lent_and_are_not_the_disk() {
             .await;
         broken(&engine, "usage", "no blocks", async |s| write_lent(s, (0, 0, 0)).await).await;
         broken(&engine, "usage", "at most", async |s| write_lent(s, (0, 0, u32::MAX)).await).await;
+        broken(&engine, "usage", "runs to be read", async |s| {
+            let mut request = s.write_lent_request();
+            request.get().init_runs(2000);
+            request.send().promise.await.map(drop)?;
+            Ok(())
+        })
+        .await;
         engine.serves_others(2).await;
     });
 }

@@ -18,7 +18,7 @@ use super::to_wire;
 use crate::error::{Error, Kind, Result};
 use crate::session::MAX_LENT;
 use crate::session::begin::ClientEnd;
-use crate::session::event::{Event, Reply};
+use crate::session::event::{Alone, Event, Reply};
 use crate::session::registry::Progress;
 
 /// How long the client of a session may say nothing: it keeps a place from others. Ours ask for
@@ -38,7 +38,7 @@ pub(super) struct BackupServer {
     /// The connection's messages, and the files that came with them.
     flow: Rc<Flow>,
     /// Held by a call about images that were lent.
-    lent: Mutex<()>,
+    lent: Arc<Mutex<()>>,
     held: Rc<Held>,
     /// Ends the session when its client has said nothing for too long.
     watch: JoinHandle<()>,
@@ -71,11 +71,21 @@ impl BackupServer {
         let held = Rc::new(Held { place, last_call: Cell::new(Instant::now()) });
         let watch = end_when_idle(Rc::clone(&held), client.events.clone(), IDLE);
         let watch = tokio::task::spawn_local(watch);
-        BackupServer { client, progress, messages, flow, lent: Mutex::new(()), held, watch }
+        BackupServer { client, progress, messages, flow, lent: Arc::default(), held, watch }
     }
 
     fn called(&self) {
         self.held.last_call.set(Instant::now());
+    }
+
+    /// The turn of a call about images that were lent, which goes with it: a call that its client
+    /// gives up still waits for the session.
+    fn turn_of_lent(&self) -> std::result::Result<Alone, capnp::Error> {
+        let turn = Arc::clone(&self.lent).try_lock_owned();
+        turn.map(Some).map_err(|_| {
+            let what = "images are lent, and read from, by one call at a time";
+            to_wire(&Error::new(Kind::Usage, what))
+        })
     }
 
     /// Sends an event and waits for its answer.
@@ -119,10 +129,6 @@ async fn end_when_idle(held: Rc<Held>, events: crossbeam_channel::Sender<Event>,
     // An error means that its thread has ended, too.
     let _ = ended.await;
     drop(held.place.take());
-}
-
-fn one_at_a_time() -> Error {
-    Error::new(Kind::Usage, "images are lent, and read from, by one call at a time")
 }
 
 fn ended() -> Error {
@@ -199,10 +205,11 @@ impl backup_session::Server for BackupServer {
     ) -> std::result::Result<(), capnp::Error> {
         let params = params.get()?;
         let disk = params.get_disk();
-        let _alone = self.lent.try_lock().map_err(|_| to_wire(&one_at_a_time()))?;
+        let alone = self.turn_of_lent()?;
         // One that did not arrive is no error: the client sends data, too.
         let Some(file) = self.flow.files.take(params.get_file()) else { return Ok(()) };
-        results.get().set_taken(self.call(|reply| Event::Lend { disk, file, reply }).await?);
+        let taken = self.call(|reply| Event::Lend { disk, file, alone, reply }).await?;
+        results.get().set_taken(taken);
         Ok(())
     }
 
@@ -211,7 +218,7 @@ impl backup_session::Server for BackupServer {
         params: backup_session::WriteLentParams,
         _: backup_session::WriteLentResults,
     ) -> std::result::Result<(), capnp::Error> {
-        let _alone = self.lent.try_lock().map_err(|_| to_wire(&one_at_a_time()))?;
+        let alone = self.turn_of_lent()?;
         let runs = params.get()?.get_runs()?;
         if runs.len() > MAX_LENT_RUNS {
             let message =
@@ -219,7 +226,7 @@ impl backup_session::Server for BackupServer {
             return Err(to_wire(&Error::new(Kind::Usage, message)));
         }
         let runs = convert::grants(runs);
-        self.call(|reply| Event::WriteLent { runs, reply }).await
+        self.call(|reply| Event::WriteLent { runs, alone, reply }).await
     }
 
     async fn commit(

@@ -279,17 +279,7 @@ fn plan_disk(
 ) -> Result<(DiskState, DiskPlan)> {
     let shape = Shape::new(spec.size, context.store.block_size());
     let before = latest.and_then(|m| m.disks.iter().find(|d| d.uuid == spec.uuid));
-    let mut state = DiskState {
-        spec: spec.clone(),
-        shape,
-        incremental: false,
-        parent_root: None,
-        parent_shape: shape,
-        root: None,
-        covered: 0,
-        lent: None,
-        owed: Vec::new(),
-    };
+    let mut state = DiskState::new(spec, shape);
     let mut plan = DiskPlan { incremental: false, reason: String::new(), forced: Vec::new() };
     let Some(before) = before else {
         if !spec.parent.is_empty() {

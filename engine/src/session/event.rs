@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedMutexGuard, oneshot};
 
 use super::spool::Position;
 use crate::error::Result;
@@ -11,6 +11,9 @@ use crate::store::manifest::Manifest;
 
 /// Where the answer to a call goes.
 pub type Reply<T> = oneshot::Sender<Result<T>>;
+
+/// The turn of a call of which one at a time may be there, whatever its caller does.
+pub type Alone = Option<OwnedMutexGuard<()>>;
 
 /// Events that wait for a session's thread at most. The plugin's calls are bounded by
 /// their flow control; a client that sends more than this at once is refused.
@@ -88,6 +91,8 @@ pub enum Event {
         disk: u16,
         /// As the plugin handed it over.
         file: File,
+        /// Until it is dropped no other such call comes.
+        alone: Alone,
         /// Whether it is taken.
         reply: Reply<bool>,
     },
@@ -95,6 +100,8 @@ pub enum Event {
     WriteLent {
         /// Which, in the order in which they were granted.
         runs: Vec<GrantExtent>,
+        /// Until it is dropped no other such call comes.
+        alone: Alone,
         /// Answered when they are taken in.
         reply: Reply<()>,
     },

@@ -1,5 +1,6 @@
 //! The end of the way: places into recipes, recipes and the rest into the manifest.
 
+use super::begin::DiskSpec;
 use super::lent::LentImage;
 use super::spool::Position;
 use super::stages::Session;
@@ -11,7 +12,7 @@ use crate::store::recipe::{NodeRef, NodeStore, Owed, Placement, RecipeEditor, Sh
 
 /// A disk of the session on its way into the manifest.
 pub(super) struct DiskState {
-    pub(super) spec: super::begin::DiskSpec,
+    pub(super) spec: DiskSpec,
     pub(super) shape: Shape,
     pub(super) incremental: bool,
     /// The parent's recipe of this disk: what is compared with.
@@ -27,6 +28,37 @@ pub(super) struct DiskState {
     pub(super) lent: Option<LentImage>,
 }
 
+impl DiskState {
+    /// A disk of which nothing is known yet, without a parent.
+    pub(super) fn new(spec: &DiskSpec, shape: Shape) -> Self {
+        DiskState {
+            spec: spec.clone(),
+            shape,
+            incremental: false,
+            parent_root: None,
+            parent_shape: shape,
+            root: None,
+            owed: Vec::new(),
+            covered: 0,
+            lent: None,
+        }
+    }
+
+    /// Fails where a block before `end` would have to be put for the recipe to be whole.
+    fn expect_nothing_before(&mut self, end: u64) -> Result<()> {
+        let Some(at) = self.owed.iter().position(|owed| owed.blocks.end <= end) else {
+            return Ok(());
+        };
+        let Owed { blocks, why, .. } = self.owed.swap_remove(at);
+        let (first, last) = (blocks.start, blocks.end - 1);
+        let disk = &self.spec.name;
+        let what = format!(
+            "where the blocks {first} to {last} of disk {disk} are is lost, and not all of them were read"
+        );
+        Err(Error::caused(why.kind(), what, why))
+    }
+}
+
 /// Puts a settled window into the recipes of its disks.
 pub(super) fn place_window<N: NodeStore>(
     window: Window,
@@ -38,19 +70,23 @@ pub(super) fn place_window<N: NodeStore>(
     while let Some((Position { disk, .. }, _)) = next {
         let Some(state) = disks.get_mut(usize::from(disk)) else { break };
         let mut editor = RecipeEditor::new(nodes, state.root, state.shape)?;
+        let mut end = 0;
         while let Some((at, placed)) = next.filter(|(at, _)| at.disk == disk) {
             let (count, placement) = match placed {
                 Placed::Zero(count) => (count, Placement::Zero),
                 Placed::At(address, count) => (count, Placement::At(address)),
             };
             editor.put(at.block, count, placement)?;
-            state.owed.iter_mut().for_each(|owed| owed.pay(at.block..at.block + count));
+            end = at.block + count;
+            state.owed.iter_mut().for_each(|owed| owed.pay(at.block..end));
             next = placements.next()?;
         }
         let (root, owed) = editor.finish_part()?;
         state.root = root;
         state.owed.retain(|owed| !owed.is_paid());
         state.owed.extend(owed);
+        // Blocks ascend: what is behind us does not come any more.
+        state.expect_nothing_before(end)?;
     }
     Ok(())
 }
@@ -78,10 +114,9 @@ impl Session {
                 ));
             }
         }
-        if let Some(owed) = self.disks.iter_mut().find_map(|state| state.owed.pop()) {
-            self.recipe_is_lost();
-            return Err(owed.why);
-        }
+        let whole =
+            self.disks.iter_mut().try_for_each(|state| state.expect_nothing_before(u64::MAX));
+        whole.inspect_err(|_| self.recipe_is_lost())?;
         self.seal_nodes()?;
         let manifest = self.manifest(point_in_time_ms, bitmaps);
         if let Err(error) = publish(&self.context.manifests, &manifest) {

@@ -111,12 +111,15 @@ impl Session {
                 let outcome = self.guarded(|s| s.write(&runs, &data));
                 let _ = reply.send(outcome);
             }
-            Event::Lend { disk, file, reply } => {
+            Event::Lend { disk, file, alone, reply } => {
                 let outcome = self.guarded(|s| s.lend(disk, file));
+                // Before the answer, which the next one may follow at once.
+                drop(alone);
                 let _ = reply.send(outcome);
             }
-            Event::WriteLent { runs, reply } => {
+            Event::WriteLent { runs, alone, reply } => {
                 let outcome = self.guarded(|s| s.write_lent(&runs));
+                drop(alone);
                 let _ = reply.send(outcome);
             }
             Event::EndWindow(reply) => match self.guarded(Session::end_window) {

@@ -16,11 +16,11 @@ fn file_of(image: &[u8]) -> File {
 
 impl Client {
     fn lend(&self, disk: u16, file: File) -> Result<bool> {
-        self.call(|reply| Event::Lend { disk, file, reply })
+        self.call(|reply| Event::Lend { disk, file, alone: None, reply })
     }
 
     fn write_lent(&self, runs: &[GrantExtent]) -> Result<()> {
-        self.call(|reply| Event::WriteLent { runs: runs.to_vec(), reply })
+        self.call(|reply| Event::WriteLent { runs: runs.to_vec(), alone: None, reply })
     }
 
     /// Has everything read that is granted.
@@ -54,10 +54,15 @@ fn a_lent_image_is_read_by_the_session() {
     let mut padded = long[..long.len() - 1000].to_vec();
     padded.resize(long.len(), 0);
     let client = host.begin(2, "", &padded).unwrap();
-    client.lend(0, file_of(&padded[..long.len() - 1000])).unwrap();
+    let (mut file, path) = tempfile::NamedTempFile::new().unwrap().into_parts();
+    file.write_all(&padded[..long.len() - 1000]).unwrap();
+    client.lend(0, file).unwrap();
     client.scan_all().unwrap();
     client.write_all_lent().unwrap();
-    host.must_restore(&client.commit().unwrap(), &padded);
+    assert!(is_open(&path));
+    let manifest = client.commit().unwrap();
+    assert!(!is_open(&path), "it is closed before the answer");
+    host.must_restore(&manifest, &padded);
     host.must_be_exact(&[&full, &padded]);
 }
 

@@ -7,7 +7,7 @@ use super::{FAN_OUT, FAN_OUT_BITS, NodeSource, NodeStore, Placement, Shape};
 use crate::error::{Error, Kind, Result};
 
 /// Nodes that one editor may find lost and not build anew. An edit that ends in the middle of a disk
-/// leaves one of each level; who leaves more does not put what is below them.
+/// leaves one or two; who leaves many does not put what is below them.
 const MAX_OWED: usize = 64;
 
 /// Blocks whose place in the parent's tree is lost, and of which an editor was given a part only: the
