@@ -26,7 +26,8 @@ const SUBMIT_AFTER: Duration = Duration::from_millis(500);
 
 /// Blocks of data in the first window, each further one has twice as many: so the writing begins soon
 /// and has about as much to do as the scan beside it, and the largest have few before them. What is
-/// smaller, as most increments are, is detected at once.
+/// smaller, as most increments are, is detected at once. Under a limit the guest comes before the
+/// hurry: it feels reads, hashing and compression less one after the other.
 const FIRST_WINDOW: u64 = 64 << 10;
 
 /// What scanning and writing share.
@@ -255,7 +256,10 @@ impl<'a, B: BackupSession> Batch<'a, B> {
             fingerprints: Vec::with_capacity(BLOCKS_PER_SUBMIT * FINGERPRINT_LEN),
             told: Instant::now(),
             window: 0,
-            most: FIRST_WINDOW.min(shared.window),
+            most: match shared.limit.is_set() {
+                true => shared.window,
+                false => FIRST_WINDOW.min(shared.window),
+            },
             largest: shared.window,
             piece: (READ_SIZE / shared.block_size) as usize,
         }
