@@ -21,7 +21,6 @@ mod window;
 mod write;
 
 pub(crate) use stages::position;
-pub use write::MAX_LENT;
 
 use std::sync::Arc;
 
@@ -80,5 +79,7 @@ impl Context {
 pub const BLOCKS_PER_WINDOW: u64 = 4 << 20;
 /// Extents in one answer of grants.
 pub const GRANTS_PER_CALL: usize = 4096;
+/// Bytes of lent images that one call may name.
+pub const MAX_LENT: u64 = 4 << 20;
 /// Blocks in one batch of the scan: 160 KiB of fingerprints.
 pub const BLOCKS_PER_SUBMIT: usize = 8192;

@@ -3,13 +3,13 @@
 
 use std::fs::File;
 
-use super::GRANTS_PER_CALL;
 use super::event::{GrantExtent, Grants};
 use super::lent::LentImage;
 use super::registry::Progress;
 use super::spool::Position;
 use super::stages::{Session, position};
 use super::window::Question;
+use super::{GRANTS_PER_CALL, MAX_LENT};
 use crate::error::{Error, Kind, Result};
 use crate::ids::Address;
 use crate::store::container::{ContainerKind, SealedContainer};
@@ -17,8 +17,6 @@ use crate::store::container::{ContainerKind, SealedContainer};
 /// Bytes that are read at once from an image that was lent: so much is in the processor's cache
 /// while it is fingerprinted and packed.
 const LENT_READ: u64 = 64 << 10;
-/// Bytes of such an image that one call may name.
-pub const MAX_LENT: u64 = 4 << 20;
 /// Images that a session takes: each is a descriptor of this process. VMs hardly have more disks.
 pub(super) const MAX_IMAGES: usize = 8;
 

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use super::*;
 use crate::error::Error;
-use crate::session::write::{MAX_IMAGES, MAX_LENT};
+use crate::session::MAX_LENT;
+use crate::session::write::MAX_IMAGES;
 
 fn file_of(image: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();

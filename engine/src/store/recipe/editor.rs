@@ -225,9 +225,7 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
             // A damaged node does not keep a backup from being made that puts all below it.
             let (children, lost) = match self.children_of(old, below) {
                 Ok(children) => (children, None),
-                Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {
-                    (Box::new([None; FAN_OUT]), Some(error))
-                }
+                Err(error) if is_lost(&error) => (Box::new([None; FAN_OUT]), Some(error)),
                 Err(error) => return Err(error),
             };
             let index = segment / Shape::span(below);
@@ -289,7 +287,7 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
             };
             match read {
                 Ok(runs) => old_runs = runs,
-                Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {
+                Err(error) if is_lost(&error) => {
                     let below = self.shape.blocks_below(segment.index, 0);
                     self.owe(below, segment.covered.into(), error)?;
                 }
@@ -317,7 +315,7 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
     fn is_sound(&self, node: &NodeRef) -> Result<bool> {
         match read(self.nodes, node, &self.shape) {
             Ok(_) => Ok(true),
-            Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => Ok(false),
+            Err(error) if is_lost(&error) => Ok(false),
             Err(error) => Err(error),
         }
     }
@@ -341,6 +339,11 @@ impl<'a, S: NodeStore + ?Sized> RecipeEditor<'a, S> {
         }
         Ok(node)
     }
+}
+
+/// Whether this is not only away, as where the store cannot be read for now.
+fn is_lost(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Damaged | Kind::NotFound)
 }
 
 /// The place, in the node above it, of the node of `level` that `segment` is in.
