@@ -13,6 +13,7 @@ pub mod fuzzing;
 pub mod hash_pool;
 pub mod image;
 pub mod nbd;
+pub mod pace;
 pub mod progress;
 pub mod qmp;
 pub mod read_limit;

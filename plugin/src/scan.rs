@@ -42,8 +42,8 @@ pub struct Shared {
     pub pool: HashPool,
     /// Read blocks that may have to be written.
     pub cache: RefCell<Cache>,
-    /// The operator's limit.
-    pub limit: ReadLimit,
+    /// How fast it may be read.
+    pub limit: Rc<ReadLimit>,
     /// Which disks were lent to the engine: it reads itself what it wants to have of them.
     pub lent: Vec<bool>,
     /// Bytes of disk looked at so far.
@@ -56,6 +56,11 @@ impl Shared {
     /// Whether the engine has this disk's image.
     pub(crate) fn is_lent(&self, disk: DiskIndex) -> bool {
         self.lent.get(usize::from(disk.0)).is_some_and(|lent| *lent)
+    }
+
+    /// Most blocks that one read may get now.
+    pub(crate) fn blocks_per_read(&self) -> u32 {
+        (self.limit.read_size() / self.block_size).max(1)
     }
 }
 
@@ -117,7 +122,7 @@ where
                 None => break,
             },
         };
-        let (piece, left) = split(work, shared.block_size);
+        let (piece, left) = split(work, shared.blocks_per_read());
         rest = left;
         queue.push_back(begin(shared, index, &disk.source, piece));
     }
@@ -128,8 +133,7 @@ where
 }
 
 /// Cuts the first read off an item.
-fn split(work: Work, block_size: u32) -> (Work, Option<Work>) {
-    let most = READ_SIZE / block_size;
+fn split(work: Work, most: u32) -> (Work, Option<Work>) {
     if work.action == Action::Zero || work.blocks <= most {
         return (work, None);
     }

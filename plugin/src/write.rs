@@ -10,7 +10,7 @@ use crate::engine::{BackupSession, DiskIndex, Grant, MAX_LENT};
 use crate::error::{Context, Error, Kind, Result};
 use crate::nbd::Buffer;
 use crate::scan::{AbortOnDrop, Shared};
-use crate::source::{DiskSource, READ_SIZE};
+use crate::source::DiskSource;
 
 /// Serves grants until everything is settled.
 ///
@@ -138,7 +138,7 @@ impl Parcel {
         sources: &[Rc<S>],
         pieces: &mut Pieces<'_>,
     ) -> Result<Option<Parcel>> {
-        let most = READ_SIZE / shared.block_size;
+        let most = shared.blocks_per_read();
         let mut parcel = Parcel::default();
         let mut blocks = 0;
         while let Some((piece, cached)) = pieces.peek(shared) {
@@ -258,7 +258,7 @@ impl<'a> Pieces<'a> {
         {
             self.blocks += u64::from(more.blocks);
         }
-        let most = self.blocks.min(u64::from(READ_SIZE / shared.block_size));
+        let most = self.blocks.min(u64::from(shared.blocks_per_read()));
         let at = (self.disk, self.first);
         let cache = shared.cache.borrow();
         let cached = cache.get(at, most);

@@ -26,6 +26,8 @@ pub struct Disk {
     pub format: String,
     /// Is it served by a thread of its own?
     pub iothread: bool,
+    /// Bytes per second that whoever uses it has together, where that is less than it could.
+    pub throttled: Option<u64>,
 }
 
 /// What a guest is made of; starting it again is a restart.
@@ -90,7 +92,8 @@ impl Machine {
     #[must_use]
     pub fn with_image(mut self, path: &Path, format: &str) -> Self {
         let name = self.next_name();
-        self.disks.push(Disk { name, path: path.into(), format: format.into(), iothread: false });
+        let (path, format) = (path.into(), format.into());
+        self.disks.push(Disk { name, path, format, iothread: false, throttled: None });
         self
     }
 
@@ -99,6 +102,15 @@ impl Machine {
     pub fn with_iothread(mut self) -> Self {
         if let Some(disk) = self.disks.last_mut() {
             disk.iothread = true;
+        }
+        self
+    }
+
+    /// Makes the last disk slow: the guest, and who reads its view, share so many bytes per second.
+    #[must_use]
+    pub fn throttled(mut self, bytes_per_second: u64) -> Self {
+        if let Some(disk) = self.disks.last_mut() {
+            disk.throttled = Some(bytes_per_second);
         }
         self
     }
@@ -125,7 +137,9 @@ impl Machine {
     pub fn nodes(&self) -> Vec<String> {
         self.disks
             .iter()
-            .flat_map(|disk| [format!("{}-node", disk.name), format!("{}-file", disk.name)])
+            .flat_map(|Disk { name, .. }| {
+                ["node", "file", "slow"].map(|part| format!("{name}-{part}"))
+            })
             .collect()
     }
 
@@ -202,9 +216,18 @@ impl Disk {
         let mut arguments = vec![
             "-blockdev".into(),
             format!("driver=file,node-name={name}-file,filename={path},discard=unmap"),
-            "-blockdev".into(),
-            format!("driver={format},node-name={name}-node,file={name}-file,discard=unmap"),
         ];
+        let mut file = format!("{name}-file");
+        if let Some(rate) = self.throttled {
+            let group = format!("throttle-group,id={name}-rate,x-bps-total={rate}");
+            let slow = format!(
+                "driver=throttle,node-name={name}-slow,throttle-group={name}-rate,file={file}"
+            );
+            arguments.extend(["-object".into(), group, "-blockdev".into(), slow]);
+            file = format!("{name}-slow");
+        }
+        let image = format!("driver={format},node-name={name}-node,file={file},discard=unmap");
+        arguments.extend(["-blockdev".into(), image]);
         let mut device = format!("virtio-blk-pci,id={name},drive={name}-node");
         if self.iothread {
             arguments.extend(["-object".into(), format!("iothread,id={name}-io")]);

@@ -47,6 +47,7 @@ fn usage() -> Result {
     let table: &[(&[&str], &[&str])] = &[
         (&["backup", "x", "--qmp", "/nowhere", "--scratch-max", "20"], &["unit", "20"]),
         (&["backup", "x", "--qmp", "/nowhere", "--read-limit", "200"], &["unit", "200"]),
+        (&["backup", "x", "--image", "vda=/nowhere", "--no-pacing"], &["--no-pacing", "--image"]),
         (&["backup", "x", "--image", "vda"], &["vda", "DISK=FILE"]),
         (&["backup", "x", "--qmp", "/a", "--image", "vda=/b"], &["--image", "--qmp"]),
         (&["backup"], &["VM"]),

@@ -17,14 +17,17 @@ use crate::engine::{self, BackupPlan, BackupRequest, DiskRequest, Engine, Snapsh
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::extents::PlanInput;
 use crate::nbd::{ConnectOptions, NbdError, NbdTarget};
+use crate::pace::{Pace, Reads};
 use crate::progress::Report;
 use crate::qmp::bitmap::{self, Action, DiskPlan, Fate, Known, KnownDisk};
 use crate::qmp::disk::{self, Disk};
 use crate::qmp::guard::{self, Guard};
+use crate::qmp::load::Load;
 use crate::qmp::recover;
 use crate::qmp::running::Lock;
 use crate::qmp::session::Session as Qemu;
 use crate::qmp::view::{self, Outcome, View, Way};
+use crate::read_limit::ReadLimit;
 use crate::scan::ScanDisk;
 use crate::source::{DiskSource, NbdDisk, READ_SIZE};
 use crate::vms::Vm;
@@ -86,9 +89,11 @@ pub async fn live(
         Err(error) => Err(error.into()),
     };
     match result {
-        Ok((snapshot, scratch)) => {
+        Ok((snapshot, seen)) => {
             let mut message = Committed::new(&snapshot, begun.elapsed());
-            (message.scratch_peak, message.scratch_max) = (scratch.0, Some(scratch.1));
+            (message.scratch_peak, message.scratch_max) =
+                (seen.scratch_peak, Some(seen.scratch_max));
+            message.paced_to = seen.paced_to;
             report.send(&message);
             Ok(())
         }
@@ -279,21 +284,31 @@ impl Found {
     }
 }
 
-/// From the guard to the end of the view; the snapshot, and the peak and cap of the scratch. The VM
-/// is as it was when this returns an error, or the guard sees to it.
+/// What only the plugin knows of a backup, bytes.
+struct Seen {
+    scratch_peak: u64,
+    scratch_max: u64,
+    /// A second.
+    paced_to: Option<u64>,
+}
+
+/// From the guard to the end of the view. The VM is as it was when this returns an error, or the guard
+/// sees to it.
 async fn backup(
     context: &Context<'_>,
     (qemu, vm): (&Qemu, &Vm),
     found: &Found,
     request: &BackupRequest,
     admitted: &mut Admitted,
-) -> std::result::Result<(Snapshot, (u64, u64)), Failure> {
+) -> std::result::Result<(Snapshot, Seen), Failure> {
     let Context { report, engine, options, stop } = *context;
     let program = std::env::current_exe().context(|| "cannot find our own program".to_owned())?;
     let log = options.run_dir.join("guard.log");
     let guard_options = guard::Options { program, log, run_dir: options.run_dir.clone() };
     let mut guard = Guard::spawn(&guard_options, vm)?;
     stop.check()?;
+    // Before the point in time: a guest that is busy is to be known as soon as there is something to read.
+    let before = (Load::of(qemu).await.map_err(Error::from)?, Instant::now());
     let snapshot = admitted.plan.snapshot.0.clone();
     let wanted = view::Request {
         store: engine.info().store.to_string(),
@@ -320,10 +335,24 @@ async fn backup(
     view.warnings().iter().for_each(|warning| report.warn(warning));
 
     let forced = found.forced.clone();
-    let mut held =
-        HeldView { context, qemu, found, view: &mut view, guard: &mut guard, forced, since };
+    let limit = Rc::new(ReadLimit::new(options.read_limit));
+    let mut held = HeldView {
+        context,
+        qemu,
+        found,
+        view: &mut view,
+        guard: &mut guard,
+        forced,
+        since,
+        limit: Rc::clone(&limit),
+        before,
+    };
     let result = until_committed(context, request, &mut held, admitted).await;
-    let scratch = (view.scratch_peak(), view.scratch_cap());
+    let seen = Seen {
+        scratch_peak: view.scratch_peak(),
+        scratch_max: view.scratch_cap(),
+        paced_to: limit.slowest_pace(),
+    };
     let outcome = match &result {
         Ok(_) => Outcome::Committed,
         Err(failure) if failure.ambiguous => Outcome::Unknown,
@@ -342,7 +371,7 @@ async fn backup(
             ));
         }
     }
-    result.map(|snapshot| (snapshot, scratch))
+    result.map(|snapshot| (snapshot, seen))
 }
 
 /// A view of a running VM, until it is ended.
@@ -354,6 +383,9 @@ struct HeldView<'a> {
     guard: &'a mut Guard,
     forced: Vec<Vec<std::ops::Range<u64>>>,
     since: Instant,
+    limit: Rc<ReadLimit>,
+    /// What the guest had been answered when.
+    before: (Load, Instant),
 }
 
 impl Held for HeldView<'_> {
@@ -444,7 +476,11 @@ impl HeldView<'_> {
                 true => found.disks[i].size,
                 false => found.bytes(i),
             });
-            transfer(self.context, admitted, disks, total.sum()).await
+            let total = total.sum();
+            tokio::select! {
+                result = transfer(self.context, admitted, disks, total, &self.limit) => result,
+                never = self.keep_pace(total) => match never {},
+            }
         };
         match read.await {
             // The view knows better why a read failed than the read itself.
@@ -453,6 +489,26 @@ impl HeldView<'_> {
             }
             outcome => outcome,
         }
+    }
+
+    /// Slows the reads down while the guest waits too long beside them; no more once half of the scratch is
+    /// taken, as a guest that writes as fast would take the rest before a slow backup ends.
+    async fn keep_pace(&self, bytes: u64) -> Infallible {
+        let Context { options, .. } = *self.context;
+        let (mut load, mut at) = self.before;
+        let mut read = self.limit.admitted();
+        let mut pace = Pace::new(bytes, options.max_hold);
+        while options.pacing && self.view.scratch_peak() <= self.view.scratch_cap() / 2 {
+            // A QEMU that does not answer is noticed by who watches the view.
+            let Ok(now) = Load::of(self.qemu).await else { break };
+            let (since, admitted) = (at.elapsed(), self.limit.admitted());
+            let (reads, time) = pace.next(&now.since(&load), admitted - read, since);
+            (load, at, read) = (now, at + since, admitted);
+            self.limit.pace(at, reads, time);
+            tokio::time::sleep(time).await;
+        }
+        self.limit.pace(Instant::now(), Reads::Freely, Duration::ZERO);
+        std::future::pending().await
     }
 
     async fn connect(&self, plan: &BackupPlan) -> Result<Vec<ScanDisk<NbdDisk>>> {

@@ -184,6 +184,8 @@ pub(super) struct Committed {
     pub(super) counts: Counts,
     pub(super) scratch_peak: u64,
     pub(super) scratch_max: Option<u64>,
+    /// The slowest pace beside a busy guest, bytes per second.
+    pub(super) paced_to: Option<u64>,
     /// Most anonymous memory of this process.
     pub(super) peak_memory: u64,
 }
@@ -200,6 +202,7 @@ impl Committed {
             counts: snapshot.counts,
             scratch_peak: 0,
             scratch_max: None,
+            paced_to: None,
             peak_memory: peak_memory(),
         }
     }
@@ -231,6 +234,10 @@ impl Message for Committed {
         }
         if let Some(most) = self.scratch_max {
             text.push_str(&format!(" of {}", human_bytes(most)));
+        }
+        if let Some(rate) = self.paced_to {
+            let rate = human_bytes(rate);
+            text.push_str(&format!("   paced: down to {rate}/s, as the guest was busy"));
         }
         text
     }

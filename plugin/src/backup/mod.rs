@@ -69,6 +69,8 @@ pub struct Options {
     pub scratch_max: Option<u64>,
     /// Most bytes per second read from the disks.
     pub read_limit: Option<u64>,
+    /// Read no faster than a busy guest bears.
+    pub pacing: bool,
     /// Read everything.
     pub full: bool,
     /// Longest time to hold the view.
@@ -204,6 +206,7 @@ async fn transfer<S: DiskSource + 'static>(
     Admitted { plan, session }: &Admitted,
     disks: Vec<ScanDisk<S>>,
     total: u64,
+    limit: &Rc<ReadLimit>,
 ) -> Result<()> {
     let Context { report, engine, options, .. } = *context;
     let info = engine.info();
@@ -214,7 +217,7 @@ async fn transfer<S: DiskSource + 'static>(
         window: BLOCKS_PER_WINDOW,
         pool: HashPool::start(&fingerprinter, info.block_size)?,
         cache: RefCell::new(Cache::new(plan.cache as usize, info.block_size)),
-        limit: ReadLimit::new(options.read_limit),
+        limit: Rc::clone(limit),
         lent: lend(session, &disks, options).await?,
         scanned: Cell::new(0),
         read: Cell::new(0),

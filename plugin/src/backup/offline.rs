@@ -26,6 +26,7 @@ use crate::progress::Report;
 use crate::qmp::bitmap::{self, Action, Base, Bitmap, BitmapName, DiskPlan, Known};
 use crate::qmp::disk::Disk;
 use crate::qmp::session::uuid_of_name;
+use crate::read_limit::ReadLimit;
 use crate::scan::ScanDisk;
 use crate::units::now_ms;
 
@@ -470,7 +471,8 @@ impl HeldImages<'_> {
             let input = PlanInput { size, block_size, dirty_until, forced };
             disks.push(ScanDisk { source: Rc::new(image.disk().clone()), input });
         }
-        transfer(self.context, admitted, disks, total).await
+        let limit = Rc::new(ReadLimit::new(self.context.options.read_limit));
+        transfer(self.context, admitted, disks, total, &limit).await
     }
 }
 

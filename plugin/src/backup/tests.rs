@@ -14,6 +14,7 @@ pub(super) fn options(disks: &[&str], exclude: &[&str]) -> Options {
         scratch_dir: PathBuf::new(),
         scratch_max: None,
         read_limit: None,
+        pacing: true,
         full: false,
         max_hold: Duration::from_secs(1),
         engine_wait: Duration::ZERO,

@@ -40,6 +40,8 @@ commands! {
     QuerySchema = "query-qmp-schema" -> Vec<SchemaItem>;
     /// Devices and what is inserted in them.
     QueryBlock = "query-block" -> Vec<Device>;
+    /// How much the guest asked of its devices, and how long that took.
+    QueryBlockstats = "query-blockstats" -> Vec<DeviceStats>;
     /// Every node of the block layer.
     QueryNodes = "query-named-block-nodes" -> Vec<Node>;
     /// Nodes and the edges between them.
@@ -132,6 +134,32 @@ answers! {
         removable: bool,
         /// What is in it.
         inserted: Option<Node>,
+    }
+    /// A device of [`QueryBlockstats`].
+    DeviceStats {
+        /// What it counted.
+        stats: DeviceCounts,
+    }
+    /// Requests of the guest that were answered since it began, and the sum of their times.
+    DeviceCounts {
+        /// Reads.
+        #[serde(rename = "rd_operations")]
+        rd_operations: u64,
+        /// Their nanoseconds.
+        #[serde(rename = "rd_total_time_ns")]
+        rd_total_time_ns: u64,
+        /// Writes.
+        #[serde(rename = "wr_operations")]
+        wr_operations: u64,
+        /// Their nanoseconds.
+        #[serde(rename = "wr_total_time_ns")]
+        wr_total_time_ns: u64,
+        /// Flushes.
+        #[serde(rename = "flush_operations")]
+        flush_operations: u64,
+        /// Their nanoseconds.
+        #[serde(rename = "flush_total_time_ns")]
+        flush_total_time_ns: u64,
     }
     /// A node of the block layer.
     Node {

@@ -16,6 +16,7 @@
 //! let mut guard = Guard::spawn(&guard::Options { .. }, &vm)?      // before anything is changed
 //! let mut view  = View::open(&session, &mut guard, request).await?   // the point in time
 //! //  read view.targets() over NBD beside view.broken(&session) in a select!; a failed read: view.explain()
+//! //  meanwhile Load::of(&session), for the pace
 //! view.still_valid(&session).await?                               // after the last read
 //! guard.committing()?
 //! //  engine commit(view.point_in_time_ms(), view.bitmaps())
@@ -37,6 +38,7 @@ pub mod end;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 pub mod guard;
+pub mod load;
 mod names;
 mod point;
 mod push;

@@ -276,7 +276,7 @@ fn shared(cache: usize, depth: usize) -> Rc<Shared> {
         window: WINDOW,
         pool: HashPool::start(&fingerprinter, BLOCK as u32).unwrap(),
         cache: RefCell::new(Cache::new(cache, BLOCK as u32)),
-        limit: ReadLimit::new(None),
+        limit: Rc::new(ReadLimit::new(None)),
         lent: Vec::new(),
         scanned: Cell::new(0),
         read: Cell::new(0),
@@ -390,7 +390,7 @@ fn a_gap_that_cannot_be_read_fails_nothing_and_a_limit_reads_none() {
         let mut disk = disk(2000, 0, 5, true);
         Rc::get_mut(&mut disk.source).unwrap().clean_is_bad = true;
         let mut shared = shared(0, 4);
-        Rc::get_mut(&mut shared).unwrap().limit = ReadLimit::new(limit);
+        Rc::get_mut(&mut shared).unwrap().limit = Rc::new(ReadLimit::new(limit));
         let disks = [disk];
         check(&back_up(&shared, &disks), &disks);
         disks[0].source.failed.get()
@@ -402,11 +402,11 @@ fn a_gap_that_cannot_be_read_fails_nothing_and_a_limit_reads_none() {
 #[test]
 fn pieces_end_where_reads_meet() {
     let work = Work { first_block: 10, blocks: 200, action: Action::Read };
-    let (first, rest) = split(work, BLOCK as u32);
+    let (first, rest) = split(work, 64);
     assert_eq!((first.first_block, first.blocks), (10, 54));
-    let (second, rest) = split(rest.unwrap(), BLOCK as u32);
+    let (second, rest) = split(rest.unwrap(), 64);
     assert_eq!((second.first_block, second.blocks), (64, 64));
-    let (third, rest) = split(rest.unwrap(), BLOCK as u32);
+    let (third, rest) = split(rest.unwrap(), 64);
     assert_eq!((third.first_block, third.blocks), (128, 64));
     assert_eq!(rest.unwrap().blocks, 18);
 }
