@@ -19,9 +19,10 @@ const PACED_READ: u32 = 64 << 10;
 pub struct ReadLimit {
     /// The operator's, bytes per second.
     most: Option<u64>,
-    /// What a guest bears.
+    /// What a guest bears, and that for the moment after a rest before the next word of it.
     pace: Cell<Reads>,
-    /// The slowest pace so far, bytes per second.
+    rate: Cell<Option<u64>>,
+    /// The slowest pace so far that was less than the operator's limit, bytes per second.
     slowest: Cell<Option<u64>>,
     /// When everything admitted so far has been read at the full rate.
     busy_until: Cell<Instant>,
@@ -39,6 +40,7 @@ impl ReadLimit {
         ReadLimit {
             most,
             pace: Cell::new(Reads::Freely),
+            rate: Cell::new(None),
             slowest: Cell::new(None),
             busy_until: Cell::new(now),
             resting_until: Cell::new(now),
@@ -65,9 +67,13 @@ impl ReadLimit {
     pub fn pace(&self, now: Instant, reads: Reads, time: Duration) {
         self.pace.set(reads);
         match reads {
-            Reads::Freely => {}
+            Reads::Freely => self.rate.set(None),
             Reads::At(rate) => {
-                self.slowest.set(Some(self.slowest.get().map_or(rate, |least| least.min(rate))));
+                self.rate.set(Some(rate));
+                if self.most.is_none_or(|most| rate < most) {
+                    let slowest = self.slowest.get().map_or(rate, |slowest| slowest.min(rate));
+                    self.slowest.set(Some(slowest));
+                }
             }
             Reads::Settle | Reads::Rest => {
                 self.resting_until.set(now + time);
@@ -103,11 +109,7 @@ impl ReadLimit {
     }
 
     fn delay(&self, now: Instant, bytes: u64) -> Duration {
-        let pace = match self.pace.get() {
-            Reads::At(rate) => Some(rate),
-            Reads::Freely | Reads::Settle | Reads::Rest => None,
-        };
-        let Some(rate) = self.most.into_iter().chain(pace).min() else {
+        let Some(rate) = self.most.into_iter().chain(self.rate.get()).min() else {
             return Duration::ZERO;
         };
         let cost = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
@@ -162,7 +164,7 @@ mod tests {
             assert_eq!(limit.delay(now, 1), second, "{most:?} {pace}");
             limit.pace(now, Reads::Freely, second);
             assert_eq!(limit.delay(now, 1).is_zero(), most.is_none());
-            assert_eq!(limit.slowest_pace(), Some(pace));
+            assert_eq!(limit.slowest_pace(), (most != Some(1000)).then_some(pace));
         }
     }
 

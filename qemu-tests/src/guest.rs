@@ -226,7 +226,10 @@ impl Disk {
             arguments.extend(["-object".into(), group, "-blockdev".into(), slow]);
             file = format!("{name}-slow");
         }
-        let image = format!("driver={format},node-name={name}-node,file={file},discard=unmap");
+        // Where its host is slow to flush, that is all that the guest would wait for.
+        let flush = if self.throttled.is_some() { ",cache.no-flush=on" } else { "" };
+        let image =
+            format!("driver={format},node-name={name}-node,file={file},discard=unmap{flush}");
         arguments.extend(["-blockdev".into(), image]);
         let mut device = format!("virtio-blk-pci,id={name},drive={name}-node");
         if self.iothread {

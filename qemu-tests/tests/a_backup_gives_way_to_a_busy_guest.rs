@@ -34,7 +34,7 @@ fn unless_it_is_told_not_to() -> Result {
     let machine =
         Machine::new(fixture.folder(), "busy")?.with_disk("qcow2", 96 * MIB)?.throttled(DISK);
     let mut guest = machine.start()?;
-    guest.obey(&format!("write vda {MIB} {} 1", 48 * MIB))?;
+    guest.obey(&format!("write vda {MIB} {} 1", 72 * MIB))?;
     assert_eq!(paced_to(&fixture, &machine, &[])?, None, "the guest does nothing");
 
     busy(&mut guest)?;

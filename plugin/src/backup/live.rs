@@ -1,5 +1,6 @@
 //! A running VM: through QEMU, at one point in time of all its disks.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::rc::Rc;
@@ -308,7 +309,7 @@ async fn backup(
     let mut guard = Guard::spawn(&guard_options, vm)?;
     stop.check()?;
     // Before the point in time: a guest that is busy is to be known as soon as there is something to read.
-    let before = (Load::of(qemu).await.map_err(Error::from)?, Instant::now());
+    let before = Load::of(qemu).await.ok().map(|load| (load, Instant::now()));
     let snapshot = admitted.plan.snapshot.0.clone();
     let wanted = view::Request {
         store: engine.info().store.to_string(),
@@ -345,7 +346,7 @@ async fn backup(
         forced,
         since,
         limit: Rc::clone(&limit),
-        before,
+        before: Cell::new(before),
     };
     let result = until_committed(context, request, &mut held, admitted).await;
     let seen = Seen {
@@ -384,8 +385,8 @@ struct HeldView<'a> {
     forced: Vec<Vec<std::ops::Range<u64>>>,
     since: Instant,
     limit: Rc<ReadLimit>,
-    /// What the guest had been answered when.
-    before: (Load, Instant),
+    /// What the guest had been answered, and when; of the first attempt.
+    before: Cell<Option<(Load, Instant)>>,
 }
 
 impl Held for HeldView<'_> {
@@ -476,10 +477,9 @@ impl HeldView<'_> {
                 true => found.disks[i].size,
                 false => found.bytes(i),
             });
-            let total = total.sum();
             tokio::select! {
-                result = transfer(self.context, admitted, disks, total, &self.limit) => result,
-                never = self.keep_pace(total) => match never {},
+                result = transfer(self.context, admitted, disks, total.sum(), &self.limit) => result,
+                never = self.keep_pace() => match never {},
             }
         };
         match read.await {
@@ -491,20 +491,21 @@ impl HeldView<'_> {
         }
     }
 
-    /// Slows the reads down while the guest waits too long beside them; no more once half of the scratch is
-    /// taken, as a guest that writes as fast would take the rest before a slow backup ends.
-    async fn keep_pace(&self, bytes: u64) -> Infallible {
+    /// Slows the reads down while the guest waits too long beside them; for no more than half of the time that
+    /// the view may be held, so that the other half is left to end the backup.
+    async fn keep_pace(&self) -> Infallible {
         let Context { options, .. } = *self.context;
-        let (mut load, mut at) = self.before;
+        let most = options.max_hold / 2;
+        let (mut pace, mut before) = (Pace::default(), self.before.take());
         let mut read = self.limit.admitted();
-        let mut pace = Pace::new(bytes, options.max_hold);
-        while options.pacing && self.view.scratch_peak() <= self.view.scratch_cap() / 2 {
+        while options.pacing && self.since.elapsed() < most && self.view.bears_slow_reads() {
             // A QEMU that does not answer is noticed by who watches the view.
-            let Ok(now) = Load::of(self.qemu).await else { break };
-            let (since, admitted) = (at.elapsed(), self.limit.admitted());
-            let (reads, time) = pace.next(&now.since(&load), admitted - read, since);
-            (load, at, read) = (now, at + since, admitted);
-            self.limit.pace(at, reads, time);
+            let Ok(load) = Load::of(self.qemu).await else { break };
+            let (now, admitted) = (Instant::now(), self.limit.admitted());
+            let (then, at) = before.replace((load, now)).unwrap_or((load, now));
+            let (reads, time) = pace.next(&load.since(&then), admitted - read, now - at);
+            read = admitted;
+            self.limit.pace(now, reads, time);
             tokio::time::sleep(time).await;
         }
         self.limit.pace(Instant::now(), Reads::Freely, Duration::ZERO);

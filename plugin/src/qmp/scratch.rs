@@ -145,6 +145,11 @@ impl Scratch {
         self.images.iter().position(|i| i.used() + 2 * CLUSTER > i.cap)
     }
 
+    /// Whether less than half of an image's cap is taken.
+    pub(crate) fn has_room(&self, disk: usize) -> bool {
+        self.images[disk].used() < self.images[disk].cap / 2
+    }
+
     /// Removes the directory. The space of the images is freed when QEMU and we close them.
     pub(crate) fn remove(&self) {
         // Left-over names are harmless, and `cleanup` finds them.

@@ -407,6 +407,15 @@ impl View {
         self.scratch.total()
     }
 
+    /// Whether the guest is better off if it is read slowly: QEMU reads some of it, and what the guest
+    /// overwrites until that is done has room in the scratch.
+    #[must_use]
+    pub fn bears_slow_reads(&self) -> bool {
+        let read = self.parts.iter().enumerate().filter(|(_, part)| part.way != Way::Push);
+        let mut room = read.map(|(i, _)| self.scratch.has_room(i)).peekable();
+        room.peek().is_some() && room.all(|has_room| has_room)
+    }
+
     /// Watches the view beside the reading; returns only when it is broken (scratch full, job or
     /// export ended by someone, QEMU gone). The guest was set going again if it stood because of us.
     pub async fn broken(&self, session: &Session) -> Error {

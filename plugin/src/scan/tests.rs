@@ -10,10 +10,11 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use super::*;
-use crate::engine::{Grant, MAX_LENT, MAX_WRITE};
+use crate::engine::{BLOCKS_PER_WINDOW, Grant, MAX_LENT, MAX_WRITE};
 use crate::extents::{Extent, Flags, Wanted};
 use crate::fingerprint::{Fingerprinter, is_zero};
 use crate::nbd::{Buffer, NbdError, NbdErrorKind, wire};
+use crate::pace::Reads;
 use crate::write::write;
 
 const BLOCK: usize = 4096;
@@ -397,6 +398,26 @@ fn a_gap_that_cannot_be_read_fails_nothing_and_a_limit_reads_none() {
     };
     assert!(failed(None) > 0, "no gap was read");
     assert_eq!(failed(Some(1 << 30)), 0);
+}
+
+#[test]
+fn the_first_window_is_small_unless_there_is_a_limit() {
+    let most = |limit| {
+        let mut shared = shared(0, 4);
+        let inner = Rc::get_mut(&mut shared).unwrap();
+        (inner.window, inner.limit) = (BLOCKS_PER_WINDOW, Rc::new(ReadLimit::new(limit)));
+        Batch::new(&Model::default(), &shared).most
+    };
+    assert_eq!(most(None), FIRST_WINDOW);
+    assert_eq!(most(Some(1 << 20)), BLOCKS_PER_WINDOW);
+}
+
+#[test]
+fn reads_are_smaller_beside_a_busy_guest() {
+    let shared = shared(0, 4);
+    assert_eq!(shared.blocks_per_read(), 64);
+    shared.limit.pace(std::time::Instant::now(), Reads::At(1 << 20), Duration::ZERO);
+    assert_eq!(shared.blocks_per_read(), 16);
 }
 
 #[test]
