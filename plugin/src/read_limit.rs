@@ -19,8 +19,7 @@ const PACED_READ: u32 = 64 << 10;
 pub struct ReadLimit {
     /// The operator's, bytes per second.
     most: Option<u64>,
-    /// What a guest bears, and that for the moment after a rest before the next word of it.
-    pace: Cell<Reads>,
+    /// What a guest bears, bytes per second; also between a rest and the next word of it.
     rate: Cell<Option<u64>>,
     /// The slowest pace so far that was less than the operator's limit, bytes per second.
     slowest: Cell<Option<u64>>,
@@ -39,7 +38,6 @@ impl ReadLimit {
         let now = Instant::now();
         ReadLimit {
             most,
-            pace: Cell::new(Reads::Freely),
             rate: Cell::new(None),
             slowest: Cell::new(None),
             busy_until: Cell::new(now),
@@ -57,15 +55,14 @@ impl ReadLimit {
     /// Most bytes that are to be read at once.
     #[must_use]
     pub fn read_size(&self) -> u32 {
-        match self.pace.get() {
-            Reads::Freely => READ_SIZE,
-            Reads::At(_) | Reads::Settle | Reads::Rest => PACED_READ,
+        match self.rate.get() {
+            None => READ_SIZE,
+            Some(_) => PACED_READ,
         }
     }
 
     /// Changes the pace, for so long if it is a rest.
     pub fn pace(&self, now: Instant, reads: Reads, time: Duration) {
-        self.pace.set(reads);
         match reads {
             Reads::Freely => self.rate.set(None),
             Reads::At(rate) => {
