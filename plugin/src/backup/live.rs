@@ -252,6 +252,20 @@ impl Found {
         view::ways_for(qemu, &self.disks).into_iter().max().unwrap_or(Way::Filter)
     }
 
+    /// The view that they need.
+    fn view(&self, engine: &Engine, snapshot: &str, options: &Options) -> view::Request {
+        view::Request {
+            store: engine.info().store.to_string(),
+            snapshot: snapshot.to_owned(),
+            disks: self.disks.iter().cloned().zip(self.plans.iter().cloned()).collect(),
+            scratch_dir: options.scratch_dir.clone(),
+            scratch_max: options.scratch_max,
+            read_limit: options.read_limit,
+            freeze: options.freeze,
+            way: None,
+        }
+    }
+
     fn message(&self, engine: &Engine, qemu: &Qemu, options: &Options) -> Plan {
         let lines = self.disks.iter().zip(&self.plans).enumerate().map(|(i, (disk, plan))| {
             let id = plan.parent();
@@ -311,16 +325,7 @@ async fn backup(
     // Before the point in time: a guest that is busy is to be known as soon as there is something to read.
     let before = Load::of(qemu).await.ok().map(|load| (load, Instant::now()));
     let snapshot = admitted.plan.snapshot.0.clone();
-    let wanted = view::Request {
-        store: engine.info().store.to_string(),
-        snapshot: snapshot.clone(),
-        disks: found.disks.iter().cloned().zip(found.plans.iter().cloned()).collect(),
-        scratch_dir: options.scratch_dir.clone(),
-        scratch_max: options.scratch_max,
-        read_limit: options.read_limit,
-        freeze: options.freeze,
-        way: None,
-    };
+    let wanted = found.view(engine, &snapshot, options);
     let since = Instant::now();
     // A push copies before it returns; interrupted, the guard sets the VM right.
     let opening = Box::pin(View::open(qemu, &mut guard, wanted));
