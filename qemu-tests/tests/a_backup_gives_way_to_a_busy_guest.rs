@@ -2,10 +2,9 @@
 //! longer, unless it is told not to mind; a guest that does nothing slows no backup down.
 
 use anyhow::Context;
-use qemu_tests::scenario::truths;
+use qemu_tests::scenario::begin;
 use qemu_tests::wait::LONG;
-use qemu_tests::{Fixture, Guest, MIB, Machine, Result, image};
-use serde_json::Value;
+use qemu_tests::{Fixture, Guest, MIB, Machine, Result};
 
 /// The pace beside a guest that is busy, at first.
 const FIRST: u64 = 32 * MIB;
@@ -46,14 +45,9 @@ fn unless_it_is_told_not_to() -> Result {
     let limit = ["--read-limit", "20M"];
     assert!(paced_to(&fixture, &machine, &limit)?.is_some_and(|pace| pace < FIRST));
 
-    guest.obey("stop")?;
-    let truths = truths(&fixture, &machine, "last")?;
-    let last = fixture.backup(&machine, &["--json"])?.finish(LONG)?.code(0)?.json()?;
-    let id =
-        last.iter().find(|line| line["message_type"] == "committed").map(|line| &line["snapshot"]);
-    let id = id.and_then(Value::as_str).context("no snapshot")?;
-    let restored = fixture.restore(&format!("busy@{id}"), "vda")?;
-    image::same(&truths[0].1, &restored)?;
+    let taken = begin(&fixture, &machine, &mut guest, "paced", &["--full"])?.commit()?;
+    taken.mentions("paced: down to")?;
+    taken.restores_exactly(&fixture)?;
     guest.is_left_alone(&machine, 1)?;
     guest.power_off()
 }

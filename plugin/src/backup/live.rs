@@ -321,9 +321,9 @@ async fn backup(
     let log = options.run_dir.join("guard.log");
     let guard_options = guard::Options { program, log, run_dir: options.run_dir.clone() };
     let mut guard = Guard::spawn(&guard_options, vm)?;
-    stop.check()?;
     // Before the point in time: a guest that is busy is to be known as soon as there is something to read.
-    let before = Load::of(qemu).await.ok().map(|load| (load, Instant::now()));
+    let load = stop.unless(async { Ok(Load::of(qemu).await.ok()) }).await?;
+    let before = load.map(|load| (load, Instant::now()));
     let snapshot = admitted.plan.snapshot.0.clone();
     let wanted = found.view(engine, &snapshot, options);
     let since = Instant::now();
