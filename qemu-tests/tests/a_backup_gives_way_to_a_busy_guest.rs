@@ -1,5 +1,6 @@
 //! A backup and its guest share a slow disk: the backup reads slower while the guest's own requests take
-//! longer, unless it is told not to mind; a guest that does nothing slows no backup down.
+//! longer, unless it is told not to mind; a guest that does nothing slows no backup down. A program of its own:
+//! nothing runs beside it that would share the processors.
 
 use anyhow::Context;
 use qemu_tests::scenario::begin;
@@ -28,7 +29,7 @@ fn busy(guest: &mut Guest) -> Result {
 }
 
 #[test]
-fn unless_it_is_told_not_to() -> Result {
+fn a_backup_gives_way_to_a_busy_guest_unless_told_not_to() -> Result {
     let fixture = Fixture::new()?;
     let machine =
         Machine::new(fixture.folder(), "busy")?.with_disk("qcow2", 96 * MIB)?.throttled(DISK);

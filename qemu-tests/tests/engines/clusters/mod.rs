@@ -1,6 +1,6 @@
-//! Clusters of engines, in one program: their scenarios wait much, so that two run side by side all the time.
-//! They begin in the order of their names; the longest one is among the first.
+//! Clusters of engines. They wait much, and begin in the order of their names: the longest are among the first.
 
+mod a_cluster_survives_chaos;
 mod a_revoked_host_gets_nothing;
 mod a_store_is_raised_and_gets_a_new_key;
 mod etcd_and_hosts_prove_themselves;
