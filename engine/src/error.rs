@@ -17,7 +17,7 @@ pub enum Kind {
     Key,
     /// No such VM, snapshot, disk or object.
     NotFound,
-    /// Stored data is damaged: an authentication or a checksum failed.
+    /// Stored data is damaged: an authentication or a checksum failed, or the disk cannot read it.
     Damaged,
     /// The caller may not do that.
     NotPermitted,
@@ -135,6 +135,11 @@ impl Error {
     pub fn kind(&self) -> Kind {
         self.kind
     }
+}
+
+/// Whether a disk cannot read what is there (EIO): a bad sector, mostly.
+pub(crate) fn is_unreadable(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
 }
 
 /// Whether a cause is that a disk is full.

@@ -509,7 +509,9 @@ impl OwnerThread {
         match question {
             Command::Describe { reply } => drop(reply.send(self.describe())),
             Command::Entries { partition, after, reply } => {
-                drop(reply.send(self.detector.export(partition, after, EXPORT_ENTRIES)));
+                let entries = self.detector.export(partition, after, EXPORT_ENTRIES);
+                let entries = entries.inspect_err(|error| self.heal(error));
+                drop(reply.send(entries));
             }
             Command::Applied { reply } => drop(reply.send(self.detector.applied().clone())),
             Command::Rebuild { anew, reply } => drop(reply.send(self.rebuild(anew))),

@@ -460,8 +460,8 @@ impl Detector {
 
     /// Puts the new index in place of the present one, but for what was learned since
     /// [`Detector::rebuild`].
-    pub fn install(&mut self, rebuilt: Rebuilt) -> Result<()> {
-        let installed = self.index.install(&rebuilt);
+    pub fn install(&mut self, mut rebuilt: Rebuilt) -> Result<()> {
+        let installed = self.index.install(&mut rebuilt);
         installed.context(|| "cannot install the rebuilt index".into())?;
         self.options.part = rebuilt.part;
         // With its token: merges go on.

@@ -30,7 +30,7 @@ use super::rebuild::Rebuilt;
 use super::shard::{RunReader, RunWriter};
 use super::watermark::Applied;
 use super::{DetectOptions, JournalPosition, Partition, Watermark};
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result, is_unreadable};
 use crate::ids::Fingerprint;
 
 /// Where an index goes that is of no use; kept until the next opening for whoever wants to see why.
@@ -304,14 +304,14 @@ impl Index {
 
     /// Puts new bases in place of the runs that there were when the rebuild began: of all, or of the
     /// partition that was rebuilt. Later young runs and the memtable stay: they have what was learned since.
-    pub(super) fn install(&mut self, rebuilt: &Rebuilt) -> Result<()> {
+    pub(super) fn install(&mut self, rebuilt: &mut Rebuilt) -> Result<()> {
         let before = self.applied.clone();
         // Of one partition more may have been read than the others have.
         if rebuilt.only.is_none() {
             self.applied = Applied::up_to(rebuilt.watermark.clone());
             self.applied.add_all(&self.since);
         }
-        let install = |index: &mut Self| -> Result<()> {
+        let mut install = |index: &mut Self| -> Result<Vec<u64>> {
             index.freeze()?;
             let mut next = index.current.clone();
             next.watermark = index.applied.mark().clone();
@@ -328,14 +328,14 @@ impl Index {
                 }
             }
             next.duplicates.add_all(&rebuilt.duplicates);
-            next.runs.extend(rebuilt.bases.iter().cloned());
-            index.replace(next)
+            // Even where that fails CURRENT may name them.
+            let bases = rebuilt.bases.take();
+            let numbers = bases.iter().map(|run| run.number).collect();
+            next.runs.extend(bases);
+            index.replace(next).map(|()| numbers)
         };
-        if let Err(error) = install(self) {
-            self.applied = before;
-            return Err(error);
-        }
-        self.checked.extend(rebuilt.bases.iter().map(|run| run.number));
+        let numbers = install(self).inspect_err(|_| self.applied = before)?;
+        self.checked.extend(numbers);
         self.rebuilding = Weak::new();
         Ok(())
     }
@@ -515,5 +515,9 @@ fn checksum(path: &Path) -> Result<(u64, u32)> {
             bytes += n as u64;
         }
     };
-    read().context(|| format!("cannot read {}", path.display()))
+    read().map_err(|error| {
+        // What is there can be had from the journals.
+        let kind = if is_unreadable(&error) { Kind::Damaged } else { Kind::Failed };
+        Error::caused(kind, format!("cannot read index run {}", path.display()), error)
+    })
 }

@@ -1,6 +1,7 @@
 //! A new index, or a partition of it, from entries in any order: sort them outside memory, then write the
 //! bases.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -45,7 +46,7 @@ pub struct Rebuild {
 
 /// A new index, ready for [`super::Detector::install`].
 pub struct Rebuilt {
-    pub(super) bases: Vec<RunMeta>,
+    pub(super) bases: Bases,
     pub(super) watermark: Watermark,
     /// The partition that was rebuilt; none: all of them.
     pub(super) only: Option<Partition>,
@@ -54,6 +55,28 @@ pub struct Rebuilt {
     entries: u64,
     pub(super) duplicates: Duplicates,
     _token: Arc<()>,
+}
+
+/// Bases that no CURRENT names yet. Dropped, their files go: the next opening, which would sweep them, may be
+/// far, and they are as large as the index.
+pub(super) struct Bases {
+    dir: PathBuf,
+    runs: Vec<RunMeta>,
+}
+
+impl Bases {
+    /// They are somebody else's from now on.
+    pub(super) fn take(&mut self) -> Vec<RunMeta> {
+        std::mem::take(&mut self.runs)
+    }
+}
+
+impl Drop for Bases {
+    fn drop(&mut self) {
+        for run in &self.runs {
+            let _ = fs::remove_file(run.path(&self.dir));
+        }
+    }
 }
 
 impl Rebuild {
@@ -91,7 +114,8 @@ impl Rebuild {
         let mut newest =
             Newest { sorted: sorter.finish()?, others: Vec::new(), head: None, duplicates: 0 };
         newest.advance()?;
-        let (mut bases, mut entries, mut duplicates) = (Vec::new(), 0, Duplicates::default());
+        let mut bases = Bases { dir: dir.clone(), runs: Vec::new() };
+        let (mut entries, mut duplicates) = (0, Duplicates::default());
         // How many entries a partition has is not known before; fingerprints are spread evenly, and
         // a map that is too large costs nothing.
         let expected = newest.sorted.len();
@@ -119,7 +143,7 @@ impl Rebuild {
             let (level, identity) = (Level::Base(partition), Identity::of(&options));
             let base = finish_run(&dir, writer, number, level, identity, &watermark)?;
             entries += base.entries;
-            bases.push(base);
+            bases.runs.push(base);
         }
         let part = options.part;
         Ok(Rebuilt { bases, watermark, only, part, entries, duplicates, _token: token })

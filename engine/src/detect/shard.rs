@@ -18,7 +18,7 @@ use rustix::fs::{Advice, fadvise};
 
 use super::group::{self, GROUP, Packed};
 use super::memtable::{Entry, Lead};
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result, is_unreadable};
 use crate::ids::{Address, Fingerprint};
 
 /// Sorts behind every fingerprint.
@@ -39,6 +39,7 @@ type Pairs = Database<'static, Bytes, Bytes>;
 
 fn failed(error: heed::Error, what: &str, path: &Path) -> Error {
     let kind = match &error {
+        heed::Error::Io(cause) if is_unreadable(cause) => Kind::Damaged,
         heed::Error::Mdb(heed::MdbError::MapFull) | heed::Error::Io(_) => Kind::Failed,
         _ => Kind::Damaged,
     };

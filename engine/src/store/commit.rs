@@ -148,7 +148,12 @@ impl Manifests {
         let sealed = self.sealer.seal(ObjectKind::Manifest, &name, body)?;
         match self.objects.create(&name, Bytes::from(sealed))? {
             Created::Ours => Ok((ours.clone(), Created::Ours)),
-            Created::Exists => Ok((self.read(key)?, Created::Exists)),
+            Created::Exists => {
+                let record = self.read(key)?;
+                // The one that created it may not have got so far.
+                self.objects.sync(&name)?;
+                Ok((record, Created::Exists))
+            }
         }
     }
 
@@ -234,24 +239,28 @@ impl Manifests {
     /// When the store cannot be read.
     pub fn fate(&self, vm: VmId, snapshot: SnapshotId) -> Result<Fate> {
         if let Some(key) = self.find(names::MANIFESTS, vm, snapshot)? {
-            return match self.read(&key) {
-                Ok(Record::Manifest(_)) => Ok(Fate::Committed(key.seq)),
-                Ok(Record::Tombstone(_)) => Ok(Fate::Tombstoned(key.seq)),
-                Err(error) if error.kind() == Kind::Damaged => Ok(Fate::Unreadable(key.seq)),
-                Err(error) => Err(error),
-            };
+            return self.ended(&key, self.read(&key), &key.manifest());
         }
         // A copy is made after the record: it proves what stood at a commit key that is missing.
         if let Some(key) = self.find(names::MANIFEST_COPIES, vm, snapshot)? {
-            return match self.read_copy(&key) {
-                Ok(Record::Manifest(_)) => Ok(Fate::Committed(key.seq)),
-                Ok(Record::Tombstone(_)) => Ok(Fate::Tombstoned(key.seq)),
-                Err(error) if error.kind() == Kind::Damaged => Ok(Fate::Unreadable(key.seq)),
-                Err(error) => Err(error),
-            };
+            return self.ended(&key, self.read_copy(&key), &key.copy());
         }
         let session = self.find(names::SESSIONS, vm, snapshot)?;
         Ok(session.map_or(Fate::Unknown, |key| Fate::Open(key.seq)))
+    }
+
+    /// The fate that a record says, once the object with it is durable: who hears that a snapshot is
+    /// committed lets go of what it was made of.
+    fn ended(&self, key: &SnapshotKey, record: Result<Record>, object: &str) -> Result<Fate> {
+        match record {
+            Ok(Record::Manifest(_)) => {
+                self.objects.sync(object)?;
+                Ok(Fate::Committed(key.seq))
+            }
+            Ok(Record::Tombstone(_)) => Ok(Fate::Tombstoned(key.seq)),
+            Err(error) if error.kind() == Kind::Damaged => Ok(Fate::Unreadable(key.seq)),
+            Err(error) => Err(error),
+        }
     }
 
     /// Decides the fate of a snapshot whose session is known to be dead: true if it is

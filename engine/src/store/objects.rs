@@ -163,8 +163,12 @@ impl Objects {
         Ok(true)
     }
 
-    /// Makes sure that an object found after a failed create is durable.
-    fn sync(&self, key: &str) -> Result<()> {
+    /// Makes sure that an object that was found is durable: whoever created it may have died, or failed,
+    /// before it was.
+    ///
+    /// # Errors
+    /// When that cannot be done.
+    pub(super) fn sync(&self, key: &str) -> Result<()> {
         let Some(root) = &self.inner.local else { return Ok(()) };
         let path = root.join(key);
         let folder = path.parent().unwrap_or(root);
@@ -192,7 +196,7 @@ impl Objects {
         let path = parse(key)?;
         let bytes = self
             .wait(self.inner.store.get_range(&path, range.clone()))
-            .map_err(|error| self.read_error(key, &path, range.end, error))?;
+            .map_err(|error| self.range_error(key, &path, range.end, error))?;
         check_length(key, &range, bytes)
     }
 
@@ -222,7 +226,7 @@ impl Objects {
                     .try_collect(),
             )
             .map_err(|error| {
-                self.read_error(key, &path, plan.last().map_or(0, |r| r.end), error)
+                self.range_error(key, &path, plan.last().map_or(0, |r| r.end), error)
             })?;
         ranges
             .iter()
@@ -257,7 +261,7 @@ impl Objects {
             let size = result.meta.size;
             result.bytes().await.map(|bytes| (bytes, size))
         });
-        tail.map_err(|error| failed("read object", key, error))
+        tail.map_err(|error| unread(key, error))
     }
 
     /// All of an object of at most `max` bytes.
@@ -270,7 +274,7 @@ impl Objects {
             let result = self.inner.store.get_opts(&path, GetOptions::default()).await?;
             if result.meta.size > max { Ok(None) } else { result.bytes().await.map(Some) }
         });
-        whole.map_err(|error| failed("read object", key, error))?.ok_or_else(|| {
+        whole.map_err(|error| unread(key, error))?.ok_or_else(|| {
             Error::new(Kind::Damaged, format!("object {key} is longer than {max} bytes"))
         })
     }
@@ -293,9 +297,7 @@ impl Objects {
     /// [`Kind::NotFound`].
     pub fn size(&self, key: &str) -> Result<u64> {
         let path = parse(key)?;
-        let head = self
-            .wait(self.inner.store.head(&path))
-            .map_err(|error| failed("read object", key, error))?;
+        let head = self.wait(self.inner.store.head(&path)).map_err(|error| unread(key, error))?;
         Ok(head.size)
     }
 
@@ -337,7 +339,7 @@ impl Objects {
     }
 
     /// Says "shorter than expected" where the cause is that, not "invalid range".
-    fn read_error(&self, key: &str, path: &Path, end: u64, error: object_store::Error) -> Error {
+    fn range_error(&self, key: &str, path: &Path, end: u64, error: object_store::Error) -> Error {
         if matches!(error, object_store::Error::Generic { .. })
             && let Ok(meta) = self.wait(self.inner.store.head(path))
             && meta.size < end
@@ -346,7 +348,7 @@ impl Objects {
             let what = format!("object {key} is damaged: it has {size} bytes, {end} are needed");
             return Error::caused(Kind::Damaged, what, error);
         }
-        failed("read object", key, error)
+        unread(key, error)
     }
 }
 
@@ -415,15 +417,19 @@ fn join_error(error: tokio::task::JoinError) -> object_store::Error {
 }
 
 /// The operating system's error at the bottom of a chain.
-fn io_kind(error: &object_store::Error) -> Option<io::ErrorKind> {
+fn io_error(error: &object_store::Error) -> Option<&io::Error> {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(this) = cause {
         if let Some(io) = this.downcast_ref::<io::Error>() {
-            return Some(io.kind());
+            return Some(io);
         }
         cause = this.source();
     }
     None
+}
+
+fn io_kind(error: &object_store::Error) -> Option<io::ErrorKind> {
+    io_error(error).map(io::Error::kind)
 }
 
 /// Whether trying again at once cannot help.
@@ -436,6 +442,16 @@ fn hopeless(error: &object_store::Error) -> bool {
         io_kind(error),
         Some(PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
     )
+}
+
+/// As [`failed`], of a read. A sector that its disk cannot read is as lost as one with other bytes: what
+/// there is against damage (copies, marks, reading again, repair) helps against it.
+fn unread(key: &str, error: object_store::Error) -> Error {
+    if io_error(&error).is_some_and(crate::error::is_unreadable) {
+        let what = format!("object {key} is damaged: its disk cannot read it");
+        return Error::caused(Kind::Damaged, what, error);
+    }
+    failed("read object", key, error)
 }
 
 /// Says what failed on which object, and what to do where that is known.

@@ -19,7 +19,8 @@ pub(crate) fn join_writers(root: &Path) -> Result<fs::File> {
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
         sweep(root);
     }
-    let _ = flock(&lock, FlockOperation::NonBlockingLockShared);
+    // Whoever sweeps holds it for a moment; unlocked, a later sweep would take what is being written.
+    let _ = flock(&lock, FlockOperation::LockShared);
     Ok(lock)
 }
 
@@ -75,5 +76,18 @@ mod tests {
         drop(first);
         drop(join_writers(dir.path()).unwrap());
         assert_eq!(names().len(), 3);
+    }
+
+    #[test]
+    fn a_writer_that_comes_while_another_sweeps_waits_for_its_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let sweeping = fs::File::open(dir.path()).unwrap();
+        flock(&sweeping, FlockOperation::NonBlockingLockExclusive).unwrap();
+        let path = dir.path().to_owned();
+        let joining = std::thread::spawn(move || join_writers(&path).unwrap());
+        drop(sweeping);
+        let _joined = joining.join().unwrap();
+        let other = fs::File::open(dir.path()).unwrap();
+        assert!(flock(&other, FlockOperation::NonBlockingLockExclusive).is_err());
     }
 }

@@ -141,6 +141,24 @@ fn what_was_wrong_in_a_partition_is_gone_and_the_others_are_untouched() {
     }
 }
 
+#[test]
+fn a_new_index_that_is_never_installed_leaves_nothing_on_the_disk() {
+    let dir = tempdir();
+    let mut world = World::new(dir.path(), rand::random());
+    world.live(false);
+    let runs = || {
+        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().starts_with("run-")).count()
+    };
+    let mut rebuild = world.detector.rebuild().unwrap();
+    let before = runs();
+    world.journal.iter().for_each(|entries| rebuild.feed(entries).unwrap());
+    let rebuilt = rebuild.build(Watermark::default()).unwrap();
+    assert!(runs() > before);
+    drop(rebuilt);
+    assert_eq!(runs(), before);
+}
+
 /// Unique and double blocks are counted exactly, partition by partition.
 #[test]
 fn what_is_counted_of_a_partition_is_counted_anew() {

@@ -2,6 +2,7 @@
 //! slowly, or not at all.
 #![allow(clippy::unwrap_used)]
 
+mod bad_sectors;
 mod checkpoints;
 mod cluster;
 mod damage;

@@ -204,3 +204,19 @@ fn wrong_entries_are_named_with_their_partition_and_gone_once_it_is_rebuilt() {
     // Nothing of it is stored again.
     assert_eq!(engine.backup(2, &image).counts.new, 0);
 }
+
+#[test]
+fn an_index_whose_damage_is_met_by_a_look_at_it_is_filled_again() {
+    let mut engine = Engine::new();
+    let image = image(94, 1500, 900);
+    engine.backup(1, &image);
+    engine.stop();
+    engine.runs().iter().for_each(|run| change(run, |bytes| flip_in_every_page(bytes, 1)));
+    engine.start();
+    // As verify and checkpoints look.
+    let owner = engine.context().owners.here();
+    let met = (0..owner.partitions()).filter_map(|n| owner.entries_after(Partition(n), None).err());
+    assert_eq!(met.map(|error| error.kind()).collect::<Vec<_>>(), [Kind::Damaged]);
+    assert_eq!(engine.backup(2, &image).counts.new, 0);
+    assert!(verify_in(engine.context()).0);
+}

@@ -1,6 +1,9 @@
-//! A local store that writes down what becomes durable in it, and stores as a power cut leaves them.
+//! A local store that writes down what becomes durable in it, and stores as a power cut leaves them; with
+//! bad sectors where a test wants them.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::io;
 use std::ops::Range;
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -42,11 +45,19 @@ type Hook = Box<dyn Fn(&Operation) + Send + Sync>;
 
 /// What was done so far. A clone is the same record.
 #[derive(Clone, Default)]
-pub(crate) struct Record(Arc<Mutex<Vec<Operation>>>);
+pub(crate) struct Record {
+    operations: Arc<Mutex<Vec<Operation>>>,
+    unreadable: Arc<Mutex<BTreeSet<String>>>,
+}
 
 impl Record {
     pub(crate) fn operations(&self) -> Vec<Operation> {
-        self.0.lock().unwrap().clone()
+        self.operations.lock().unwrap().clone()
+    }
+
+    /// Under this object the disk has bad sectors from now on.
+    pub(crate) fn wear_out(&self, key: &str) {
+        self.unreadable.lock().unwrap().insert(key.to_owned());
     }
 }
 
@@ -73,9 +84,19 @@ impl Objects {
 
 impl Recording {
     fn did(&self, operation: Operation) {
-        let mut record = self.record.0.lock().unwrap();
+        let mut record = self.record.operations.lock().unwrap();
         (self.after)(&operation);
         record.push(operation);
+    }
+
+    fn can_read(&self, location: &Path) -> Stored<()> {
+        match self.record.unreadable.lock().unwrap().contains(location.as_ref()) {
+            false => Ok(()),
+            true => Err(object_store::Error::Generic {
+                store: "worn out",
+                source: io::Error::from(rustix::io::Errno::IO).into(),
+            }),
+        }
     }
 }
 
@@ -120,10 +141,15 @@ impl ObjectStore for Shared {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Stored<GetResult> {
+        // Sizes are not in the sectors of the data.
+        if !options.head {
+            self.0.can_read(location)?;
+        }
         self.0.inner.get_opts(location, options).await
     }
 
     async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Stored<Vec<Bytes>> {
+        self.0.can_read(location)?;
         self.0.inner.get_ranges(location, ranges).await
     }
 
