@@ -104,8 +104,15 @@ impl Error {
     /// Whether an error of that type is beneath it.
     #[must_use]
     pub fn has_cause<E: std::error::Error + 'static>(&self) -> bool {
+        self.cause::<E>().is_some()
+    }
+
+    /// The error of that type that is beneath it.
+    #[must_use]
+    pub fn cause<E: std::error::Error + 'static>(&self) -> Option<&E> {
         let cause = std::error::Error::source(self);
-        std::iter::successors(cause, |cause| cause.source()).any(|cause| cause.is::<E>())
+        let mut chain = std::iter::successors(cause, |cause| cause.source());
+        chain.find_map(|cause| cause.downcast_ref::<E>())
     }
 }
 
@@ -160,6 +167,7 @@ mod tests {
         let error = read.unwrap_err();
         assert_eq!(error.to_string(), "a backup: reading: a bad sector");
         assert!(error.has_cause::<io::Error>());
+        assert!(error.cause::<io::Error>().is_some_and(|e| e.to_string() == "a bad sector"));
         assert!(!error.has_cause::<fmt::Error>());
         assert!(!Error::new(Kind::NoEngine, "gone").has_cause::<io::Error>());
     }

@@ -4,6 +4,7 @@
 
 mod qmp_support;
 
+use fleece::nbd::{ConnectOptions, Export, NbdTarget};
 use fleece::qmp::bitmap::Base;
 use fleece::qmp::recover;
 use fleece::qmp::running::Lock;
@@ -166,24 +167,82 @@ async fn cleanup_does_what_a_dead_guard_could_not() {
     assert_eq!(memory.plan(&session).await[0].1.parent(), "first");
 }
 
-#[tokio::test]
-async fn a_guest_that_we_stopped_goes_on_when_both_are_dead() {
-    let mut qemu = Qemu::start(&[QCOW2]);
-    let run = qemu.dir.join("run");
-    let (worker, guard_pid) = Worker::start(&qemu.dir, "filter", "second", &[]);
-    // As if they had died between `stop` and `cont`: the guard first, so that it cannot help.
-    Command::new("kill").args(["-9", &guard_pid.to_string()]).status().unwrap();
-    worker.kill();
-    qemu.monitor.call("stop", json!({}));
-    let state = std::fs::read_dir(&run)
+/// The file with what a run noted for the next one.
+fn noted(qemu: &Qemu) -> PathBuf {
+    std::fs::read_dir(qemu.dir.join("run"))
         .unwrap()
         .map(|e| e.unwrap().path())
-        .find(|p| p.extension().is_some_and(|e| e == "state"));
-    let state = state.unwrap();
-    let text =
-        std::fs::read_to_string(&state).unwrap().replace("\"stopped\":false", "\"stopped\":true");
-    std::fs::write(&state, text).unwrap();
-    recover::abort(&run, &qemu.vm()).await.unwrap();
+        .find(|p| p.extension().is_some_and(|e| e == "state"))
+        .unwrap()
+}
+
+/// Changes what is noted.
+fn note(state: &Path, from: &str, to: &str) {
+    let text = std::fs::read_to_string(state).unwrap();
+    assert!(text.contains(from), "{text}");
+    std::fs::write(state, text.replace(from, to)).unwrap();
+}
+
+/// A run that is dead, and its guard too: that one first, so that it cannot help.
+fn both_dead(qemu: &Qemu, way: &str) -> PathBuf {
+    let (worker, guard_pid) = Worker::start(&qemu.dir, way, "second", &[]);
+    Command::new("kill").args(["-9", &guard_pid.to_string()]).status().unwrap();
+    worker.kill();
+    noted(qemu)
+}
+
+/// As if they had died between `stop` and `cont`.
+fn dead_and_stopped() -> (Qemu, PathBuf) {
+    let mut qemu = Qemu::start(&[QCOW2]);
+    let state = both_dead(&qemu, "filter");
+    qemu.monitor.call("stop", json!({}));
+    note(&state, "\"stopped\":false", "\"stopped\":true");
+    (qemu, state)
+}
+
+#[tokio::test]
+async fn a_guest_that_we_stopped_goes_on_when_both_are_dead() {
+    let (mut qemu, state) = dead_and_stopped();
+    recover::abort(&qemu.dir.join("run"), &qemu.vm()).await.unwrap();
+    qemu.assert_clean();
+    assert!(qemu.bitmaps(0).is_empty());
+    assert!(!state.exists());
+}
+
+#[tokio::test]
+async fn what_the_next_backup_cannot_set_right_stays_noted() {
+    let (mut qemu, state) = dead_and_stopped();
+    let run = qemu.dir.join("run");
+    note(&state, "\"frozen\":null", "\"frozen\":\"/nowhere\"");
+    let session = Session::connect(&qemu.vm()).await.unwrap();
+    let mut report = recover::Report::default();
+    let error = recover::end_leftovers(&run, &session, &mut report).await.unwrap_err();
+    assert!(error.to_string().contains("agent at /nowhere does not thaw"), "{error}");
+    assert!(report.done.iter().any(|what| what == "let the guest go on"), "{report:?}");
+    qemu.assert_clean();
+    // Its operator may stop the guest now. What the bitmap is worth, only the engine knows.
+    let text = std::fs::read_to_string(&state).unwrap();
+    assert!(text.contains("/nowhere") && text.contains("\"stopped\":false"), "{text}");
+    assert_eq!(qemu.bitmaps(0), [("second".to_owned(), true)]);
+    note(&state, "\"/nowhere\"", "null");
+    Memory::default().plan(&session).await;
+    drop(session);
+    qemu.assert_clean();
+    assert!(qemu.bitmaps(0).is_empty());
+    let report = recover::cleanup(&run, &qemu.vm()).await.unwrap();
+    assert!(report.done.is_empty() && report.left.is_empty(), "{report:?}");
+    assert!(!state.exists());
+}
+
+#[tokio::test]
+async fn the_server_of_a_pushed_disk_dies_with_its_run() {
+    let mut qemu = Qemu::start(&[Spec { iothread: true, ..QCOW2 }]);
+    let state = both_dead(&qemu, "push");
+    let text = std::fs::read_to_string(state).unwrap();
+    let state: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let server = u32::try_from(state["servers"][0].as_u64().unwrap()).unwrap();
+    wait_for("the server's end", || ended(server).then_some(()));
+    recover::cleanup(&qemu.dir.join("run"), &qemu.vm()).await.unwrap();
     qemu.assert_clean();
     assert!(qemu.bitmaps(0).is_empty());
 }
@@ -226,14 +285,16 @@ async fn a_full_scratch_spares_the_guest() {
     let mut view = open(&session, &mut guard, small).await;
     assert_same("view", &read_all(&qemu.dir, &view.targets()[0]), &truth[0]);
     qemu.write(0, 3, 0, 6 * MIB);
-    let target = view.targets()[0].clone();
-    let uri = format!("nbd+unix:///{}?socket={}", target.export, target.socket.display());
-    let read = ["-r", "-f", "raw", "-c", "read 0 6M", &uri];
-    let said = Command::new("qemu-io").args(read).output().unwrap().stdout;
-    let said = String::from_utf8_lossy(&said).into_owned();
-    assert!(said.contains("read failed"), "a broken snapshot must not be read: {said}");
-    let error = view.explain(&session).await.unwrap().to_string();
+    let target = &view.targets()[0];
+    let place = NbdTarget::unix(&target.socket, target.export.as_str());
+    let export = Export::connect(&place, &ConnectOptions::default()).await.unwrap();
+    let failed = export.read(0, 4096).await.expect_err("a broken snapshot must not be read");
+    assert!(failed.is_view_broken(), "{failed}");
+    drop(export);
+    let failed = fleece::error::Error::caused(fleece::error::Kind::Failed, "a read", failed);
+    let error = view.explain(&session, failed).await.to_string();
     assert!(error.contains("scratch") && error.contains("full"), "{error}");
+    assert!(error.contains("a read: NBD export"), "what was answered is told, too: {error}");
     assert!(view.scratch_peak() <= 2 * MIB, "{}", view.scratch_peak());
     view.teardown(&session, Outcome::Failed).await.unwrap();
     guard.done();

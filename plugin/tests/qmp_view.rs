@@ -5,10 +5,12 @@
 
 mod qmp_support;
 
+use fleece::nbd::{ConnectOptions, Export, NbdTarget};
 use fleece::qmp::bitmap::Base;
 use fleece::qmp::session::Session;
 use fleece::qmp::view::{Outcome, View, Way};
 use qmp_support::*;
+use std::time::Duration;
 
 /// A few writes that differ from round to round; some over old ones, some not aligned.
 fn write_some(qemu: &mut Qemu, round: u8) {
@@ -121,6 +123,29 @@ async fn an_iothread_decides_the_way() {
     view.teardown(&session, Outcome::Failed).await.unwrap();
     guard.done();
     let mut qemu = qemu;
+    qemu.assert_clean();
+}
+
+#[tokio::test]
+async fn the_view_has_as_many_connections_as_many_disks_need() {
+    let mut qemu = Qemu::start(&[QCOW2]);
+    let session = Session::connect(&qemu.vm()).await.unwrap();
+    let disks = Memory::default().plan(&session).await;
+    let mut guard = guard(&qemu.dir, &qemu.vm());
+    let mut view = open(&session, &mut guard, request(&qemu.dir, "many", disks, None)).await;
+    let target = &view.targets()[0];
+    let place = NbdTarget::unix(&target.socket, target.export.as_str());
+    // Those of 30 disks. One that is not greeted in time would be done without.
+    let options = ConnectOptions {
+        connections: 120,
+        connect_timeout: Duration::from_secs(60),
+        ..ConnectOptions::default()
+    };
+    let export = Export::connect(&place, &options).await.unwrap();
+    assert_eq!(export.connections(), 120);
+    drop(export);
+    view.teardown(&session, Outcome::Failed).await.unwrap();
+    guard.done();
     qemu.assert_clean();
 }
 

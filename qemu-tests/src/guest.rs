@@ -28,6 +28,8 @@ pub struct Disk {
     pub iothread: bool,
     /// Bytes per second that whoever uses it has together, where that is less than it could.
     pub throttled: Option<u64>,
+    /// What a write that fails does (`werror`), where it is not the default.
+    pub on_error: Option<&'static str>,
 }
 
 /// What a guest is made of; starting it again is a restart.
@@ -93,7 +95,14 @@ impl Machine {
     pub fn with_image(mut self, path: &Path, format: &str) -> Self {
         let name = self.next_name();
         let (path, format) = (path.into(), format.into());
-        self.disks.push(Disk { name, path, format, iothread: false, throttled: None });
+        self.disks.push(Disk {
+            name,
+            path,
+            format,
+            iothread: false,
+            throttled: None,
+            on_error: None,
+        });
         self
     }
 
@@ -102,6 +111,15 @@ impl Machine {
     pub fn with_iothread(mut self) -> Self {
         if let Some(disk) = self.disks.last_mut() {
             disk.iothread = true;
+        }
+        self
+    }
+
+    /// Says what a write of the last disk that fails does (`werror`).
+    #[must_use]
+    pub fn on_error(mut self, what: &'static str) -> Self {
+        if let Some(disk) = self.disks.last_mut() {
+            disk.on_error = Some(what);
         }
         self
     }
@@ -235,6 +253,9 @@ impl Disk {
         if self.iothread {
             arguments.extend(["-object".into(), format!("iothread,id={name}-io")]);
             device.push_str(&format!(",iothread={name}-io"));
+        }
+        if let Some(what) = self.on_error {
+            device.push_str(&format!(",werror={what}"));
         }
         arguments.extend(["-device".into(), device]);
         arguments

@@ -1,5 +1,6 @@
 //! A child whose output is collected as it comes, and which does not outlive its owner.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -65,6 +66,19 @@ impl Running {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The process that it started with this argument.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn child(&self, argument: &str) -> Result<u32> {
+        let given = |pid: &u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.split(|&byte| byte == 0).any(|word| word == argument.as_bytes())
+        };
+        let found = children(self.pid()).into_iter().find(given);
+        found.with_context(|| format!("{} started no process with '{argument}'", self.name))
     }
 
     /// Everything it has printed so far, standard output first.
@@ -190,6 +204,16 @@ impl Finished {
     pub fn printed(&self) -> String {
         format!("{}\n{}", self.out, self.err)
     }
+}
+
+/// The processes that a process started.
+pub(crate) fn children(pid: u32) -> Vec<u32> {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    tasks
+        .flatten()
+        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
+        .flat_map(|line| line.split_whitespace().flat_map(str::parse).collect::<Vec<u32>>())
+        .collect()
 }
 
 /// Sends a signal to a process by its id.

@@ -125,7 +125,7 @@ struct Found {
     latest: Option<Snapshot>,
 }
 
-/// Ends what dead runs left, asks the engine what became of them, and plans.
+/// Sets right what dead runs left, asks the engine what became of them, and plans.
 async fn prepare(
     report: &Report,
     engine: &Engine,
@@ -139,12 +139,14 @@ async fn prepare(
         report.note(&format!("{name} has no UUID (QEMU's -uuid): it is known by its name alone"));
     }
     if !options.dry_run {
-        let ended = recover::end_leftovers(qemu).await?;
+        let mut ended = recover::Report::default();
+        let result = recover::end_leftovers(&options.run_dir, qemu, &mut ended).await;
         ended
             .done
             .iter()
-            .for_each(|what| report.note(&format!("left by a dead run, ended: {what}")));
+            .for_each(|what| report.note(&format!("left by a dead run, set right: {what}")));
         ended.left.iter().for_each(|what| report.warn(&format!("left by a dead run: {what}")));
+        result?;
     }
     let listed = disk::list(qemu).await?;
     let labels: Vec<&str> = listed.disks.iter().map(|disk| disk.label.as_str()).collect();
@@ -455,20 +457,23 @@ impl HeldView<'_> {
     /// reads tell.
     async fn unreadable(&self) -> Error {
         let Err(error) = self.read_first_blocks().await;
-        self.view.explain(self.qemu).await.unwrap_or_else(|| error.into())
+        self.view.explain(self.qemu, error).await
     }
 
-    async fn read_first_blocks(&self) -> std::result::Result<Infallible, NbdError> {
+    async fn read_first_blocks(&self) -> Result<Infallible> {
         let mut disks = Vec::new();
         for target in self.view.targets() {
             let place = NbdTarget::unix(&target.socket, target.export.as_str());
             let options = ConnectOptions { connections: 1, ..ConnectOptions::default() };
-            disks.push(NbdDisk::connect(&place, options, None, false).await?);
+            let disk = NbdDisk::connect(&place, options, None, false).await;
+            let label = &target.export;
+            disks.push((label, disk.context(|| format!("cannot read {label}"))?));
         }
         let block_size = u64::from(self.context.engine.info().block_size);
         loop {
-            for disk in &disks {
-                disk.read(0, disk.size().min(block_size) as u32).await?;
+            for (label, disk) in &disks {
+                let first = disk.read(0, disk.size().min(block_size) as u32).await;
+                first.context(|| format!("cannot read {label}"))?;
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }
@@ -490,7 +495,7 @@ impl HeldView<'_> {
         match read.await {
             // The view knows better why a read failed than the read itself.
             Err(error) if error.has_cause::<NbdError>() => {
-                Err(self.view.explain(self.qemu).await.unwrap_or(error))
+                Err(self.view.explain(self.qemu, error).await)
             }
             outcome => outcome,
         }

@@ -2,8 +2,10 @@
 //!
 //! A qcow2 image carries its dirty bitmap. The new one is added before the old one is
 //! disabled, so that no write falls between them; a failure merges the new one back. Both
-//! need the image for themselves, so they come before it is opened for reading.
+//! need the image for themselves, so they come before it is opened for reading; what somebody
+//! writes before that is in the new bitmap only, so the backup must fail then.
 
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
@@ -20,7 +22,7 @@ use super::{
 use crate::engine::{BackupPlan, BackupRequest, DiskRequest, Engine, Snapshot};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::extents::{Flags, PlanInput};
-use crate::image::{BitmapChange, ImageInfo, OpenImage, OpenOptions};
+use crate::image::{BitmapChange, ImageInfo, OpenImage, OpenOptions, Stamp};
 use crate::nbd::{ConnectOptions, Export, wire};
 use crate::progress::Report;
 use crate::qmp::bitmap::{self, Action, Base, Bitmap, BitmapName, DiskPlan, Known};
@@ -37,6 +39,8 @@ pub struct ImageOf {
     pub disk: String,
     /// The image.
     pub file: PathBuf,
+    /// Its format, where the operator names it: then it is that.
+    pub format: Option<&'static str>,
 }
 
 /// Backs up a shut-off VM from its images.
@@ -107,9 +111,8 @@ async fn prepare(
     let chosen = choose(name, &labels, options, |i, word| labels[i] == word)?;
     let (mut infos, mut disks) = (Vec::new(), Vec::new());
     for i in chosen {
-        let ImageOf { disk, file } = &images[i];
-        let info = ImageInfo::read(file, format_of(file)).await?;
-        disks.push(describe(disk, &info));
+        let info = look_at(&images[i]).await?;
+        disks.push(describe(&images[i].disk, &info));
         infos.push(info);
     }
     let identity = identify(engine, name, options).await?;
@@ -145,10 +148,32 @@ async fn identify(engine: &Engine, name: &str, options: &Options) -> Result<Iden
     Ok(Identity::new(known.unwrap_or_else(|| uuid_of_name(stored)), name, options))
 }
 
-/// A name that ends in `.raw` is taken by its word: what a guest writes into a raw image can
-/// look like any other format, with files of the host behind it.
-fn format_of(file: &Path) -> Option<&'static str> {
-    file.extension().is_some_and(|end| end == "raw").then_some("raw")
+/// Looks at an image. What a guest writes onto a raw disk can look like any other format, with
+/// files of the host behind it: so an image that names others is one only if the operator says so.
+async fn look_at(image: &ImageOf) -> Result<ImageInfo> {
+    let ImageOf { disk, file, .. } = image;
+    let known = image.format.or_else(|| raw_by_itself(file));
+    let info = ImageInfo::read(file, known).await?;
+    let other = match &info.backing {
+        _ if known.is_some() => None,
+        Some(backing) => Some(format!("a backing file, {backing:?}")),
+        None => info.external_data.then(|| "its data in other files".to_owned()),
+    };
+    let Some(other) = other else { return Ok(info) };
+    let (file, format) = (file.display(), &info.format);
+    let what = format!(
+        "{file} seems to be {format} with {other}. A guest can write that onto a raw disk, to have \
+         files backed up that are not its own; say which it is: --image {disk}={format}:{file}, or \
+         --image {disk}=raw:{file}"
+    );
+    Err(Error::new(Kind::Usage, what))
+}
+
+/// A block device is raw, and a name that ends in `.raw` is taken by its word.
+fn raw_by_itself(file: &Path) -> Option<&'static str> {
+    let is_device = || std::fs::metadata(file).is_ok_and(|file| file.file_type().is_block_device());
+    let is_raw = file.extension().is_some_and(|end| end == "raw") || is_device();
+    is_raw.then_some("raw")
 }
 
 /// The image as a disk of a VM, for the same decisions.
@@ -306,6 +331,8 @@ struct Swap<'a> {
     image: &'a ImageInfo,
     new: String,
     old: Option<&'a str>,
+    /// How it left the image; none where that cannot be told.
+    left: Option<Stamp>,
 }
 
 impl<'a> Swap<'a> {
@@ -313,14 +340,37 @@ impl<'a> Swap<'a> {
     async fn make(image: &'a ImageInfo, new: String, old: Option<&'a str>) -> Result<Swap<'a>> {
         let add = BitmapChange::Add { granularity: None, enabled: true };
         image.change_bitmap(&new, add).await?;
-        let swap = Swap { image, new, old };
-        if let Some(old) = old
-            && let Err(error) = image.change_bitmap(old, BitmapChange::Disable).await
-        {
+        let mut swap = Swap { image, new, old, left: None };
+        if let Err(error) = swap.complete().await {
             swap.undo().await?;
             return Err(error);
         }
         Ok(swap)
+    }
+
+    async fn complete(&mut self) -> Result<()> {
+        if let Some(old) = self.old {
+            self.image.change_bitmap(old, BitmapChange::Disable).await?;
+        }
+        self.left = self.image.stamp()?;
+        Ok(())
+    }
+
+    /// Whether nobody wrote to the image since, to be asked when it is open and others are kept out:
+    /// the old bitmap lacks such a write, and the snapshot would.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`]: somebody did.
+    fn untouched(&self) -> Result<()> {
+        if self.image.stamp()? == self.left {
+            return Ok(());
+        }
+        let what = format!(
+            "another program wrote to {} while the backup began: try again when nothing else works \
+             on it",
+            self.image.file.display()
+        );
+        Err(Error::new(Kind::Busy, what))
     }
 
     async fn undo(&self) -> Result<()> {
@@ -347,10 +397,7 @@ async fn backup(
 ) -> std::result::Result<Snapshot, Failure> {
     let mut swaps = Vec::new();
     let result = match swap_all(context, found, &admitted.plan, &mut swaps).await {
-        Ok(()) => {
-            let bitmaps = swaps.iter().map(|swap| swap.new.clone()).collect();
-            read_and_commit(context, found, request, admitted, bitmaps).await
-        }
+        Ok(()) => read_and_commit(context, found, request, admitted, &swaps).await,
         Err(error) => Err(error.into()),
     };
     for swap in &swaps {
@@ -396,13 +443,14 @@ async fn read_and_commit(
     found: &Found,
     request: &BackupRequest,
     admitted: &mut Admitted,
-    bitmaps: Vec<String>,
+    swaps: &[Swap<'_>],
 ) -> std::result::Result<Snapshot, Failure> {
     let Context { report, engine, stop, .. } = *context;
     stop.check()?;
     let disks = u32::try_from(found.disks.len()).unwrap_or(u32::MAX).max(1);
     let in_flight = (admitted.plan.in_flight / disks).max(super::LEAST_IN_FLIGHT);
     let opened = found.open(ConnectOptions { in_flight, ..ConnectOptions::default() }).await?;
+    swaps.iter().try_for_each(Swap::untouched)?;
     let (since, time_ms) = (Instant::now(), now_ms());
     let bytes = found.all_bytes(&opened).await?;
     report.send(&found.message(engine, &bytes, false));
@@ -414,6 +462,7 @@ async fn read_and_commit(
         stopped_seconds: None,
     });
     let forced = found.forced.clone();
+    let bitmaps = swaps.iter().map(|swap| swap.new.clone()).collect();
     let mut held = HeldImages { context, found, opened, bytes, forced, bitmaps, since, time_ms };
     let result = until_committed(context, request, &mut held, admitted).await;
     if let Err(error) = close(held.opened).await
@@ -482,4 +531,42 @@ async fn close(opened: Vec<OpenImage>) -> Result<()> {
         result = result.and(image.close().await);
     }
     result
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    fn tool(program: &str, arguments: &[&str]) {
+        let output = Command::new(program).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    #[tokio::test]
+    async fn a_write_between_the_swap_and_the_opening_is_noticed_and_not_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("vda.qcow2");
+        let name = file.to_str().unwrap();
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", name, "4M"]);
+        let image = ImageInfo::read(&file, Some("qcow2")).await.unwrap();
+        Swap::make(&image, "first".to_owned(), None).await.unwrap().untouched().unwrap();
+        let swap = Swap::make(&image, "second".to_owned(), Some("first")).await.unwrap();
+        let options = OpenOptions { bitmap: Some("first".to_owned()), ..OpenOptions::default() };
+        let opened = OpenImage::open(&image, &options).await.unwrap();
+        swap.untouched().unwrap();
+        opened.close().await.unwrap();
+        swap.untouched().unwrap();
+
+        tool("qemu-io", &["-f", "qcow2", "-c", "write 1M 4k", name]);
+        let error = swap.untouched().unwrap_err();
+        assert_eq!(error.kind(), Kind::Busy, "{error}");
+        assert!(error.to_string().contains("vda.qcow2"), "{error}");
+        swap.undo().await.unwrap();
+        let info = ImageInfo::read(&file, Some("qcow2")).await.unwrap();
+        let left: Vec<_> = info.bitmaps.iter().map(|b| (b.name.as_str(), b.enabled)).collect();
+        assert_eq!(left, [("first", true)]);
+    }
 }

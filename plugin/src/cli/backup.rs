@@ -32,7 +32,13 @@ pub(super) struct Args {
     qmp: Option<PathBuf>,
 
     /// Image of a disk of a shut-off VM; once for each disk.
-    #[arg(long = "image", value_name = "DISK=FILE", conflicts_with = "freeze")]
+    ///
+    /// A FORMAT (raw, qcow2, qcow, qed, vdi, vhdx, vmdk, vpc) is believed. Without one a block
+    /// device is raw, and so is a file named *.raw; others are looked at, and one that names
+    /// further files (a backing file, a data file) is refused: a guest can write such a header
+    /// onto a raw disk. A FILE whose name begins with such a word and a colon is written with ./
+    /// before it.
+    #[arg(long = "image", value_name = "DISK=[FORMAT:]FILE", conflicts_with = "freeze")]
     images: Vec<ImageArg>,
 
     /// Only these disks.
@@ -104,20 +110,31 @@ fn parse_wait(text: &str) -> std::result::Result<Duration, String> {
     }
 }
 
-/// `DISK=FILE`.
+/// `DISK=FILE` or `DISK=FORMAT:FILE`.
 #[derive(Clone, Debug)]
 struct ImageArg(ImageOf);
+
+/// The formats that an image can be said to have: those that QEMU keeps disks in.
+const FORMATS: [&str; 8] = ["raw", "qcow2", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc"];
 
 impl FromStr for ImageArg {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
-        match text.split_once('=') {
-            Some((disk, file)) if !disk.is_empty() && !file.is_empty() => {
-                Ok(ImageArg(ImageOf { disk: disk.to_owned(), file: file.into() }))
-            }
-            _ => Err(format!("{text:?} is not DISK=FILE, for example vda=/images/web1.qcow2")),
+        let (disk, image) = text.split_once('=').unwrap_or_default();
+        // Any other word before a colon belongs to the file's name.
+        let named = image.split_once(':').and_then(|(word, file)| {
+            let format = FORMATS.into_iter().find(|format| *format == word)?;
+            Some((Some(format), file))
+        });
+        let (format, file) = named.unwrap_or((None, image));
+        if disk.is_empty() || file.is_empty() {
+            return Err(format!(
+                "{text:?} is not DISK=FILE or DISK=FORMAT:FILE, for example \
+                 vda=/images/web1.qcow2 or vda=raw:/images/web1.img"
+            ));
         }
+        Ok(ImageArg(ImageOf { disk: disk.to_owned(), file: file.into(), format }))
     }
 }
 
@@ -198,6 +215,36 @@ impl Args {
             rename: self.rename.clone(),
             adopt: self.adopt,
             run_dir: session.run_dir.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_may_have_its_format_named() {
+        let parsed = |text: &str| text.parse::<ImageArg>().map(|image| image.0);
+        let read = |text: &str| {
+            let ImageOf { disk, file, format } = parsed(text).unwrap();
+            (disk, file.display().to_string(), format)
+        };
+        let is = |file: &str, format| ("vda".to_owned(), file.to_owned(), format);
+        assert_eq!(read("vda=/images/a.qcow2"), is("/images/a.qcow2", None));
+        assert_eq!(read("vda=qcow2:/images/a.img"), is("/images/a.img", Some("qcow2")));
+        assert_eq!(read("vda=raw:/dev/vg/a"), is("/dev/vg/a", Some("raw")));
+        assert_eq!(read("vda=raw:a=b"), is("a=b", Some("raw")));
+        // Names with colons: only a format right at the beginning counts, and only once.
+        assert_eq!(read("vda=/images/raw:a"), is("/images/raw:a", None));
+        assert_eq!(read("vda=./raw:a"), is("./raw:a", None));
+        assert_eq!(read("vda=raw:./raw:a"), is("./raw:a", Some("raw")));
+        assert_eq!(read("vda=/dev/disk/by-path/pci-0:1"), is("/dev/disk/by-path/pci-0:1", None));
+        assert_eq!(read("vda=RAW:a"), is("RAW:a", None));
+        assert_eq!(read("vda=rawer:a"), is("rawer:a", None));
+        for wrong in ["vda", "vda=", "=a", "vda=raw:", "", "raw:a"] {
+            assert!(parsed(wrong).unwrap_err().contains("DISK=FORMAT:FILE"), "{wrong}");
         }
     }
 }

@@ -3,10 +3,12 @@
 //! Images are opened by a `qemu-nbd` of our own: it knows every format, takes QEMU's locks (so no
 //! VM can start on an image while it is read, and a running VM's image is refused), and reports
 //! holes of sparse files, which are then never read. What it need not translate, the data of a
-//! raw image, is read straight from the file ([`ImageDisk`]).
+//! raw image, is read straight from the file ([`ImageDisk`]). On a block device the locks do not
+//! suffice: there it is looked who else has it open (`in_use`).
 
 mod aio;
 mod disk;
+pub(crate) mod in_use;
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -53,12 +55,22 @@ pub struct ImageInfo {
     pub size: u64,
     /// The image that it is an overlay of.
     pub backing: Option<String>,
-    /// qcow2 with its data in another file.
+    /// Its data are in other files: qcow2 with a data file, or a vmdk that only describes.
     pub external_data: bool,
     /// qcow2 of version 2 (`compat=0.10`), which has no bitmaps.
     pub old_version: bool,
     /// Its persistent dirty bitmaps.
     pub bitmaps: Vec<BitmapInfo>,
+}
+
+/// What the file of an image was like at a moment: where it differs later, somebody wrote to it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stamp {
+    /// Seconds and nanoseconds.
+    modified: (i64, i64),
+    size: u64,
+    /// Device and inode.
+    file: (u64, u64),
 }
 
 /// A persistent dirty bitmap in a qcow2 image.
@@ -88,12 +100,13 @@ impl ImageInfo {
             .context(|| format!("qemu-img says something strange about {}", file.display()))?;
         let data = info.format_specific.and_then(|specific| specific.data);
         let data = data.unwrap_or_default();
+        let elsewhere = data.extents.iter().flatten().any(|extent| extent.filename != file);
         Ok(ImageInfo {
             file: file.to_owned(),
             format: info.format,
             size: info.virtual_size,
             backing: info.backing_filename,
-            external_data: data.data_file.is_some(),
+            external_data: data.data_file.is_some() || elsewhere,
             old_version: data.compat.as_deref() == Some("0.10"),
             bitmaps: data.bitmaps.unwrap_or_default().into_iter().map(BitmapInfo::from).collect(),
         })
@@ -117,6 +130,22 @@ impl ImageInfo {
         rustix::fs::access(&self.file, rustix::fs::Access::WRITE_OK).is_ok()
     }
 
+    /// What its file is like now. None of a block device: its node does not tell of writes, so there
+    /// only who still has it open to write is noticed, when it is opened.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn stamp(&self) -> Result<Option<Stamp>> {
+        use std::os::unix::fs::MetadataExt;
+        let file = std::fs::metadata(&self.file)
+            .context(|| format!("cannot look at {}", self.file.display()))?;
+        Ok(file.is_file().then(|| Stamp {
+            modified: (file.mtime(), file.mtime_nsec()),
+            size: file.size(),
+            file: (file.dev(), file.ino()),
+        }))
+    }
+
     /// Changes a bitmap of the image. [`Kind::Busy`] while the image is in use, by an
     /// [`OpenImage`] of ours too.
     pub async fn change_bitmap(&self, name: &str, change: BitmapChange<'_>) -> Result<()> {
@@ -124,6 +153,7 @@ impl ImageInfo {
     }
 
     async fn try_change_bitmap(&self, name: &str, change: BitmapChange<'_>) -> Result<()> {
+        in_use::not_written(&self.file)?;
         let mut command = qemu_img("bitmap");
         match change {
             BitmapChange::Add { granularity, enabled } => {
@@ -176,6 +206,7 @@ pub enum BitmapChange<'a> {
 /// starting.
 #[derive(Debug)]
 pub struct OpenImage {
+    file: PathBuf,
     disk: ImageDisk,
     child: Child,
 }
@@ -207,6 +238,7 @@ impl OpenImage {
     }
 
     async fn try_open(info: &ImageInfo, options: &OpenOptions, aio: Aio) -> Result<Self> {
+        in_use::not_written(&info.file)?;
         let dir = PrivateDir::new()?;
         let socket = dir.0.join("nbd");
         let mut connect = options.connect.clone();
@@ -249,7 +281,7 @@ impl OpenImage {
                     }
                     false => ImageDisk::translated(export),
                 };
-                Ok(OpenImage { disk, child })
+                Ok(OpenImage { file: info.file.clone(), disk, child })
             }
             // It listens before it opens the image; why it could not, it says at its end.
             Err(error) => match timeout(END_LIMIT, child.wait()).await {
@@ -274,10 +306,11 @@ impl OpenImage {
     /// Whether nobody could change it until now.
     ///
     /// # Errors
-    /// The `qemu-nbd` that holds QEMU's locks has ended.
+    /// The `qemu-nbd` that holds QEMU's locks has ended, or another process can write to the block
+    /// device ([`Kind::Busy`]).
     pub fn still_held(&mut self) -> Result<()> {
         match self.child.try_wait() {
-            Ok(None) => Ok(()),
+            Ok(None) => in_use::not_written(&self.file),
             _ => Err(Error::new(Kind::Failed, "the qemu-nbd of an image has ended")),
         }
     }
@@ -285,7 +318,7 @@ impl OpenImage {
     /// Ends it and waits until the image is free again; what was written and flushed stays.
     /// Clones of its export must be gone by then: qemu-nbd ends with the last connection.
     pub async fn close(self) -> Result<()> {
-        let OpenImage { disk, mut child } = self;
+        let OpenImage { disk, mut child, .. } = self;
         // It ends by itself after the last connection; then everything is written back.
         drop(disk);
         if let Ok(ended) = timeout(END_LIMIT, child.wait()).await {
@@ -451,6 +484,13 @@ struct QemuData {
     compat: Option<String>,
     data_file: Option<serde_json::Value>,
     bitmaps: Option<Vec<QemuBitmap>>,
+    /// Of a vmdk: the files that it consists of.
+    extents: Option<Vec<QemuExtent>>,
+}
+
+#[derive(Deserialize)]
+struct QemuExtent {
+    filename: PathBuf,
 }
 
 #[derive(Deserialize)]

@@ -21,8 +21,9 @@ pub enum NbdErrorKind {
     Protocol,
     /// The server hung up, or is shutting down.
     Disconnected,
-    /// The point-in-time view behind the export is gone (EINVAL or ENOTSUP on a request that
-    /// was right): the scratch image was full, or the guest's writes were too slow.
+    /// The point-in-time view behind the export is gone (ENOTSUP on a request that was right, or
+    /// EINVAL: so QEMU sends its EACCES, for which NBD has no number): the scratch image was full,
+    /// or the guest's writes were too slow.
     ViewBroken,
     /// The server tried and failed, with this errno.
     Io(u32),

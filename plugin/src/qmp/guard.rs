@@ -57,6 +57,16 @@ pub(crate) struct State {
     pub(crate) committing: bool,
 }
 
+impl State {
+    /// Notes it in a file for the next run; best effort, the guard is the promise. Killed half way, or
+    /// without room for it, the file is what it was.
+    pub(crate) fn note(&self, path: &Path) {
+        let new = path.with_extension("state.new");
+        let Ok(bytes) = serde_json::to_vec(self) else { return };
+        drop(std::fs::write(&new, bytes).and_then(|()| std::fs::rename(&new, path)));
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 enum Message {
     Start { vm: Vm, log: PathBuf, run_dir: PathBuf },
@@ -162,11 +172,8 @@ impl Guard {
         let message = Message::State(self.state.clone());
         self.send(&message)
             .context(|| "the guard died: the backup cannot go on without it".to_owned())?;
-        // For `cleanup` after both died; a convenience, the guard is the promise.
-        drop(std::fs::write(
-            &self.files.state,
-            serde_json::to_vec(&self.state).unwrap_or_default(),
-        ));
+        // For whoever comes next after both died.
+        self.state.note(&self.files.state);
         Ok(())
     }
 
@@ -268,10 +275,8 @@ fn set_right(
     files: &Files,
     log: &Path,
 ) -> Result<()> {
-    // What is done is noted, so that `cleanup` does not do it again should we be killed.
-    let note = |state: &State| {
-        drop(std::fs::write(&files.state, serde_json::to_vec(state).unwrap_or_default()));
-    };
+    // What is done is noted, so that nobody does it again should we be killed.
+    let note = |state: &State| state.note(&files.state);
     let result = runtime.block_on(recover::after_death(vm, state, note));
     let text = match &result {
         Ok(report) => {

@@ -6,7 +6,7 @@
 //! let lock    = running::Lock::take(run_dir, &vm.qmp)?            // Busy: another backup of this VM
 //! let session = Session::connect(&vm).await?                      // version, features, identity()
 //! let lock2   = running::Lock::of_vm(run_dir, session.identity().uuid)?  // it may have two monitors
-//! recover::end_leftovers(&session).await?                         // views of dead runs, not their bitmaps
+//! recover::end_leftovers(run_dir, &session, &mut report).await?   // what dead runs left, not their bitmaps
 //! let disks   = disk::list(&session).await?.disks                 // choose with Disk::is_called
 //! let named   = bitmap::named_snapshots(&disks, store)            // -> engine.settle(vm, named)
 //! let plan    = bitmap::plan(&all disks, Known { store, fates, latest, known }, Uuid::new_v4)

@@ -101,13 +101,36 @@ pub(crate) fn choose(session: &Session, disks: &[Disk], asked: Option<Way>) -> R
     disks.iter().map(choose_one).collect()
 }
 
+/// A job's copy that fails fails the guest's write, and only the device's default pauses the guest then.
+///
+/// # Errors
+/// `Usage`: a disk that is copied by a job would give the guest the error, or say that it wrote.
+pub(crate) async fn pauses_on_errors(session: &Session, parts: &[Part]) -> Result<()> {
+    for part in parts.iter().filter(|part| part.way != Way::Filter) {
+        let Some(device) = &part.disk.qdev else { continue };
+        let does = disk::property(session, device, "werror").await?;
+        if let Some(does) = does.filter(|does| matches!(does.as_str(), "report" | "ignore")) {
+            let text = format!(
+                "VM {}: disk {}: its device has werror={does} (libvirt: error_policy), so a full scratch would \
+                 reach the guest as a failed or a lost write; take that away, or its iothread",
+                session.identity().name,
+                part.disk.label
+            );
+            return Err(Error::new(Kind::Usage, text));
+        }
+    }
+    Ok(())
+}
+
 /// The NBD server: QEMU has one, and it may be someone else's.
 pub(crate) async fn start_server(
     session: &Session,
     guard: &mut Guard,
     socket: &Path,
 ) -> Result<()> {
-    let address = json!({"addr": {"type": "unix", "data": {"path": socket}}});
+    // No limit: QEMU's own, 100, is too little for some 25 disks with several connections each. The
+    // socket is in a directory that is closed to others (mode 0700), so nobody else can connect.
+    let address = json!({"addr": {"type": "unix", "data": {"path": socket}}, "max-connections": 0});
     guard.tell(|state| state.server = true)?;
     let result = session.call(cmd::NbdStart(address), "").await;
     if let Err(error) = &result {

@@ -73,17 +73,23 @@ async fn ended(session: &Session, part: &Part, scratch: &Scratch) -> Called<Opti
     Ok(None)
 }
 
-/// A private server for a finished image; ends when dropped.
+/// A private server for a finished image; ends when dropped, and with us, whoever kills us: it holds
+/// a whole disk in a file without a name. Call it where the runtime's thread lives as long as the
+/// program.
 pub(crate) async fn serve(image: &Path, socket: &Path, part: &Part) -> Result<Child> {
     let failed = || format!("disk {}: serving its copy with qemu-nbd", part.disk.label);
-    let mut command = Command::new("qemu-nbd");
+    // It becomes qemu-nbd, in the same process.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", "qemu-nbd"]);
     command.args(["-r", "-t", "-f", "qcow2", "-e", CLIENTS, "-x", &part.disk.label]);
     if part.dirty().is_some() {
         command.args(["-B", COPIED]);
     }
     command.arg("-k").arg(socket).arg(image);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
-    let mut child = command.spawn().context(failed)?;
+    let mut child = command
+        .spawn()
+        .context(|| format!("{}: setpriv (Debian: package util-linux)", failed()))?;
     let end = Instant::now() + SERVER_LIMIT;
     loop {
         if UnixStream::connect(socket).await.is_ok() {

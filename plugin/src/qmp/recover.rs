@@ -1,6 +1,6 @@
 //! What dead runs left behind in a VM, and how it is ended: `cleanup`, `abort`, the guard.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::qmp::agent;
 use crate::qmp::bitmap::{Action, carry_out};
 use crate::qmp::disk;
@@ -13,6 +13,8 @@ use crate::qmp::session::Session;
 use crate::vms::Vm;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process};
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -39,20 +41,41 @@ const REFUSED_LIMIT: Duration = Duration::from_secs(5);
 /// How often a thaw is tried.
 const THAW_TRIES: usize = 3;
 
-/// Ends views of dead runs (exports, jobs, filters, scratch, our NBD server). Bitmaps are left to
-/// the plan of the next backup, which asks the engine what they are worth.
+/// Before a backup: sets right what the last run noted and did not live to undo (a guest that stands
+/// still or is frozen, our NBD server, servers of pushed disks), and ends views of dead runs, noted
+/// or not. Bitmaps are left to the plan of the backup, which asks the engine what they are worth.
+/// What was done is in `report` even if the rest fails.
 ///
 /// # Errors
-/// QEMU went away.
-pub async fn end_leftovers(session: &Session) -> Result<Report> {
-    let report = end::end_views(session, PREFIX, false).await?;
-    if !report.done.is_empty() {
-        end::let_guest_go_on(session, false).await?;
+/// The guest cannot be set going, or may be frozen: what is noted of that stays noted, and a backup
+/// would write over it. QEMU went away.
+pub async fn end_leftovers(run_dir: &Path, session: &Session, report: &mut Report) -> Result<()> {
+    let files = Files::new(run_dir, &session.vm().qmp);
+    let mut state = read_state(&files);
+    report.done.extend(kill_servers(&mut state));
+    let ended = end_noted_view(session, &mut state, report).await;
+    if ended.is_ok() {
+        // `cleanup` must know of the bitmaps until they are settled.
+        let State { frozen, pairs, committing, .. } = state;
+        state = State { frozen, pairs, committing, ..State::default() };
     }
-    Ok(report)
+    match state == State::default() {
+        true => drop(std::fs::remove_file(&files.state)),
+        false => state.note(&files.state),
+    }
+    ended?;
+    let Some(agent) = &state.frozen else { return Ok(()) };
+    let text = format!(
+        "VM {}: a backup died while its file systems were frozen, and its agent at {} does not thaw \
+         them: see to the agent and try again; if they are not frozen, remove {}",
+        session.identity().name,
+        agent.display(),
+        files.state.display()
+    );
+    Err(Error::new(Kind::Failed, text))
 }
 
-/// `fleece cleanup VM`: [`end_leftovers`], and bitmaps of dead runs merged back without an engine:
+/// `fleece cleanup VM`: as [`end_leftovers`], and bitmaps of dead runs merged back without an engine:
 /// the newer into the older, so that the older covers everything since its own snapshot.
 ///
 /// # Errors
@@ -62,18 +85,22 @@ pub async fn cleanup(run_dir: &Path, vm: &Vm) -> Result<Report> {
     let _lock = Lock::take(run_dir, &vm.qmp)?;
     let files = Files::new(run_dir, &vm.qmp);
     let mut state = read_state(&files);
+    // Before anything that needs QEMU, which may be gone.
+    let mut report = Report { done: kill_servers(&mut state), left: Vec::new() };
     let session = Session::connect(vm).await?;
     let _vm_lock = Lock::of_vm(run_dir, session.identity().uuid)?;
-    let mut report = set_right(&session, &mut state).await?;
+    set_right(&session, &mut state, &mut report).await?;
     // A backup died while it was committed: its bitmaps are for the next one, who asks the engine.
     if state.committing {
         let unsettled = State { committing: true, frozen: state.frozen, ..State::default() };
-        drop(std::fs::write(&files.state, serde_json::to_vec(&unsettled).unwrap_or_default()));
+        unsettled.note(&files.state);
         return Ok(report);
     }
     merge_unknown(&session, &mut report).await?;
-    if report.left.is_empty() {
-        drop(std::fs::remove_file(&files.state));
+    match report.left.is_empty() {
+        true => drop(std::fs::remove_file(&files.state)),
+        // What was done is not to be done again: someone else may stop the guest until then.
+        false => state.note(&files.state),
     }
     Ok(report)
 }
@@ -122,7 +149,6 @@ pub(crate) async fn after_death(
 ) -> Result<Report> {
     let begin = Instant::now();
     let mut pause = FIRST_PAUSE;
-    kill_servers(&std::mem::take(&mut state.servers));
     loop {
         let result = try_after_death(vm, state).await;
         note(state);
@@ -141,26 +167,25 @@ pub(crate) async fn after_death(
 }
 
 async fn try_after_death(vm: &Vm, state: &mut State) -> Result<Report> {
-    let mut done = Vec::new();
+    let mut report = Report { done: kill_servers(state), left: Vec::new() };
     // Before the monitor: a frozen guest hurts most, and the agent needs no QMP. But the agent
     // of a stopped guest cannot answer: that one is thawed once it goes on.
     if !state.stopped {
-        thaw(state, &mut done, &mut Vec::new()).await;
+        thaw(state, &mut report.done, &mut Vec::new()).await;
         if *state == (State { committing: state.committing, ..State::default() }) {
-            return Ok(Report { done, left: Vec::new() });
+            return Ok(report);
         }
     }
     let session = match connect_patiently(vm).await {
         Ok(session) => session,
         Err(error) if error.kind() == Kind::NotFound => {
             remove_directory(state);
-            done.push("QEMU is gone".to_owned());
-            return Ok(Report { done, left: Vec::new() });
+            report.done.push("QEMU is gone".to_owned());
+            return Ok(report);
         }
         Err(error) => return Err(error),
     };
-    let mut report = set_right(&session, state).await?;
-    report.done.splice(0..0, done);
+    set_right(&session, state, &mut report).await?;
     Ok(report)
 }
 
@@ -177,28 +202,41 @@ async fn connect_patiently(vm: &Vm) -> Result<Session> {
 }
 
 /// Go on, thaw, end the view, merge bitmaps back.
-async fn set_right(session: &Session, state: &mut State) -> Result<Report> {
-    let (mut done, mut left) = (Vec::new(), Vec::new());
-    if state.stopped && end::let_guest_go_on(session, true).await? {
-        done.push("let the guest go on".to_owned());
-    }
-    state.stopped = false;
-    thaw(state, &mut done, &mut left).await;
-    let mut report = end::end_views(session, PREFIX, state.server).await?;
-    // A full scratch of a job's view pauses the guest; that view is gone now.
-    let had_view = !report.done.is_empty() || !state.snapshot.is_empty();
-    if had_view && end::let_guest_go_on(session, false).await? {
-        report.done.push("let the guest go on".to_owned());
-    }
+async fn set_right(session: &Session, state: &mut State, report: &mut Report) -> Result<()> {
+    end_noted_view(session, state, report).await?;
     if !state.committing {
         let bitmaps = end::merge_back(session, &state.pairs).await?;
         report.done.extend(bitmaps.done);
         report.left.extend(bitmaps.left);
     }
+    Ok(())
+}
+
+/// The part of it that is right whatever became of the backup: all but the bitmaps.
+async fn end_noted_view(session: &Session, state: &mut State, report: &mut Report) -> Result<()> {
+    if state.stopped {
+        let gone_on = end::let_guest_go_on(session, true).await.context(|| {
+            let name = &session.identity().name;
+            format!("VM {name}: a backup stopped it and died; it cannot be set going (try `cont`)")
+        })?;
+        if gone_on {
+            report.done.push("let the guest go on".to_owned());
+        }
+    }
+    state.stopped = false;
+    thaw(state, &mut report.done, &mut report.left).await;
+    let view = end::end_views(session, PREFIX, state.server).await?;
+    // From here on it can be someone else's.
+    state.server = false;
+    let had_view = !view.done.is_empty() || !state.snapshot.is_empty();
+    report.done.extend(view.done);
+    report.left.extend(view.left);
+    // A full scratch of a job's view pauses the guest; that view is gone now.
+    if had_view && end::let_guest_go_on(session, false).await? {
+        report.done.push("let the guest go on".to_owned());
+    }
     remove_directory(state);
-    done.extend(report.done);
-    left.extend(report.left);
-    Ok(Report { done, left })
+    Ok(())
 }
 
 /// Thaws what is frozen, and notes that.
@@ -226,17 +264,32 @@ fn remove_directory(state: &State) {
     }
 }
 
-/// Ends the servers of pushed disks, if those processes are still what they were.
-fn kill_servers(servers: &[u32]) {
+/// Ends the servers of pushed disks, if those processes are still what they were; in words.
+fn kill_servers(state: &mut State) -> Vec<String> {
+    let mut done = Vec::new();
+    let servers = std::mem::take(&mut state.servers);
+    let Some(directory) = &state.directory else { return done };
     for pid in servers {
-        let Some(pid) = i32::try_from(*pid).ok().and_then(Pid::from_raw) else { continue };
+        let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { continue };
+        // Before it is looked at: the one that was looked at is the one that is killed.
         let Ok(handle) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else { continue };
-        let name = std::fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero()))
-            .unwrap_or_default();
-        if name.trim() == "qemu-nbd" {
-            let _ = rustix::process::pidfd_send_signal(&handle, Signal::KILL);
+        let number = pid.as_raw_nonzero();
+        if serves_from(number.get(), directory)
+            && rustix::process::pidfd_send_signal(&handle, Signal::KILL).is_ok()
+        {
+            done.push(format!("ended the server of a pushed disk (process {number})"));
         }
     }
+    done
+}
+
+/// Is it a `qemu-nbd` with its socket in that view's directory? Process ids are given again, what was
+/// noted can be days old, and other programs start servers too; no two views have one directory.
+fn serves_from(pid: i32, directory: &Path) -> bool {
+    let read = |what: &str| std::fs::read(format!("/proc/{pid}/{what}")).unwrap_or_default();
+    let line = read("cmdline");
+    let mut words = line.split(|&byte| byte == 0).map(|word| Path::new(OsStr::from_bytes(word)));
+    read("comm").trim_ascii() == b"qemu-nbd" && words.any(|word| word.starts_with(directory))
 }
 
 fn signal(pid: Pid, signal: Signal) -> Result<()> {
@@ -296,4 +349,45 @@ async fn merge_unknown(session: &Session, report: &mut Report) -> Result<()> {
         }
     }
     carry_out(session, &actions).await
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Child, Command, Stdio};
+
+    /// A process of that name which was given that socket; it ends with its input.
+    fn pretend(dir: &Path, name: &str, socket: &Path) -> Child {
+        let program = dir.join(name);
+        if !program.exists() {
+            std::os::unix::fs::symlink("/bin/sh", &program).unwrap();
+        }
+        let mut command = Command::new(program);
+        command.args(["-c", "read line", "-k"]).arg(socket).stdin(Stdio::piped()).spawn().unwrap()
+    }
+
+    #[test]
+    fn only_the_server_of_that_view_is_ended() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path();
+        let (directory, another) = (dir.join("fleece-abc"), dir.join("fleece-abcd"));
+        let mut ours = pretend(dir, "qemu-nbd", &directory.join("0.sock"));
+        let mut others = [
+            pretend(dir, "qemu-nbd", &another.join("0.sock")),
+            pretend(dir, "other", &directory.join("0.sock")),
+        ];
+        let servers = others.iter().map(Child::id).chain([ours.id(), u32::MAX]).collect();
+        let mut state = State { directory: Some(directory), servers, ..State::default() };
+        let done = kill_servers(&mut state);
+        assert_eq!(done, [format!("ended the server of a pushed disk (process {})", ours.id())]);
+        assert!(state.servers.is_empty());
+        assert_eq!(ours.wait().unwrap().signal(), Some(9));
+        for other in &mut others {
+            assert!(other.try_wait().unwrap().is_none());
+            other.kill().unwrap();
+            other.wait().unwrap();
+        }
+    }
 }

@@ -20,7 +20,7 @@ pub(crate) struct Files {
     pub(crate) worker: PathBuf,
     /// Locked by the guard.
     pub(crate) guard: PathBuf,
-    /// How far the worker got, for `cleanup` and `abort` after both died.
+    /// How far the worker got, for the next backup, `cleanup` and `abort` after both died.
     pub(crate) state: PathBuf,
 }
 

@@ -37,9 +37,12 @@ impl Way {
     pub fn means(self) -> &'static str {
         match self {
             Way::Filter => "a full scratch breaks the backup, not the guest",
-            Way::Job => "a full scratch pauses the guest until the backup is cancelled",
+            Way::Job => {
+                "a full scratch pauses the guest until the backup is cancelled; its other errors are the guest's"
+            }
             Way::Push => {
-                "copied into scratch first; a full scratch pauses the guest until the backup is cancelled"
+                "copied into scratch first; a full one pauses the guest until the backup is cancelled; \
+                 its other errors are the guest's"
             }
         }
     }
@@ -200,6 +203,7 @@ impl View {
                 speed: 0,
             });
         }
+        point::pauses_on_errors(session, &parts).await?;
         // All pushes begin at once, so they share the limit.
         let pushes = parts.iter().filter(|part| part.way == Way::Push).count() as u64;
         let speed = request.read_limit.map_or(0, |limit| (limit / pushes.max(1)).max(1));
@@ -422,9 +426,9 @@ impl View {
         watch::broken(session, &self.parts, &self.scratch).await
     }
 
-    /// Why a read may have failed, to be asked then: the scratch image is full, QEMU is gone, ….
-    pub async fn explain(&self, session: &Session) -> Option<Error> {
-        watch::explain(session, &self.parts, &self.scratch).await
+    /// A read that failed, and why where that is known: the scratch image is full, QEMU is gone, ….
+    pub async fn explain(&self, session: &Session, failed: Error) -> Error {
+        watch::explain(session, &self.parts, &self.scratch, failed).await
     }
 
     /// Was everything that was read so far the point in time? To be asked after the last read.

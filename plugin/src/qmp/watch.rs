@@ -4,6 +4,7 @@
 //! out, or a job that someone ends, can let reads return the present: so both are looked at.
 
 use crate::error::{Error, Kind, Result};
+use crate::nbd::NbdError;
 use crate::qmp::command as cmd;
 use crate::qmp::disk::{Edges, nodes};
 use crate::qmp::end;
@@ -37,23 +38,38 @@ pub(crate) async fn broken(session: &Session, parts: &[Part], scratch: &Scratch)
     }
 }
 
-/// After a read failed: what broke. A filter's snapshot breaks silently, at the first copy that
-/// failed or took too long, so there the failed read itself is the news.
-pub(crate) async fn explain(session: &Session, parts: &[Part], scratch: &Scratch) -> Option<Error> {
-    if let Some(error) = look(session, parts, scratch).await {
-        return Some(error);
-    }
+/// A read that failed, and what broke where that is known. A filter's snapshot breaks silently, at
+/// the first copy that failed or took too long, so there the failed read itself is the news.
+pub(crate) async fn explain(
+    session: &Session,
+    parts: &[Part],
+    scratch: &Scratch,
+    failed: Error,
+) -> Error {
+    let found = look(session, parts, scratch).await;
     let filtered = parts.iter().any(|p| p.way == Way::Filter);
-    filtered.then(|| {
-        let text = format!(
-            "VM {}: the frozen view broke so that the guest could go on: the scratch is full ({} of {} MiB used; give \
-             more --scratch-max), or too slow",
-            session.identity().name,
-            scratch.used() >> 20,
-            scratch.total() >> 20
-        );
-        Error::new(Kind::Failed, text)
-    })
+    explained(failed, found, filtered.then(|| snapshot_broke(session, scratch)))
+}
+
+/// `found` is what was seen to be broken, `silent` what breaks unseen.
+fn explained(failed: Error, found: Option<Error>, silent: Option<Error>) -> Error {
+    // A bad sector, a QEMU that does not answer: no larger scratch helps there.
+    let broken = failed.cause::<NbdError>().is_some_and(NbdError::is_view_broken);
+    match found.or(silent.filter(|_| broken)) {
+        Some(why) => Error::caused(why.kind(), why.to_string(), failed),
+        None => failed,
+    }
+}
+
+fn snapshot_broke(session: &Session, scratch: &Scratch) -> Error {
+    let text = format!(
+        "VM {}: the frozen view broke so that the guest could go on: the scratch is full ({} of {} MiB used; give \
+         more --scratch-max), or too slow",
+        session.identity().name,
+        scratch.used() >> 20,
+        scratch.total() >> 20
+    );
+    Error::new(Kind::Failed, text)
 }
 
 /// Looks once.
@@ -149,4 +165,40 @@ fn gone(session: &Session) -> Error {
         Kind::Failed,
         format!("VM {}: it was powered off during the backup", session.identity().name),
     )
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::error::Context;
+    use crate::nbd::NbdErrorKind;
+
+    /// A read that failed so, where its way says no more than that the scratch may be to blame.
+    fn told(kind: NbdErrorKind, found: Option<Error>) -> String {
+        let answer: std::result::Result<(), _> = Err(NbdError::new(kind, "vda", "the answer"));
+        let failed = answer.context(|| "cannot read 512 bytes at 0".to_owned()).unwrap_err();
+        let scratch = Error::new(Kind::Failed, "the scratch is full, or too slow");
+        explained(failed, found, Some(scratch)).to_string()
+    }
+
+    #[test]
+    fn only_a_view_that_broke_is_blamed_on_the_scratch() {
+        const READ: &str = "cannot read 512 bytes at 0: vda: the answer";
+        let broken = told(NbdErrorKind::ViewBroken, None);
+        assert_eq!(broken, format!("the scratch is full, or too slow: {READ}"));
+        for kind in [NbdErrorKind::Io(5), NbdErrorKind::Timeout, NbdErrorKind::Connect] {
+            assert_eq!(told(kind, None), READ);
+        }
+    }
+
+    #[test]
+    fn what_was_seen_comes_before_what_is_inferred() {
+        for kind in [NbdErrorKind::ViewBroken, NbdErrorKind::Disconnected] {
+            let gone = Error::new(Kind::Failed, "it was powered off");
+            let told = told(kind, Some(gone));
+            assert!(told.starts_with("it was powered off: cannot read"), "{told}");
+            assert!(!told.contains("scratch"), "{told}");
+        }
+    }
 }

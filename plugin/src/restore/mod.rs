@@ -83,7 +83,7 @@ impl Place {
             return only_raw(Place::Stream(None));
         }
         let Ok(metadata) = std::fs::metadata(to) else {
-            return Self::new_file(to);
+            return Self::new_file(to, options);
         };
         let kind = metadata.file_type();
         if kind.is_dir() {
@@ -109,17 +109,17 @@ impl Place {
         }
     }
 
-    fn new_file(to: &Path) -> Result<Place> {
-        let folder = file::folder_of(to);
-        match folder.is_dir() {
-            true => Ok(Place::File(to.to_owned())),
-            false => {
-                let (to, folder) = (to.display(), folder.display());
-                Err(Error::new(
-                    Kind::Target,
-                    format!("cannot create {to}: there is no folder {folder}"),
-                ))
-            }
+    fn new_file(to: &Path, options: Options) -> Result<Place> {
+        let (shown, folder) = (to.display(), file::folder_of(to));
+        let refuse = |what: String| Err(Error::new(Kind::Target, what));
+        if !folder.is_dir() {
+            let folder = folder.display();
+            refuse(format!("cannot create {shown}: there is no folder {folder}"))
+        } else if to.is_symlink() && !options.force {
+            // Its name is taken, which would be found at the end only.
+            refuse(format!("{shown} is a link to nothing; add --force to overwrite it"))
+        } else {
+            Ok(Place::File(to.to_owned()))
         }
     }
 
@@ -205,9 +205,12 @@ pub async fn restore(
             run(report, image, disk, target, options).await
         }
         Place::File(path) => match options.format {
-            Format::Raw => run(report, image, disk, FileTarget::create(path, size)?, options).await,
+            Format::Raw => {
+                let target = FileTarget::create(path, size, options.force)?;
+                run(report, image, disk, target, options).await
+            }
             Format::Qcow2 => {
-                let target = Qcow2Target::create(path, size).await?;
+                let target = Qcow2Target::create(path, size, options.force).await?;
                 run(report, image, disk, target, options).await
             }
         },

@@ -20,12 +20,14 @@ pub struct Qcow2Target {
 }
 
 impl Qcow2Target {
-    /// Creates the image under a temporary name and opens it for writing.
+    /// Creates the image under a temporary name and opens it for writing; what is at `path` at the
+    /// end may be replaced, or not.
     ///
     /// # Errors
     /// Where it cannot be created.
-    pub async fn create(path: &Path, size: u64) -> Result<Qcow2Target> {
-        let name = TempName::beside(path);
+    pub async fn create(path: &Path, size: u64, replace: bool) -> Result<Qcow2Target> {
+        // qemu-img writes into a file that is there, whoever made it, and leaves its mode.
+        let (name, _) = TempName::create(path, replace)?;
         // qemu-img takes a name with a colon for a protocol: an absolute path has none before it.
         let file: PathBuf = std::path::absolute(&name.temporary)
             .context(|| format!("cannot find {}", path.display()))?;
@@ -43,9 +45,6 @@ impl Qcow2Target {
             let what = format!("qemu-img cannot create {}: {}", path.display(), said.trim());
             return Err(Error::new(Kind::Target, what));
         }
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
-        std::fs::set_permissions(&file, mode)
-            .context(|| format!("cannot protect {}", path.display()))?;
         let info = ImageInfo::read(&file, Some("qcow2")).await?;
         let options = OpenOptions { writable: true, ..OpenOptions::default() };
         Ok(Qcow2Target { image: OpenImage::open(&info, &options).await?, name })

@@ -111,7 +111,7 @@ fn block_on<F: Future>(work: F) -> F::Output {
 
 async fn to_file(model: &Model, path: &Path, options: Options) -> Result<(u64, Vec<Range>)> {
     let report = Report::new(true, true);
-    let target = FileTarget::create(path, model.bytes.len() as u64)?;
+    let target = FileTarget::create(path, model.bytes.len() as u64, options.force)?;
     run(&report, model, &disk(model), target, options).await
 }
 
@@ -178,6 +178,31 @@ fn targets_are_refused_before_anything_is_read() {
     assert!(matches!(Place::check(Path::new("-"), RAW), Ok(Place::Stream(None))));
     assert!(matches!(Place::check(Path::new("/dev/null"), RAW), Ok(Place::Stream(Some(_)))));
     assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    let link = folder.path().join("link.raw");
+    std::os::unix::fs::symlink("nowhere", &link).unwrap();
+    assert!(refused(&link, RAW));
+    assert!(matches!(Place::check(&link, force), Ok(Place::File(_))));
+}
+
+#[test]
+fn what_appeared_during_the_restore_is_overwritten_by_force_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vda.raw");
+    let model = Model::new(10, 0, 10);
+    let report = Report::new(true, true);
+    let restored_over = |options: Options| {
+        let size = model.bytes.len() as u64;
+        let target = FileTarget::create(&path, size, options.force).unwrap();
+        std::fs::write(&path, b"precious").unwrap();
+        block_on(run(&report, &model, &disk(&model), target, options))
+    };
+    let error = restored_over(RAW).unwrap_err();
+    assert_eq!(error.kind(), Kind::Target, "{error}");
+    assert!(error.to_string().contains("add --force"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
+    restored_over(Options { force: true, ..RAW }).unwrap();
+    assert!(std::fs::read(&path).unwrap() == model.bytes);
 }
 
 #[test]

@@ -13,6 +13,7 @@
 use fleece::qmp::bitmap::{self, Base, DiskPlan, Fate, Known, KnownDisk};
 use fleece::qmp::disk::{self, Disk};
 use fleece::qmp::guard::{Guard, Options};
+use fleece::qmp::recover;
 use fleece::qmp::session::Session;
 use fleece::qmp::view::{Freeze, Request, Target, View, Way};
 use fleece::vms::Vm;
@@ -370,7 +371,8 @@ impl Memory {
 
     /// Lists, plans and recovers, as a backup begins.
     pub async fn plan(&mut self, session: &Session) -> Vec<(Disk, DiskPlan)> {
-        fleece::qmp::recover::end_leftovers(session).await.unwrap();
+        let run = session.vm().qmp.with_file_name("run");
+        recover::end_leftovers(&run, session, &mut recover::Report::default()).await.unwrap();
         let disks = disk::list(session).await.unwrap().disks;
         self.settle(&bitmap::named_snapshots(&disks, STORE));
         let known =

@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::median;
 use crate::Result;
 use crate::memory::anonymous;
-use crate::process::{Finished, Running};
+use crate::process::{Finished, Running, children};
 
 /// How often memory is looked at: buffers live longer, and looking costs about a percent of a core.
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -158,16 +158,6 @@ fn add(pid: u32, sums: &mut [u64; 2]) {
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     sums[usize::from(name.starts_with("qemu-"))] += anonymous(pid).unwrap_or(0);
     children(pid).into_iter().for_each(|child| add(child, sums));
-}
-
-/// The processes that a process started.
-fn children(pid: u32) -> Vec<u32> {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
-    tasks
-        .flatten()
-        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
-        .flat_map(|line| line.split_whitespace().flat_map(str::parse).collect::<Vec<u32>>())
-        .collect()
 }
 
 #[cfg(test)]

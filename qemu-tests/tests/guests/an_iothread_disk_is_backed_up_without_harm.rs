@@ -58,3 +58,19 @@ fn a_disk_with_an_iothread_alone() -> Result {
     assert!(check.printed().contains(way), "{}", check.printed());
     guest.power_off()
 }
+
+#[test]
+fn a_disk_whose_guest_would_be_told_of_a_full_scratch_is_refused() -> Result {
+    let fixture = Fixture::new()?;
+    let machine = Machine::new(fixture.folder(), "told")?
+        .with_disk("qcow2", 16 * MIB)?
+        .with_iothread()
+        .on_error("report")
+        .with_disk("qcow2", 16 * MIB)?;
+    let mut guest = machine.start()?;
+    let refused = fixture.backup(&machine, &[])?.finish(LONG)?.code(2)?;
+    let said = refused.printed();
+    assert!(said.contains("vda") && said.contains("werror=report"), "{said}");
+    guest.is_left_alone(&machine, 0)?;
+    guest.power_off()
+}

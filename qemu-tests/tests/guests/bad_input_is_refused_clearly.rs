@@ -3,9 +3,10 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::Command;
 
 use qemu_tests::mount::Tmpfs;
 use qemu_tests::process::{Finished, Running};
@@ -49,6 +50,7 @@ fn usage() -> Result {
         (&["backup", "x", "--qmp", "/nowhere", "--read-limit", "200"], &["unit", "200"]),
         (&["backup", "x", "--image", "vda=/nowhere", "--no-pacing"], &["--no-pacing", "--image"]),
         (&["backup", "x", "--image", "vda"], &["vda", "DISK=FILE"]),
+        (&["backup", "x", "--image", "vda=raw:"], &["vda=raw:", "DISK=FORMAT:FILE"]),
         (&["backup", "x", "--qmp", "/a", "--image", "vda=/b"], &["--image", "--qmp"]),
         (&["backup"], &["VM"]),
         (&["restore", "plain"], &["--to"]),
@@ -201,19 +203,68 @@ fn targets_that_exist_are_too_small_or_contradict() -> Result {
     // A device that is too small: a loop device where the machine has them.
     let small = fixture.path("small.raw");
     image::raw(&small, MIB, &[])?;
-    let Ok(device) =
-        tools::run(std::process::Command::new("losetup").args(["--find", "--show"]).arg(&small))
-    else {
-        return Ok(());
-    };
-    let device = device.trim();
-    let refused = fixture.try_fleece(&["restore", "plain", "--to", device, "--force"]);
+    let Some(small) = Loop::over(&small) else { return Ok(()) };
+    let device = small.0.as_str();
+    let refused = fixture.try_fleece(&["restore", "plain", "--to", device, "--force"])?.code(15)?;
+    names(&refused, &[device]);
     let contradicting =
-        fixture.try_fleece(&["restore", "plain", "--to", device, "--force", "-O", "qcow2"]);
-    tools::run(std::process::Command::new("losetup").args(["--detach", device]))?;
-    names(&refused?.code(15)?, &[device]);
-    assert!([2, 15].contains(&contradicting?.code));
+        fixture.try_fleece(&["restore", "plain", "--to", device, "--force", "-O", "qcow2"])?;
+    assert!([2, 15].contains(&contradicting.code));
     Ok(())
+}
+
+/// A loop device; it goes with its owner.
+struct Loop(String);
+
+impl Loop {
+    /// One over a file; none where the machine has none.
+    fn over(file: &Path) -> Option<Self> {
+        let mut command = Command::new("losetup");
+        let device = tools::run(command.args(["--find", "--show"]).arg(file)).ok()?;
+        Some(Loop(device.trim().to_owned()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = tools::run(Command::new("losetup").args(["--detach", &self.0]));
+    }
+}
+
+/// libvirt gives every VM device nodes of its own: QEMU's locks on these do not meet ours.
+#[test]
+fn a_block_device_that_another_process_has_open_by_a_node_of_its_own() -> Result {
+    let fixture = Fixture::new()?;
+    stored(&fixture)?;
+    let content = fixture.path("content.img");
+    image::raw(&content, 8 * MIB, &[(0, 4 * MIB, 2)])?;
+    let Some(disk) = Loop::over(&content) else { return Ok(()) };
+    let device = disk.0.as_str();
+    // In a file system that surely allows devices.
+    let place = Tmpfs::new(MIB)?;
+    let node = place.file("node");
+    let number = fs::metadata(device)?.rdev();
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let mut mknod = Command::new("mknod");
+    tools::run(mknod.arg(&node).args(["b", &major.to_string(), &minor.to_string()]))?;
+
+    let image = format!("--image=vda={device}");
+    // Who only reads disturbs no backup; a restore disturbs whoever has it open.
+    for (writes, expected) in [(true, 11), (false, 0)] {
+        let opened = fs::File::options().read(true).write(writes).open(&node)?;
+        let mut holder = Command::new("sleep").arg("600").stdin(opened).spawn()?;
+        let backup = fixture.try_fleece(&["backup", "device", &image]);
+        let restore = fixture.try_fleece(&["restore", "plain", "--to", device, "--force"]);
+        holder.kill()?;
+        holder.wait()?;
+        let (backup, restore) = (backup?.code(expected)?, restore?.code(11)?);
+        let words = [device, "sleep", &holder.id().to_string()];
+        names(&restore, &words);
+        if writes {
+            names(&backup, &words);
+        }
+    }
+    image::same(&content, &fixture.restore("device", "vda")?)
 }
 
 #[test]

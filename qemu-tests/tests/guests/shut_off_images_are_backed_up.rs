@@ -1,7 +1,9 @@
 //! VMs that are shut off: from their images, with and without a valid dirty bitmap.
 
 use std::fs::{self, OpenOptions, Permissions};
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use qemu_tests::fixture::snapshot_id;
 use qemu_tests::process::Running;
@@ -171,14 +173,47 @@ fn an_image_that_cannot_keep_track_is_read_in_full_each_time() -> Result {
         let path = fixture.path(&format!("{name}.qcow2"));
         let create = ["create", "-q", "-f", "qcow2", "-o", with];
         tools::run(tools::qemu("qemu-img")?.args(create).arg(&path).arg("16M"))?;
+        // One that names another file is an image of that format only where that is said.
+        let named = format!("qcow2:{}", path.display());
         for round in 1..=2 {
             let write = format!("write -P {round} {round}M 1M");
             tools::run(tools::qemu("qemu-io")?.args(["-f", "qcow2", "-c", &write]).arg(&path))?;
-            let (id, printed) = fixture.backup_images(name, &[("vda", &path)])?;
+            let (id, printed) = fixture.backup_images(name, &[("vda", Path::new(&named))])?;
             assert!(printed.printed().contains("FULL READ"), "{}", printed.printed());
             image::convert(&path, "qcow2", &truth, "raw")?;
             image::same(&truth, &fixture.restore(&format!("{name}@{id}"), "vda")?)?;
         }
     }
     Ok(())
+}
+
+#[test]
+fn what_a_guest_writes_does_not_say_which_files_are_backed_up() -> Result {
+    let fixture = Fixture::new()?;
+    let (secret, disk) = (fixture.path("secret.raw"), fixture.path("disk.img"));
+    image::raw(&secret, 8 * MIB, &[(0, 8 * MIB, 1)])?;
+    let behind = secret.display().to_string();
+    let headers: [(&str, &[&str]); 2] =
+        [("qcow2", &["-b", &behind, "-F", "raw"]), ("vmdk", &["-o", "subformat=monolithicFlat"])];
+    for (format, with) in headers {
+        let header = fixture.path(&format!("header.{format}"));
+        let mut create = tools::qemu("qemu-img")?;
+        create.args(["create", "-q", "-f", format]).args(with).arg(&header).arg("8M");
+        tools::run(&mut create)?;
+        image::raw(&disk, 8 * MIB, &[(MIB, 4 * MIB, 2)])?;
+        OpenOptions::new().write(true).open(&disk)?.write_all(&fs::read(&header)?)?;
+
+        let probed = format!("--image=vda={}", disk.display());
+        let refused = fixture.try_fleece(&["backup", "disk", &probed])?.code(2)?;
+        for word in ["disk.img", "guest", &format!("vda={format}:"), "vda=raw:"] {
+            assert!(refused.err.contains(word), "'{word}' is not named: {}", refused.err);
+        }
+        let raw = format!("raw:{}", disk.display());
+        let (id, _) = fixture.backup_images("disk", &[("vda", Path::new(&raw))])?;
+        image::same(&disk, &fixture.restore(&format!("disk@{id}"), "vda")?)?;
+    }
+    // An overlay that the operator says is one.
+    let overlay = format!("qcow2:{}", fixture.path("header.qcow2").display());
+    let (id, _) = fixture.backup_images("overlay", &[("vda", Path::new(&overlay))])?;
+    image::same(&secret, &fixture.restore(&format!("overlay@{id}"), "vda")?)
 }

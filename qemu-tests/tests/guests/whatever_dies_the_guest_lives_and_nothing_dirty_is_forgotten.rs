@@ -1,9 +1,11 @@
 //! Plugin, engine, guest: each dies at the worst moment. The guest that remains goes on, nothing
 //! of ours stays in it, and the next backup restores bit for bit.
 
+use qemu_tests::fixture::snapshot_id;
 use qemu_tests::guest::Guest;
+use qemu_tests::process::send;
 use qemu_tests::proxy::{Hold, Proxy};
-use qemu_tests::scenario::{begin, with_a_snapshot};
+use qemu_tests::scenario::{Taken, begin, truths, with_a_snapshot};
 use qemu_tests::wait::{LONG, SOON, wait_until};
 use qemu_tests::{Fixture, MIB, Machine, Result, take};
 use rustix::process::Signal;
@@ -53,6 +55,46 @@ fn the_plugin_is_killed_while_it_has_the_guest_stopped() -> Result {
     running.kill()?;
     wait_until(SOON, "the guard letting the guest go on", || guest.qmp.runs())?;
     goes_on(&fixture, &machine, &mut guest)
+}
+
+/// Kills a plugin and its guard after a command of the monitor. The guard first: the end of its worker
+/// is what it waits for. Gives the monitor, whose name what is noted of the VM goes by.
+fn both_killed_after(command: &str, fixture: &Fixture, machine: &Machine) -> Result<Proxy> {
+    let proxy = Proxy::start(&fixture.path("proxy"), &machine.socket(), command, Hold::After)?;
+    let running = fixture.backup_through(proxy.path(), machine, &[])?;
+    proxy.wait_held(SOON)?;
+    send(running.child("guard")?, Signal::KILL)?;
+    running.kill()?;
+    Ok(proxy)
+}
+
+#[test]
+fn the_plugin_and_its_guard_are_killed_and_the_next_backup_sets_it_right() -> Result {
+    let fixture = Fixture::new()?;
+    let (machine, mut guest) = with_a_snapshot(&fixture, "forsaken", 2)?;
+    for (command, status, done) in [
+        ("\"stop\"", "paused", "set right: let the guest go on"),
+        ("nbd-server-start", "running", "set right: stopped the NBD server"),
+    ] {
+        println!("killed after {command}");
+        // Its writer rests: the truth is the same before the guest goes on and after.
+        guest.obey("stop")?;
+        guest.obey("sync")?;
+        let proxy = both_killed_after(command, &fixture, &machine)?;
+        assert_eq!(guest.qmp.status()?, status);
+        let truths = truths(&fixture, &machine, status)?;
+        let next = fixture.backup_through(proxy.path(), &machine, &[])?;
+        let printed = next.finish(LONG)?.code(0)?;
+        let snapshot = format!("{}@{}", machine.name, snapshot_id(&printed.printed())?);
+        let taken = Taken { snapshot, truths, printed };
+        taken.mentions(done)?;
+        taken.mentions("incremental since")?;
+        taken.restores_exactly(&fixture)?;
+        guest.is_left_alone(&machine, 2)?;
+        guest.obey(&format!("start 9 {MIB} {} 1 vda", 16 * MIB))?;
+        goes_on(&fixture, &machine, &mut guest)?;
+    }
+    Ok(())
 }
 
 #[test]
