@@ -235,6 +235,20 @@ async fn what_the_next_backup_cannot_set_right_stays_noted() {
 }
 
 #[tokio::test]
+async fn what_was_noted_of_another_qemu_is_not_undone_in_this_one() {
+    let (mut qemu, state) = dead_and_stopped();
+    let text = std::fs::read_to_string(&state).unwrap();
+    let noted: serde_json::Value = serde_json::from_str(&text).unwrap();
+    note(&state, &format!("\"qemu\":{}", noted["qemu"]), "\"qemu\":1");
+    note(&state, "\"frozen\":null", "\"frozen\":\"/nowhere\"");
+    let session = Session::connect(&qemu.vm()).await.unwrap();
+    let mut report = recover::Report::default();
+    recover::end_leftovers(&qemu.dir.join("run"), &session, &mut report).await.unwrap();
+    assert!(!report.done.iter().any(|what| what.contains("go on")), "{report:?}");
+    assert_eq!(qemu.monitor.call("query-status", json!({}))["status"], "paused");
+}
+
+#[tokio::test]
 async fn the_server_of_a_pushed_disk_dies_with_its_run() {
     let mut qemu = Qemu::start(&[Spec { iothread: true, ..QCOW2 }]);
     let state = both_dead(&qemu, "push");

@@ -39,11 +39,23 @@ type Pairs = Database<'static, Bytes, Bytes>;
 
 fn failed(error: heed::Error, what: &str, path: &Path) -> Error {
     let kind = match &error {
-        heed::Error::Io(cause) if is_unreadable(cause) => Kind::Damaged,
         heed::Error::Mdb(heed::MdbError::MapFull) | heed::Error::Io(_) => Kind::Failed,
         _ => Kind::Damaged,
     };
     Error::caused(kind, format!("cannot {what} index run {}", path.display()), error)
+}
+
+/// As [`failed`], of a read: a run that its disk cannot read is damaged. One that cannot be written only is
+/// not there yet.
+fn unread(error: heed::Error, what: &str, path: &Path) -> Error {
+    match error {
+        heed::Error::Io(cause) if is_unreadable(&cause) => Error::caused(
+            Kind::Damaged,
+            format!("cannot {what} index run {}", path.display()),
+            cause,
+        ),
+        other => failed(other, what, path),
+    }
 }
 
 /// Opens a run. LMDB's own locking is off: a run has one writer, which is done before the first
@@ -196,7 +208,7 @@ impl RunReader {
             let bytes = env.real_disk_size()?;
             Ok((env.static_read_txn()?, pairs, bytes))
         };
-        let (txn, pairs, bytes) = begin().map_err(|e| failed(e, "open", path))?;
+        let (txn, pairs, bytes) = begin().map_err(|e| unread(e, "open", path))?;
         let message = || format!("index run {} has no database", path.display());
         let pairs = pairs.ok_or_else(|| Error::new(Kind::Damaged, message()))?;
         Ok(RunReader { txn, pairs, path: path.into(), bytes, range })
@@ -204,7 +216,7 @@ impl RunReader {
 
     /// The run's header.
     pub(super) fn header(&self) -> Result<Option<&[u8]>> {
-        self.pairs.get(&self.txn, &HEADER_KEY).map_err(|e| failed(e, "read", &self.path))
+        self.pairs.get(&self.txn, &HEADER_KEY).map_err(|e| unread(e, "read", &self.path))
     }
 
     /// Whether all of it fits into one window. Such runs are left in the page cache.
@@ -215,7 +227,7 @@ impl RunReader {
     /// Looks one fingerprint up.
     pub(super) fn get(&self, fingerprint: &Fingerprint) -> Result<Option<Address>> {
         let record = self.pairs.get_lower_than_or_equal_to(&self.txn, &fingerprint.0);
-        let Some((_, record)) = record.map_err(|e| failed(e, "read", &self.path))? else {
+        let Some((_, record)) = record.map_err(|e| unread(e, "read", &self.path))? else {
             return Ok(None);
         };
         let group = self.group(record)?;
@@ -269,7 +281,7 @@ impl RunReader {
         last: &Fingerprint,
         batch: &mut Vec<Packed>,
     ) -> Result<()> {
-        let failed = |e| failed(e, "sweep", &self.path);
+        let failed = |e| unread(e, "sweep", &self.path);
         // The first entry may be in the middle of a group.
         let start = match &first {
             Bound::Included(first) | Bound::Excluded(first) => {

@@ -95,7 +95,9 @@ impl Agreed {
             return Ok(read);
         }
         if read.key > known.key {
-            check(objects, sealer, ObjectKind::KeyInUse, &names::key_in_use(read.key.0))
+            let name = names::key_in_use(read.key.0);
+            let bytes = objects.read_all(&name, SEALED_MAX)?;
+            opens(&bytes, sealer, ObjectKind::KeyInUse, &name)
                 .map_err(|error| is_another_key(read.key, error))?;
         }
         if read.level > known.level {
@@ -120,9 +122,12 @@ pub(crate) fn check(
     kind: ObjectKind,
     name: &str,
 ) -> Result<()> {
-    let bytes = objects.read_all(name, SEALED_MAX)?;
-    Since::decode(&sealer.open(kind, name, &bytes)?, name)?;
-    let id = Header::decode(&bytes, name)?.key_id;
+    opens(&objects.read_all(name, SEALED_MAX)?, sealer, kind, name)
+}
+
+fn opens(bytes: &[u8], sealer: &Sealer, kind: ObjectKind, name: &str) -> Result<()> {
+    Since::decode(&sealer.open(kind, name, bytes)?, name)?;
+    let id = Header::decode(bytes, name)?.key_id;
     if kind == ObjectKind::KeyInUse && names::key_in_use(id.0) != name {
         return Err(damaged(name, "it is sealed under another key than it names"));
     }

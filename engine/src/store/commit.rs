@@ -239,7 +239,11 @@ impl Manifests {
     /// When the store cannot be read.
     pub fn fate(&self, vm: VmId, snapshot: SnapshotId) -> Result<Fate> {
         if let Some(key) = self.find(names::MANIFESTS, vm, snapshot)? {
-            return self.ended(&key, self.read(&key), &key.manifest());
+            // Where the first is damaged the copy says it, if that can be read.
+            return match self.ended(&key, self.read_first(&key), &key.manifest()) {
+                Ok(Fate::Unreadable(_)) => self.ended(&key, self.read_copy(&key), &key.copy()),
+                ended => ended,
+            };
         }
         // A copy is made after the record: it proves what stood at a commit key that is missing.
         if let Some(key) = self.find(names::MANIFEST_COPIES, vm, snapshot)? {
@@ -258,7 +262,9 @@ impl Manifests {
                 Ok(Fate::Committed(key.seq))
             }
             Ok(Record::Tombstone(_)) => Ok(Fate::Tombstoned(key.seq)),
-            Err(error) if error.kind() == Kind::Damaged => Ok(Fate::Unreadable(key.seq)),
+            Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {
+                Ok(Fate::Unreadable(key.seq))
+            }
             Err(error) => Err(error),
         }
     }

@@ -6,10 +6,17 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Kind, Result};
+
+/// How long another engine's sweep is waited for, shorter than what service managers wait for a start.
+const SWEEP_LIMIT: Duration = Duration::from_secs(60);
+/// Between two looks whether it is over.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Joins the writers of `root`; the only one sweeps first. The lock lasts as long as the file.
 pub(crate) fn join_writers(root: &Path) -> Result<fs::File> {
@@ -19,9 +26,23 @@ pub(crate) fn join_writers(root: &Path) -> Result<fs::File> {
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
         sweep(root);
     }
-    // Whoever sweeps holds it for a moment; unlocked, a later sweep would take what is being written.
-    let _ = flock(&lock, FlockOperation::LockShared);
-    Ok(lock)
+    // Unlocked, a later sweep would take what is being written.
+    let until = Instant::now() + SWEEP_LIMIT;
+    loop {
+        match flock(&lock, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::INTR) => {}
+            Err(Errno::WOULDBLOCK) if Instant::now() < until => std::thread::sleep(LOOK_AGAIN),
+            Err(Errno::WOULDBLOCK) => {
+                let what = format!(
+                    "another engine has been clearing {} up for {} s: start this one again later",
+                    root.display(),
+                    SWEEP_LIMIT.as_secs()
+                );
+                return Err(Error::new(Kind::Busy, what));
+            }
+            Ok(()) | Err(_) => return Ok(lock),
+        }
+    }
 }
 
 /// Removes the staging files below a folder. What cannot be read or removed stays.

@@ -149,31 +149,32 @@ async fn identify(engine: &Engine, name: &str, options: &Options) -> Result<Iden
 }
 
 /// Looks at an image. What a guest writes onto a raw disk can look like any other format, with
-/// files of the host behind it: so an image that names others is one only if the operator says so.
+/// files of the host behind it: so an image that names others, and what is on a block device, is one
+/// only if the operator says so.
 async fn look_at(image: &ImageOf) -> Result<ImageInfo> {
     let ImageOf { disk, file, .. } = image;
-    let known = image.format.or_else(|| raw_by_itself(file));
+    // A name that ends in `.raw` is taken by its word.
+    let by_name = file.extension().is_some_and(|end| end == "raw").then_some("raw");
+    let known = image.format.or(by_name);
     let info = ImageInfo::read(file, known).await?;
-    let other = match &info.backing {
-        _ if known.is_some() => None,
-        Some(backing) => Some(format!("a backing file, {backing:?}")),
-        None => info.external_data.then(|| "its data in other files".to_owned()),
+    let doubt = match &info.backing {
+        _ if known.is_some() || info.format == "raw" => None,
+        Some(backing) => Some(format!("with a backing file, {backing:?}")),
+        None if info.external_data => Some("with its data in other files".to_owned()),
+        None => is_block_device(file).then(|| "on a block device".to_owned()),
     };
-    let Some(other) = other else { return Ok(info) };
+    let Some(doubt) = doubt else { return Ok(info) };
     let (file, format) = (file.display(), &info.format);
     let what = format!(
-        "{file} seems to be {format} with {other}. A guest can write that onto a raw disk, to have \
-         files backed up that are not its own; say which it is: --image {disk}={format}:{file}, or \
-         --image {disk}=raw:{file}"
+        "{file} seems to be {format} {doubt}. A guest can write that onto a raw disk, to have files \
+         backed up that are not its own; say which it is: --image {disk}={format}:{file}, or --image \
+         {disk}=raw:{file}"
     );
     Err(Error::new(Kind::Usage, what))
 }
 
-/// A block device is raw, and a name that ends in `.raw` is taken by its word.
-fn raw_by_itself(file: &Path) -> Option<&'static str> {
-    let is_device = || std::fs::metadata(file).is_ok_and(|file| file.file_type().is_block_device());
-    let is_raw = file.extension().is_some_and(|end| end == "raw") || is_device();
-    is_raw.then_some("raw")
+fn is_block_device(file: &Path) -> bool {
+    std::fs::metadata(file).is_ok_and(|file| file.file_type().is_block_device())
 }
 
 /// The image as a disk of a VM, for the same decisions.

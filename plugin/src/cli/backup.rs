@@ -33,10 +33,10 @@ pub(super) struct Args {
 
     /// Image of a disk of a shut-off VM; once for each disk.
     ///
-    /// A FORMAT (raw, qcow2, qcow, qed, vdi, vhdx, vmdk, vpc) is believed. Without one a block
-    /// device is raw, and so is a file named *.raw; others are looked at, and one that names
-    /// further files (a backing file, a data file) is refused: a guest can write such a header
-    /// onto a raw disk. A FILE whose name begins with such a word and a colon is written with ./
+    /// A FORMAT (raw, qcow2, qcow, qed, vdi, vhdx, vmdk, vpc) is believed. Without one a file
+    /// named *.raw is raw; others are looked at, and what seems to be another format on a block
+    /// device, or names further files (a backing file, a data file), is refused: a guest can write
+    /// such a header onto a raw disk. A FILE whose name begins with such a word and a colon is written with ./
     /// before it.
     #[arg(long = "image", value_name = "DISK=[FORMAT:]FILE", conflicts_with = "freeze")]
     images: Vec<ImageArg>,

@@ -41,6 +41,9 @@ pub struct Options {
 pub(crate) struct State {
     /// The snapshot; empty as long as nothing was changed.
     pub(crate) snapshot: String,
+    /// Who listens at the monitor: another process, another QEMU.
+    #[serde(default)]
+    pub(crate) qemu: Option<i32>,
     /// Bitmaps begun.
     pub(crate) pairs: Vec<Pair>,
     /// File systems are (about to be) frozen, by the agent at this socket.

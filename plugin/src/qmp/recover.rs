@@ -56,8 +56,10 @@ pub async fn end_leftovers(run_dir: &Path, session: &Session, report: &mut Repor
     let ended = end_noted_view(session, &mut state, report).await;
     if ended.is_ok() {
         // `cleanup` must know of the bitmaps until they are settled.
-        let State { frozen, pairs, committing, .. } = state;
-        state = State { frozen, pairs, committing, ..State::default() };
+        let State { qemu, frozen, pairs, committing, .. } = state;
+        let settled = frozen.is_none() && pairs.is_empty() && !committing;
+        let qemu = qemu.filter(|_| !settled);
+        state = State { qemu, frozen, pairs, committing, ..State::default() };
     }
     match state == State::default() {
         true => drop(std::fs::remove_file(&files.state)),
@@ -214,6 +216,11 @@ async fn set_right(session: &Session, state: &mut State, report: &mut Report) ->
 
 /// The part of it that is right whatever became of the backup: all but the bitmaps.
 async fn end_noted_view(session: &Session, state: &mut State, report: &mut Report) -> Result<()> {
+    // What stands still, is frozen, or serves in a QEMU that was started since is not our doing.
+    let now = session.peer().and_then(|peer| peer.pid);
+    if state.qemu.is_some() && now.is_some() && state.qemu != now {
+        (state.stopped, state.frozen, state.server) = (false, None, false);
+    }
     if state.stopped {
         let gone_on = end::let_guest_go_on(session, true).await.context(|| {
             let name = &session.identity().name;

@@ -154,8 +154,10 @@ impl View {
     pub async fn open(session: &Session, guard: &mut Guard, request: Request) -> Result<View> {
         let mut view = View::outline(session, request).await?;
         let (snapshot, directory) = (view.snapshot.clone(), view.scratch.directory().to_owned());
+        let qemu = session.peer().and_then(|peer| peer.pid);
         guard.tell(|state| {
             state.snapshot = snapshot;
+            state.qemu = qemu;
             state.directory = Some(directory);
         })?;
         match view.begin(session, guard).await {
