@@ -264,7 +264,16 @@ fn a_block_device_that_another_process_has_open_by_a_node_of_its_own() -> Result
             names(&backup, &words);
         }
     }
-    image::same(&content, &fixture.restore("device", "vda")?)
+    image::same(&content, &fixture.restore("device", "vda")?)?;
+
+    // What looks like another format there may be what a guest wrote.
+    let inside = fixture.path("inside.qcow2");
+    image::create(&inside, "qcow2", MIB)?;
+    let Some(disk) = Loop::over(&inside) else { return Ok(()) };
+    let image = format!("--image=vda={}", disk.0);
+    let refused = fixture.try_fleece(&["backup", "inside", &image])?.code(2)?;
+    names(&refused, &[&disk.0, "qcow2 on a block device", "=raw:"]);
+    Ok(())
 }
 
 #[test]
