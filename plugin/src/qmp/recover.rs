@@ -94,7 +94,8 @@ pub async fn cleanup(run_dir: &Path, vm: &Vm) -> Result<Report> {
     set_right(&session, &mut state, &mut report).await?;
     // A backup died while it was committed: its bitmaps are for the next one, who asks the engine.
     if state.committing {
-        let unsettled = State { committing: true, frozen: state.frozen, ..State::default() };
+        let State { qemu, frozen, committing, .. } = state;
+        let unsettled = State { qemu, frozen, committing, ..State::default() };
         unsettled.note(&files.state);
         return Ok(report);
     }
