@@ -19,10 +19,6 @@ fn worn_host() -> (Host, Record, String) {
     (host, record, text)
 }
 
-fn key_of(manifest: &Manifest) -> SnapshotKey {
-    SnapshotKey { vm: manifest.vm, seq: manifest.seq, snapshot: manifest.snapshot }
-}
-
 fn keys(host: &Host, prefix: &str) -> Vec<String> {
     let mut all = Vec::new();
     let mut each = |key: &str, _| {
@@ -38,7 +34,7 @@ fn a_bad_sector_under_a_manifest_stops_no_other_vm_and_its_copy_serves() {
     let (host, record, _) = worn_host();
     let image = different(1, 300);
     let full = host.begin(1, "", &image).unwrap().run().unwrap();
-    record.wear_out(&key_of(&full).manifest());
+    record.wear_out(&SnapshotKey::of(&full).manifest());
 
     // A new VM's name is compared with that of every other.
     let other = different(5000, 100);
